@@ -1,0 +1,97 @@
+"""attend: the one attention operation, and the choice of who computes it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from attnsieve.backends.call import Call
+from attnsieve.errors import UserError, require
+from attnsieve.layout import Layout
+from attnsieve.spans import Spans
+
+BACKENDS = {
+    "reference": "attnsieve.backends.reference",
+    "portable": "attnsieve.backends.portable",
+    "triton": "attnsieve.backends.triton",
+}
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    spans: Spans | None = None,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax over the kept keys of (q k^T * scale + key_bias), times v; exact per (query, key) pair of `layout`.
+
+    q [B, Hq, Tq, D]; k [B, Hkv, Tk, D]; v [B, Hkv, Tk, Dv]; key_bias [B, Hkv, Tk] or None. Query head h reads KV head
+    h // (Hq // Hkv). The layout has Hq heads, or Hkv when the heads of a group share a mask. `spans` says where the
+    sequences are; by default every batch row is one, its queries the last Tq of Tk positions. `scale` defaults to
+    1 / sqrt(D). Returns out [B, Hq, Tq, Dv] in q's dtype and, with `return_lse`, the LSE [B, Hq, Tq] in float32 (float64
+    for float64 inputs; -inf for rows that keep no key, whose output is 0). Differentiable in q, k, v and key_bias.
+
+    `backend` is "auto" or a name in `BACKENDS`; a named backend that cannot serve raises UserError with the reason.
+    """
+    spans = Spans.full(q.shape[0], q.shape[2], k.shape[2], q.device) if spans is None else spans
+    call = Call(q, k, v, layout, spans, q.shape[-1] ** -0.5 if scale is None else scale, key_bias)
+    _check(call)
+    out, lse = _module(choose(call) if backend == "auto" else _named(backend, call)).run(call)
+    return (out, lse) if return_lse else out
+
+
+def choose(call: Call) -> str:
+    """The backend that "auto" takes for this call: Triton on a GPU where it can serve, else portable."""
+    if call.q.is_cuda and _module("triton").why_not(call) is None:
+        return "triton"
+    return "portable"
+
+
+def _named(backend: str, call: Call) -> str:
+    require(backend in BACKENDS, f"unknown backend {backend!r}; choose from auto, {', '.join(BACKENDS)}")
+    reason = _module(backend).why_not(call)
+    if reason is not None:
+        raise UserError(f"backend {backend!r} cannot serve this call: {reason}")
+    return backend
+
+
+def _module(backend: str) -> ModuleType:
+    return import_module(BACKENDS[backend])
+
+
+def _check(call: Call) -> None:
+    """Raise UserError for shapes, dtypes or devices that do not fit together. Never reads the device."""
+    q, k, v, layout = call.q, call.k, call.v, call.layout
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    require(q.ndim == k.ndim == v.ndim == 4, f"q, k and v must be [batch, heads, tokens, width], got {shapes}")
+    require(q.shape[0] == k.shape[0] == v.shape[0], f"batch sizes differ: {shapes}")
+    require(
+        k.shape[1:3] == v.shape[1:3] and q.shape[3] == k.shape[3], f"k must match v in heads and tokens, q in width: {shapes}"
+    )
+    require(k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0, f"query heads must be a multiple of KV heads: {shapes}")
+    require(q.dtype == k.dtype == v.dtype and q.is_floating_point(), f"dtypes differ: {q.dtype}, {k.dtype}, {v.dtype}")
+    require(q.device == k.device == v.device, f"devices differ: {q.device}, {k.device}, {v.device}")
+    require(
+        layout.heads in (q.shape[1], k.shape[1]),
+        f"the layout has {layout.heads} heads; expected {q.shape[1]} (query heads) or {k.shape[1]} (KV heads)",
+    )
+    require(layout.batch in (1, q.shape[0]), f"the layout is for a batch of {layout.batch}, got {q.shape[0]}")
+    require(layout.device == q.device, f"the layout is on {layout.device}, q on {q.device}: use layout.to(q.device)")
+    if call.key_bias is not None:
+        expected = (k.shape[0], k.shape[1], k.shape[2])
+        require(call.key_bias.shape == expected, f"key_bias must have shape {expected}, got {tuple(call.key_bias.shape)}")
+    if not q.is_cuda:
+        call.spans.check(q.shape[0], q.shape[2], k.shape[2], layout.length)
+    elif torch.compiler.is_compiling():
+        return
+    else:
+        require(k.shape[2] <= layout.length, f"K has {k.shape[2]} slots, the layout is compiled for {layout.length}")

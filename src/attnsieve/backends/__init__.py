@@ -1,0 +1,1 @@
+"""Backends of `attend`: the same exact mask, computed in different ways."""

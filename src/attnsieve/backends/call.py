@@ -1,0 +1,33 @@
+"""Call: one checked request for attention, the argument of every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from attnsieve.layout import Layout
+from attnsieve.spans import Spans
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """q [B, Hq, Tq, D]; k [B, Hkv, Tk, D]; v [B, Hkv, Tk, Dv]; key_bias [B, Hkv, Tk] or None; see `attnsieve.attend`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: Layout
+    spans: Spans
+    scale: float
+    key_bias: Tensor | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def needs_grad(self) -> bool:
+        tensors = (self.q, self.k, self.v, self.key_bias)
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)

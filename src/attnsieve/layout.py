@@ -1,0 +1,253 @@
+"""Layout: the patterns of one layer compiled to vectors, the only thing a kernel sees.
+
+Shapes: Z is 1 (static) or the batch size (chosen from the input), H the layout's heads (query heads, or KV heads when the
+heads of a group share a mask), n the capacity in positions, L the corner rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnsieve.errors import require
+from attnsieve.patterns import FOREVER, BlockRows, Pattern
+from attnsieve.patterns.corner import pack_bits
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Whole blocks kept, listed per row of blocks: every causal pair inside a listed block is kept.
+
+    size: tokens per block side; count: int32 [Z, H, nb]; index: int32 [Z, H, nb, K], ascending, -1 beyond the count.
+    """
+
+    size: int
+    count: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which keys each query of a layer keeps, for positions 0 .. length - 1.
+
+    Row i of head h keeps key j <= i iff
+
+        i <  corner_rows[h]:  bit j of corner[h, i]
+        i >= corner_rows[h]:  i < end[z, h, j]  or  offset[z, h, i - j]  or  block (i // B, j // B) is listed
+
+    end: int32 [Z, H, n], the first row that no longer sees the key. offset: bool [Z, H, n] by distance, or None.
+    corner: uint8 [H, L, ceil(L / 8)], first key in the lowest bit, or None; corner_rows: int32 [H].
+    A row never depends on how many rows follow, so one layout serves prefill, chunks and decode steps up to its length.
+    """
+
+    length: int
+    end: Tensor
+    offset: Tensor | None = None
+    corner: Tensor | None = None
+    corner_rows: Tensor | None = None
+    blocks: Blocks | None = None
+    schedules: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        require(self.end.dtype == torch.int32 and self.end.ndim == 3, f"end must be int32 [Z, H, n], got {_kind(self.end)}")
+        require(self.end.shape[-1] == self.length, f"end covers {self.end.shape[-1]} keys, the layout has {self.length}")
+        if self.offset is not None:
+            good = self.offset.dtype == torch.bool and self.offset.shape == self.end.shape
+            require(good, f"offset must be bool {tuple(self.end.shape)}, got {_kind(self.offset)}")
+        require((self.corner is None) == (self.corner_rows is None), "corner and corner_rows come together")
+
+    @property
+    def heads(self) -> int:
+        return self.end.shape[1]
+
+    @property
+    def batch(self) -> int:
+        """1, or the batch size where the masks were chosen from the input."""
+        return self.end.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.end.device
+
+    def schedule(self, key: Any, build: Callable[[], Any]) -> Any:
+        """What a backend derives from this layout, built once per `key`."""
+        if key not in self.schedules:
+            self.schedules[key] = build()
+        return self.schedules[key]
+
+    def to(self, device: torch.device | str) -> Layout:
+        """A copy on `device`, without schedules; self if it is there already."""
+        if torch.device(device) == self.device:
+            return self
+        move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731
+        blocks = self.blocks and Blocks(self.blocks.size, move(self.blocks.count), move(self.blocks.index))
+        return Layout(self.length, move(self.end), move(self.offset), move(self.corner), move(self.corner_rows), blocks)
+
+    def keep(self, z: int, h: int, i: Tensor, j: Tensor) -> Tensor:
+        """bool: whether query positions `i` keep key positions `j` (int64, broadcastable, below `length`)."""
+        inside = j <= i
+        distance = torch.where(inside, i - j, 0)
+        kept = i < self.end[z, h][j]
+        if self.offset is not None:
+            kept = kept | self.offset[z, h][distance]
+        if self.blocks is not None:
+            kept = kept | self._in_block(z, h, i, j)
+        if self.corner is not None and self.corner_rows is not None:
+            kept = torch.where(i < self.corner_rows[h], self._in_corner(h, i, j), kept)
+        return kept & inside
+
+    def _in_block(self, z: int, h: int, i: Tensor, j: Tensor) -> Tensor:
+        assert self.blocks is not None
+        size = self.blocks.size
+        listed = self.blocks.index[z, h].long()
+        table = torch.zeros(len(listed), len(listed) + 1, dtype=torch.bool, device=self.device)
+        table.scatter_(1, torch.where(listed < 0, len(listed), listed), True)
+        return table[i // size, j // size]
+
+    def _in_corner(self, h: int, i: Tensor, j: Tensor) -> Tensor:
+        assert self.corner is not None
+        last = self.corner.shape[1] - 1
+        row, key = i.clamp_max(last), j.clamp_max(last)
+        return (self.corner[h][row, key // 8] >> (key % 8)) & 1 > 0
+
+    def dense(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """bool [Z, H, rows, keys]: the mask written out, for oracles and small pictures."""
+        heads = [[self.keep(z, h, rows[:, None], keys[None, :]) for h in range(self.heads)] for z in range(self.batch)]
+        return torch.stack([torch.stack(row) for row in heads])
+
+    def pairs(self, n: int | None = None) -> Tensor:
+        """int64 [Z, H]: kept (query, key) pairs among the first `n` positions, counted exactly without n x n memory."""
+        n = self.length if n is None else n
+        require(0 < n <= self.length, f"can count 1 to {self.length} positions, got {n}")
+        counts = [[self._pairs_of_head(z, h, n) for h in range(self.heads)] for z in range(self.batch)]
+        return torch.tensor(counts)
+
+    def density(self, n: int | None = None) -> Tensor:
+        """float64 [Z, H]: kept pairs over all causal pairs of the first `n` positions."""
+        n = self.length if n is None else n
+        return self.pairs(n).double() / (n * (n + 1) / 2)
+
+    def _pairs_of_head(self, z: int, h: int, n: int) -> int:
+        first = 0 if self.corner_rows is None else min(int(self.corner_rows[h]), n)
+        rows, keys = torch.arange(first, device=self.device), torch.arange(n, device=self.device)
+        total = int(self.keep(z, h, rows[:, None], rows[None, :]).sum()) if first else 0
+        end = self.end[z, h, :n].long()
+        total += int((end.clamp_max(n) - keys.clamp_min(first)).clamp_min(0).sum())
+        if self.offset is not None:
+            for distance in self.offset[z, h, :n].nonzero().flatten().tolist():
+                row = torch.arange(max(first, distance), n, device=self.device)
+                total += int((row >= end[row - distance]).sum())
+        return total + self._pairs_only_in_blocks(z, h, first, n)
+
+    def _pairs_only_in_blocks(self, z: int, h: int, first: int, n: int) -> int:
+        if self.blocks is None:
+            return 0
+        size, total = self.blocks.size, 0
+        without = Layout(self.length, self.end, self.offset)
+        for row_block in range(first // size, -(-n // size)):
+            rows = torch.arange(max(first, row_block * size), min(n, (row_block + 1) * size), device=self.device)
+            for key_block in self.blocks.index[z, h, row_block, : int(self.blocks.count[z, h, row_block])].tolist():
+                keys = torch.arange(key_block * size, min(n, (key_block + 1) * size), device=self.device)
+                causal = keys[None, :] <= rows[:, None]
+                total += int((causal & ~without.keep(z, h, rows[:, None], keys[None, :])).sum())
+        return total
+
+
+def compile(patterns: Sequence[Pattern], length: int, device: torch.device | str = "cpu") -> Layout:  # noqa: A001
+    """The layout of one layer from one static pattern per head, for positions 0 .. length - 1.
+
+    Raises UserError for an empty list, a length below 1 or a pattern that chooses keys from the input.
+    """
+    require(len(patterns) > 0, "compile needs one pattern per head, got none")
+    require(0 < length < FOREVER, f"a layout's length must be positive, got {length}")
+    chosen = [str(pattern) for pattern in patterns if pattern.dynamic]
+    require(not chosen, f"compile takes static patterns; {chosen[:1]} chooses its keys from the input")
+    unique = {pattern: _head(pattern, length) for pattern in dict.fromkeys(patterns)}
+    heads = [unique[pattern] for pattern in patterns]
+    corner, corner_rows = _stack_corners(heads)
+    layout = Layout(
+        length,
+        torch.stack([head.end for head in heads])[None],
+        _stack_offsets(heads, length),
+        corner,
+        corner_rows,
+        _stack_blocks([head.blocks for head in heads], length),
+    )
+    return layout.to(device)
+
+
+@dataclass(frozen=True)
+class _Head:
+    end: Tensor
+    offset: Tensor | None
+    corner: Tensor | None
+    blocks: list[BlockRows]
+
+
+def _head(pattern: Pattern, n: int) -> _Head:
+    ends = [end for atom in pattern if (end := atom.end(n)) is not None]
+    offsets = [offset for atom in pattern if (offset := atom.offsets(n)) is not None]
+    blocks = [block for atom in pattern if (block := atom.blocks(n)) is not None]
+    end = reduce(torch.maximum, ends, torch.zeros(n, dtype=torch.int64))
+    rows = torch.arange(min(pattern.corner_rows, n))
+    corner = pattern.keep(rows[:, None], rows[None, :]) if len(rows) else None
+    return _Head(end.to(torch.int32), reduce(torch.logical_or, offsets) if offsets else None, corner, blocks)
+
+
+def _stack_offsets(heads: list[_Head], n: int) -> Tensor | None:
+    if all(head.offset is None for head in heads):
+        return None
+    none = torch.zeros(n, dtype=torch.bool)
+    return torch.stack([none if head.offset is None else head.offset for head in heads])[None]
+
+
+def _stack_corners(heads: list[_Head]) -> tuple[Tensor | None, Tensor | None]:
+    rows = [0 if head.corner is None else len(head.corner) for head in heads]
+    largest = max(rows)
+    if not largest:
+        return None, None
+    packed = torch.zeros(len(heads), largest, -(-largest // 8), dtype=torch.uint8)
+    for h, head in enumerate(heads):
+        if head.corner is not None:
+            bits = torch.from_numpy(pack_bits(head.corner))
+            packed[h, : bits.shape[0], : bits.shape[1]] = bits
+    return packed, torch.tensor(rows, dtype=torch.int32)
+
+
+def _stack_blocks(heads: list[list[BlockRows]], n: int) -> Blocks | None:
+    sizes = [block.size for head in heads for block in head]
+    if not sizes:
+        return None
+    size = reduce(gcd, sizes)
+    lists = [[_keys_of_row(head, row * size) for row in range(-(-n // size))] for head in heads]
+    lists = [[_split(keys, size) for keys in rows] for rows in lists]
+    count = torch.tensor([[len(keys) for keys in rows] for rows in lists], dtype=torch.int32)
+    index = torch.full((*count.shape, max(1, int(count.max()))), -1, dtype=torch.int32)
+    for h, rows in enumerate(lists):
+        for row, keys in enumerate(rows):
+            index[h, row, : len(keys)] = torch.tensor(keys, dtype=torch.int32)
+    return Blocks(size, count[None], index[None])
+
+
+def _keys_of_row(blocks: list[BlockRows], token: int) -> list[tuple[int, int]]:
+    """(first key, block size) of every block that the row of `token` lists."""
+    found = []
+    for block in blocks:
+        row = token // block.size
+        found += [(key * block.size, block.size) for key in block.index[row, : int(block.count[row])].tolist()]
+    return found
+
+
+def _split(keys: list[tuple[int, int]], size: int) -> list[int]:
+    """The same keys as block numbers of `size` tokens, ascending, each once."""
+    return sorted({(first + step) // size for first, width in keys for step in range(0, width, size)})
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"

@@ -1,0 +1,119 @@
+"""The text form of patterns: Python call syntax joined by `|`, read with the standard library's parser."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from attnsieve.errors import UserError, require
+from attnsieve.patterns.base import Atom, Pattern
+from attnsieve.patterns.corner import Captured
+from attnsieve.patterns.static import Columns, Dense, Diagonals, Dilated, RandomBlocks, Sink, Window
+
+MAX_TEXT = 1 << 20
+
+
+def dense() -> Pattern:
+    """Every key: causal attention."""
+    return Pattern.of(Dense())
+
+
+def window(tokens: int) -> Pattern:
+    """The `tokens` newest keys, the query's own included."""
+    return Pattern.of(Window(tokens))
+
+
+def sink(tokens: int) -> Pattern:
+    """The first `tokens` keys of the document."""
+    return Pattern.of(Sink(tokens))
+
+
+def columns(*indices: int, start: int = 0) -> Pattern:
+    """Keys at absolute positions, in rows from `start` on."""
+    return Pattern.of(Columns(indices, start))
+
+
+def diagonals(*distances: int, start: int = 0) -> Pattern:
+    """Keys at these distances before the query, in rows from `start` on."""
+    return Pattern.of(Diagonals(distances, start))
+
+
+def dilated(tokens: int, *, step: int) -> Pattern:
+    """`tokens` keys spaced `step` apart, the query's own the newest."""
+    return Pattern.of(Dilated(tokens, step))
+
+
+def random_blocks(count: int, *, block: int, seed: int = 0) -> Pattern:
+    """`count` random earlier blocks of `block` tokens for every row of blocks."""
+    return Pattern.of(RandomBlocks(count, block, seed))
+
+
+def empty() -> Pattern:
+    """No key at all."""
+    return Pattern.empty()
+
+
+ATOMS: dict[str, Callable[..., Pattern]] = {
+    maker.__name__: maker for maker in (dense, window, sink, columns, diagonals, dilated, random_blocks, empty)
+}
+
+
+def parse_pattern(text: str, corners: Mapping[str, np.ndarray]) -> Pattern:
+    """See `Pattern.parse`."""
+    require(isinstance(text, str) and len(text) <= MAX_TEXT, f"a pattern's text has at most {MAX_TEXT} characters")
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise UserError(f"cannot read pattern {_short(text)}; write it like: sink(4) | window(256)") from None
+    return _union(tree, text, corners)
+
+
+def _union(node: ast.expr, text: str, corners: Mapping[str, np.ndarray]) -> Pattern:
+    calls: list[ast.expr] = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        calls.append(node.right)
+        node = node.left
+    atoms: list[Atom] = []
+    for call in [node, *reversed(calls)]:
+        atoms.extend(_atom(call, text, corners))
+    return Pattern.of(*atoms)
+
+
+def _atom(node: ast.expr, text: str, corners: Mapping[str, np.ndarray]) -> Pattern:
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        raise UserError(f"cannot read a part of pattern {_short(text)}; each part is a call such as window(256)")
+    name = node.func.id
+    positional = [_constant(argument, text) for argument in node.args]
+    keyword = {item.arg or "**": _constant(item.value, text) for item in node.keywords}
+    if name == "captured":
+        return Pattern.of(_captured(positional, keyword, corners))
+    if name not in ATOMS:
+        close = difflib.get_close_matches(name, [*ATOMS, "captured"], n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join([*ATOMS, 'captured'])}"
+        raise UserError(f"unknown atom {name!r} in pattern {_short(text)}; {hint}")
+    try:
+        return ATOMS[name](*positional, **keyword)
+    except TypeError as error:
+        raise UserError(f"wrong arguments for {name} in pattern {_short(text)}: {error}") from None
+
+
+def _captured(positional: list[Any], keyword: dict[str, Any], corners: Mapping[str, np.ndarray]) -> Captured:
+    require(len(positional) == 2 and not keyword, 'captured takes a length and a digest, as in captured(512, "0f3a...")')
+    length, digest = positional
+    require(digest in corners, f"captured bits {digest!r} are not at hand: load the plan they were saved with")
+    require(type(length) is int and length > 0, f"captured's length must be a positive whole number, got {length!r}")
+    return Captured(length, digest, corners[digest])
+
+
+def _constant(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str)):
+        return node.value
+    raise UserError(f"arguments in pattern {_short(text)} must be plain numbers or strings")
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 120 else text[:117] + "...")

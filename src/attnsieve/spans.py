@@ -1,0 +1,74 @@
+"""Spans: where the sequences of a batch lie in K/V and in Q."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnsieve.errors import require
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """One entry per sequence; int64 [S] tensors on one device.
+
+    Sequence s lives in batch row `batch[s]`, in key slots [k_start, k_start + k_len) and query slots
+    [q_start, q_start + q_len); its queries are the last `q_len` of its `k_len` positions. Slots in no span are padding.
+    Values on a GPU are not read back by kernels, so building spans there costs no synchronisation.
+    """
+
+    batch: Tensor
+    q_start: Tensor
+    q_len: Tensor
+    k_start: Tensor
+    k_len: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, int, int, int, int]], device: torch.device | str = "cpu") -> Spans:
+        """From (batch, q_start, q_len, k_start, k_len) rows."""
+        table = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 5)
+        return cls(*table.unbind(1))
+
+    @classmethod
+    def full(cls, batch: int, q_len: int, k_len: int, device: torch.device | str = "cpu") -> Spans:
+        """Every batch row is one sequence: its keys fill all slots, its queries are the last `q_len` positions."""
+        return cls.of([(b, 0, q_len, 0, k_len) for b in range(batch)], device)
+
+    @classmethod
+    def left_padded(cls, pads: Tensor, q_len: int, k_len: int) -> Spans:
+        """`pads` int64 [B]: key slots before the first token of each row. `q_len` query slots are the last of `k_len`."""
+        keys = k_len - pads
+        queries = keys.clamp_max(q_len).clamp_min(0)
+        batch = torch.arange(len(pads), device=pads.device)
+        return cls(batch, q_len - queries, queries, pads.clamp_max(k_len), keys.clamp_min(0))
+
+    @classmethod
+    def packed(cls, lengths: Sequence[int], batch: int = 0, device: torch.device | str = "cpu") -> Spans:
+        """Documents of these lengths one after the other in batch row `batch`, each attending to itself only."""
+        starts = [sum(lengths[:s]) for s in range(len(lengths))]
+        rows = [(batch, start, n, start, n) for start, n in zip(starts, lengths, strict=True)]
+        return cls.of(rows, device)
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def rows(self) -> list[tuple[int, int, int, int, int]]:
+        """(batch, q_start, q_len, k_start, k_len) as Python integers; reads the device."""
+        table = torch.stack([self.batch, self.q_start, self.q_len, self.k_start, self.k_len], dim=1)
+        return [(b, q0, nq, k0, nk) for b, q0, nq, k0, nk in table.tolist()]
+
+    def check(self, batch: int, q_slots: int, k_slots: int, capacity: int) -> None:
+        """Raise UserError unless every span lies inside the tensors and the layout. Reads the device."""
+        for b, q0, nq, k0, nk in self.rows():
+            inside = 0 <= b < batch and 0 <= q0 <= q0 + nq <= q_slots and 0 <= k0 <= k0 + nk <= k_slots
+            require(
+                inside and nq <= nk,
+                f"span (batch {b}, queries {q0}+{nq}, keys {k0}+{nk}) does not fit {batch} rows of {q_slots} query and "
+                f"{k_slots} key slots, with at most as many queries as keys",
+            )
+            require(
+                nk <= capacity, f"a sequence has {nk} positions, the layout is compiled for {capacity}: compile a longer one"
+            )
