@@ -6,11 +6,11 @@ heads of a group share a mask), n the capacity in positions, L the corner rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from math import gcd
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from attnsieve.errors import require
 from attnsieve.patterns import FOREVER, BlockRows, Pattern
 from attnsieve.patterns.corner import pack_bits
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Layout:
     corner: Tensor | None = None
     corner_rows: Tensor | None = None
     blocks: Blocks | None = None
-    schedules: dict[Any, Any] = field(default_factory=dict, repr=False)
+    schedules: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         require(self.end.dtype == torch.int32 and self.end.ndim == 3, f"end must be int32 [Z, H, n], got {_kind(self.end)}")
@@ -75,19 +77,21 @@ class Layout:
     def device(self) -> torch.device:
         return self.end.device
 
-    def schedule(self, key: Any, build: Callable[[], Any]) -> Any:
+    def schedule(self, key: Hashable, build: Callable[[], T]) -> T:
         """What a backend derives from this layout, built once per `key`."""
         if key not in self.schedules:
             self.schedules[key] = build()
-        return self.schedules[key]
+        return cast(T, self.schedules[key])
 
     def to(self, device: torch.device | str) -> Layout:
         """A copy on `device`, without schedules; self if it is there already."""
         if torch.device(device) == self.device:
             return self
-        move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731
-        blocks = self.blocks and Blocks(self.blocks.size, move(self.blocks.count), move(self.blocks.index))
-        return Layout(self.length, move(self.end), move(self.offset), move(self.corner), move(self.corner_rows), blocks)
+        blocks = self.blocks and Blocks(self.blocks.size, self.blocks.count.to(device), self.blocks.index.to(device))
+        offset, corner, rows = (
+            None if part is None else part.to(device) for part in (self.offset, self.corner, self.corner_rows)
+        )
+        return Layout(self.length, self.end.to(device), offset, corner, rows, blocks)
 
     def keep(self, z: int, h: int, i: Tensor, j: Tensor) -> Tensor:
         """bool: whether query positions `i` keep key positions `j` (int64, broadcastable, below `length`)."""
@@ -225,8 +229,7 @@ def _stack_blocks(heads: list[list[BlockRows]], n: int) -> Blocks | None:
     if not sizes:
         return None
     size = reduce(gcd, sizes)
-    lists = [[_keys_of_row(head, row * size) for row in range(-(-n // size))] for head in heads]
-    lists = [[_split(keys, size) for keys in rows] for rows in lists]
+    lists = [[_blocks_of_row(head, row, size) for row in range(-(-n // size))] for head in heads]
     count = torch.tensor([[len(keys) for keys in rows] for rows in lists], dtype=torch.int32)
     index = torch.full((*count.shape, max(1, int(count.max()))), -1, dtype=torch.int32)
     for h, rows in enumerate(lists):
@@ -235,18 +238,14 @@ def _stack_blocks(heads: list[list[BlockRows]], n: int) -> Blocks | None:
     return Blocks(size, count[None], index[None])
 
 
-def _keys_of_row(blocks: list[BlockRows], token: int) -> list[tuple[int, int]]:
-    """(first key, block size) of every block that the row of `token` lists."""
-    found = []
+def _blocks_of_row(blocks: list[BlockRows], row: int, size: int) -> list[int]:
+    """Key blocks of `size` tokens that a row of blocks keeps, ascending, each once, none after the row."""
+    found: set[int] = set()
     for block in blocks:
-        row = token // block.size
-        found += [(key * block.size, block.size) for key in block.index[row, : int(block.count[row])].tolist()]
-    return found
-
-
-def _split(keys: list[tuple[int, int]], size: int) -> list[int]:
-    """The same keys as block numbers of `size` tokens, ascending, each once."""
-    return sorted({(first + step) // size for first, width in keys for step in range(0, width, size)})
+        finer = block.size // size
+        listed = block.index[row // finer, : int(block.count[row // finer])].tolist()
+        found.update(key * finer + step for key in listed for step in range(finer))
+    return sorted(key for key in found if key <= row)
 
 
 def _kind(tensor: Tensor) -> str:

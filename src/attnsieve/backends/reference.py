@@ -26,6 +26,8 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     out = q.new_zeros(batch, heads, q_slots, v.shape[-1])
     lse = q.new_full((batch, heads, q_slots), -torch.inf)
     for b, q0, nq, k0, nk in call.spans.rows():
+        if nq == 0:
+            continue
         queries, keys = slice(q0, q0 + nq), slice(k0, k0 + nk)
         scores = q[b, :, queries] @ k[b, :, keys].mT * call.scale
         if call.key_bias is not None:
