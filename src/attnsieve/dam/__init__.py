@@ -1,0 +1,25 @@
+"""DAM, Dynamic Attention Mask (arXiv 2506.11104): from mean attention maps to one pattern per head.
+
+Symbols as in the paper: L the pattern capture length, Abar the mean map, M the true mask, R and Cs the matched diagonals and
+columns. Everything is per (layer, query head); leading dimensions of the tensors are free.
+"""
+
+from attnsieve.dam.boxcox import cut, transform
+from attnsieve.dam.extend import extend, reach
+from attnsieve.dam.matching import column_hits, diagonal_hits, matched
+from attnsieve.dam.truemask import absolute, force, kept_mass, mass, relative
+
+__all__ = [
+    "absolute",
+    "column_hits",
+    "cut",
+    "diagonal_hits",
+    "extend",
+    "force",
+    "kept_mass",
+    "mass",
+    "matched",
+    "reach",
+    "relative",
+    "transform",
+]

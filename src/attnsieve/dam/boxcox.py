@@ -1,0 +1,62 @@
+"""The Box-Cox amplification of mean attention (arXiv 2506.11104, section 4.2, steps 1 and 2), literal and in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from attnsieve.errors import require
+
+
+def transform_literal(maps: Tensor, lam: float, eps: float) -> Tensor:
+    """At as the paper writes it: B(max(Abar, eps)) minus the least value of B in `maps`. Any shape, dtype kept."""
+    amplified = _boxcox(maps.clamp_min(_checked(eps)), lam)
+    return amplified - amplified.min()
+
+
+def transform(maps: Tensor, lam: float, eps: float) -> Tensor:
+    """At in closed form, B(max(Abar, eps)) - B(eps); equals the literal form as soon as one cell is at most eps.
+
+    Causality leaves zeros above the diagonal, so every map of two or more rows has one. Any shape, dtype kept.
+    """
+    return _boxcox(maps.clamp_min(_checked(eps)), lam) - _boxcox(maps.new_tensor(eps), lam)
+
+
+def cut(tau: float, lam: float, eps: float) -> float:
+    """The mean attention c for which At >= tau iff Abar >= c: (lam tau + eps^lam)^(1 / lam).
+
+    0 for tau <= 0, where every cell passes; infinity where no probability reaches tau.
+    """
+    _checked(eps)
+    if tau <= 0:
+        return 0.0
+    if lam == 0:
+        return eps * _exp(tau)
+    above = math.expm1(lam * math.log(eps)) + lam * tau
+    if above <= -1:  # a negative lam bounds At from above
+        return math.inf
+    return _exp(math.log1p(above) / lam)
+
+
+def at_least(maps: Tensor, threshold: float) -> Tensor:
+    """maps >= threshold, exact although `maps` may have fewer bits than `threshold`."""
+    rounded = torch.tensor(threshold, dtype=maps.dtype, device=maps.device)
+    if rounded.double() < threshold:
+        rounded = rounded.nextafter(torch.full_like(rounded, torch.inf))
+    return maps >= rounded
+
+
+def _boxcox(x: Tensor, lam: float) -> Tensor:
+    # expm1 keeps the digits that (x^lam - 1) / lam loses at small lam.
+    return x.log() if lam == 0 else (x.log() * lam).expm1() / lam
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def _checked(eps: float) -> float:
+    require(0 < eps < 1, f"eps must lie between 0 and 1, got {eps}; the paper uses 1e-10")
+    return eps
