@@ -1,0 +1,163 @@
+"""apply: run a transformers model under a plan, and undo it without a trace."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from attnsieve.attention import BACKENDS, attend
+from attnsieve.errors import UserError, require
+from attnsieve.hf.dense import own_attention, refuse_unservable, why_call_dense, why_layer_dense
+from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint
+from attnsieve.hf.interface import LayerCall, attach
+from attnsieve.hf.locate import Place, SpanMemo, locate
+from attnsieve.hf.report import BY_PLAN, LayerReport, Report
+from attnsieve.layout import Layout
+from attnsieve.layout import compile as compile_layout
+from attnsieve.patterns import Pattern, dense
+from attnsieve.plan import Plan
+
+LEAST_CAPACITY = 256
+
+logger = logging.getLogger("attnsieve")
+
+
+def apply(model: PreTrainedModel, plan: Plan, *, backend: str = "auto", strict: bool = False) -> Handle:
+    """Run `model` with the attention of `plan` until the returned handle is removed or its `with` block ends.
+
+    Layers that cannot follow the plan (sliding windows that bind, softcap, sinks, dropout, masks of the caller's own) keep
+    the model's own attention; the handle's report names them, and with `strict` they raise UserError. `backend` as in
+    `attnsieve.attend`.
+
+    Raises UserError for a plan made for another model, a model without the attention interface, a model that has a handle
+    already, an unknown backend, and patterns that choose keys from the input.
+    """
+    require(backend in ("auto", *BACKENDS), f"unknown backend {backend!r}; choose from auto, {', '.join(BACKENDS)}")
+    plan.check(fingerprint(model))
+    if strict:
+        _refuse_dense_layers(attention_layers(model), plan)
+    layouts, memo = LayoutCache(), SpanMemo()
+    layers: list[SparseLayer] = []
+
+    def make(layer: AttentionLayer) -> SparseLayer:
+        layers.append(SparseLayer(layer, plan.row(layer.index), layouts, memo, backend, strict))
+        return layers[-1]
+
+    detach = attach(model, make)
+    return Handle(detach, layers)
+
+
+def _refuse_dense_layers(layers: list[AttentionLayer], plan: Plan) -> None:
+    for layer in layers:
+        reason = why_layer_dense(layer)
+        if reason is not None and _sparse_heads(plan.row(layer.index)):
+            raise UserError(f"strict: the plan makes layer {layer.index} sparse, but it must stay dense ({reason})")
+
+
+def _sparse_heads(row: tuple[Pattern, ...]) -> int:
+    return sum(pattern != dense() for pattern in row)
+
+
+class Handle:
+    """An applied plan. A context manager; removing it restores the model bit for bit."""
+
+    def __init__(self, detach: Callable[[], None], layers: list[SparseLayer]) -> None:
+        self._detach: Callable[[], None] | None = detach
+        self._layers = layers
+
+    def remove(self) -> None:
+        """Restore the model's own attention. Does nothing the second time."""
+        if self._detach is not None:
+            self._detach()
+            self._detach = None
+
+    def report(self) -> Report:
+        """Calls so far: what ran sparse, what stayed dense, and why."""
+        return Report(tuple(layer.calls for layer in self._layers))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+
+class LayoutCache:
+    """Layouts of a model's layers: one per row of patterns and power-of-two capacity, built when first needed."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[tuple[tuple[Pattern, ...], int, torch.device], Layout] = {}
+
+    def get(self, patterns: tuple[Pattern, ...], tokens: int, device: torch.device) -> Layout:
+        """A layout for at least `tokens` positions. Layers with the same patterns share it."""
+        capacity = max(LEAST_CAPACITY, 1 << (tokens - 1).bit_length())
+        key = (patterns, capacity, device)
+        if key not in self._layouts:
+            self._layouts[key] = compile_layout(patterns, capacity, device)
+        return self._layouts[key]
+
+
+class SparseLayer:
+    """One layer under a plan: runs its calls sparse, or as the model would with the reason counted."""
+
+    def __init__(
+        self,
+        layer: AttentionLayer,
+        row: tuple[Pattern, ...],
+        layouts: LayoutCache,
+        memo: SpanMemo,
+        backend: str,
+        strict: bool,
+    ) -> None:
+        chosen = [str(pattern) for pattern in row if pattern.dynamic]
+        require(not chosen, f"layer {layer.index}: apply takes static patterns; {chosen[:1]} chooses its keys from the input")
+        self.calls = LayerReport(layer.index, _sparse_heads(row))
+        self._layer, self._row, self._never = layer, row, why_layer_dense(layer)
+        self._layouts, self._memo, self._backend, self._strict = layouts, memo, backend, strict
+
+    def __call__(self, call: LayerCall) -> Tensor:
+        refuse_unservable(call, len(self._row))
+        if not self.calls.sparse_heads:
+            self.calls.dense[BY_PLAN] += 1
+            return own_attention(call)
+        place = self._never or why_call_dense(self._layer, call) or locate(self._layer.index, call, self._memo)
+        if isinstance(place, str):
+            self._stay_dense(place)
+            return own_attention(call)
+        self.calls.sparse[place.phase] += 1
+        return self._sparse(call, place)
+
+    def _stay_dense(self, reason: str) -> None:
+        index = self._layer.index
+        require(not self._strict, f"strict: the plan makes layer {index} sparse, but this call must stay dense ({reason})")
+        if reason not in self.calls.dense:
+            logger.warning("layer %d stays dense although the plan is sparse there (%s)", index, reason)
+        self.calls.dense[reason] += 1
+
+    def _sparse(self, call: LayerCall, place: Place) -> Tensor:
+        query, key, value = _autocast(call.query, call.key[:, :, : place.k_slots], call.value[:, :, : place.k_slots])
+        layout = self._layouts.get(_per_kv_head(self._row, key.shape[1]), place.k_slots, query.device)
+        out = attend(query, key, value, layout, spans=place.spans, scale=call.scaling, backend=self._backend)
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2).contiguous()
+
+
+def _per_kv_head(row: tuple[Pattern, ...], kv_heads: int) -> tuple[Pattern, ...]:
+    """One pattern per KV head where the query heads of every group share theirs, which spares kernels work; else `row`."""
+    group = len(row) // kv_heads
+    shared = all(len(set(row[start : start + group])) == 1 for start in range(0, len(row), group))
+    return row[::group] if shared else row
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in autocast's dtype where autocast is on, as torch does for its own attention."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]

@@ -1,0 +1,95 @@
+"""A layer's own attention, and the reasons for which a layer has to stay with it."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from attnsieve.errors import require
+from attnsieve.hf.geometry import AttentionLayer
+from attnsieve.hf.interface import LayerCall
+
+
+def own_attention(call: LayerCall) -> Tensor:
+    """What the model computes without masks of ours: [B, Tq, Hq, Dv]. sdpa, or the model's eager code where sdpa cannot."""
+    if call.options.get("softcap") is None and call.options.get("s_aux") is None:
+        forward, mask = sdpa_attention_forward, call.mask
+    else:
+        forward, mask = _eager_of(call), _additive_mask(call)
+    out, _ = forward(
+        call.module, call.query, call.key, call.value, mask, scaling=call.scaling, dropout=call.dropout, **call.options
+    )
+    return out
+
+
+def _eager_of(call: LayerCall):  # type: ignore[no-untyped-def]
+    name = type(call.module).__name__
+    eager = getattr(sys.modules[type(call.module).__module__], "eager_attention_forward", None)
+    require(eager is not None, f"{name} caps its scores or has sinks, and its model has no eager attention to leave it to")
+    return eager
+
+
+def _additive_mask(call: LayerCall) -> Tensor:
+    """Eager code adds its mask and knows no causality: 0 where a key may be read, the lowest number elsewhere."""
+    q_slots, k_slots = call.query.shape[2], call.key.shape[2]
+    mask = call.mask
+    if mask is None:
+        # None means causal from the first slot on (an empty cache, perhaps with room), or one query that reads everything.
+        rows = torch.ones(q_slots, k_slots, dtype=torch.bool, device=call.query.device)
+        mask = (rows if q_slots == 1 else rows.tril())[None, None]
+    if mask.dtype != torch.bool:
+        return mask
+    lowest = torch.finfo(call.query.dtype).min
+    return torch.zeros_like(mask, dtype=call.query.dtype).masked_fill_(~mask, lowest)
+
+
+def why_layer_dense(layer: AttentionLayer) -> str | None:
+    """Why no call of this layer can run sparse, or None."""
+    if layer.softcap:
+        return "softcap: the model caps its attention scores"
+    if layer.sinks:
+        return "sinks: learned sinks take part in the model's softmax"
+    if layer.kind not in ("full_attention", "sliding_attention"):
+        return f"layer type {layer.kind}: the model restricts this layer by its own rule"
+    return None
+
+
+def why_call_dense(layer: AttentionLayer, call: LayerCall) -> str | None:
+    """Why this call cannot run sparse, or None. Never reads the device."""
+    options = call.options
+    causal = options.get("is_causal")
+    window = options.get("sliding_window") or layer.window
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        return "softcap or sinks: the model changes its softmax"
+    if options.get("position_bias") is not None:
+        return "position bias: the model adds a learned bias to its scores"
+    if not (getattr(call.module, "is_causal", True) if causal is None else causal):
+        return "bidirectional: masks are defined for causal attention"
+    if call.dropout > 0:
+        return "dropout: attention dropout is on; set attention_dropout to 0 or use model.eval()"
+    # Below the window no key was dropped from the cache; from it on, key slots are no longer positions.
+    if window is not None and call.key.shape[2] >= window:
+        return f"sliding window: the model's own window of {window} tokens decides"
+    return None
+
+
+def refuse_unservable(call: LayerCall, heads: int) -> None:
+    """Raise UserError for calls that neither a sparse nor a dense layer can answer right."""
+    options = call.options
+    require(
+        not options.get("output_attentions"),
+        "output_attentions asks for all attention weights, which sparse attention never computes; remove the handle and load "
+        'the model with attn_implementation="eager" to look at them',
+    )
+    require(
+        all(options.get(name) is None for name in ("cache", "block_table")),
+        "continuous batching hands over a paged cache, which attnsieve does not serve; use model.generate",
+    )
+    require(
+        call.query.shape[1] == heads,
+        f"the layer was called with {call.query.shape[1]} query heads, the plan has {heads}: heads split over devices "
+        "(tensor parallelism) are not served",
+    )

@@ -1,0 +1,131 @@
+"""What a transformers model's attention looks like: its fingerprint and its attention layers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from attnsieve.errors import UserError, require
+from attnsieve.fingerprint import Fingerprint
+
+# Configuration entries that change what attention maps look like. Not the context limit, dtype, paths or sizes of MLPs.
+HASHED = (
+    "rope_parameters",
+    "partial_rotary_factor",
+    "layer_types",
+    "no_rope_layers",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "attention_chunk_size",
+    "attn_logit_softcapping",
+    "query_pre_attn_scalar",
+    "attention_multiplier",
+    "use_qk_norm",
+    "num_key_value_heads",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "hidden_size",
+    "head_dim",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionLayer:
+    """One self-attention module and what of it a sparse mask must respect.
+
+    `kind` is the configuration's layer type ("full_attention" where it has none); `window` the sliding window in tokens or
+    None; `softcap` and `sinks` whether the scores are capped or learned sinks join the softmax.
+    """
+
+    index: int
+    module: nn.Module
+    kind: str
+    window: int | None
+    softcap: bool
+    sinks: bool
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model inside `model`. Raises UserError unless it is a decoder of transformers."""
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"expected a transformers model, got {type(model).__name__}; of a wrapper pass the model inside, "
+            "such as model.get_base_model() for PEFT"
+        )
+    config = model.config.get_text_config()
+    require(
+        not getattr(model.config, "is_encoder_decoder", False) and getattr(config, "is_causal", True),
+        f"{type(model).__name__} is not a causal decoder; masks are defined for causal self-attention only",
+    )
+    return config
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """The attention geometry of a transformers decoder.
+
+    Raises UserError for models that do not use transformers' attention interface, with the reason.
+    """
+    attention_layers(model)
+    config = text_config(model)
+    heads = config.num_attention_heads
+    return Fingerprint(
+        model_type=config.model_type,
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        config_hash=_config_hash(config),
+    )
+
+
+def attention_layers(model: nn.Module) -> list[AttentionLayer]:
+    """Every self-attention module of the language model that calls the attention interface, in layer order.
+
+    Raises UserError, with the reason, when there is none or when two share a layer.
+    """
+    config = text_config(model)
+    modules = [module for module in model.modules() if _calls_interface(module, config)]
+    require(
+        bool(modules),
+        f"{type(model).__name__} does not use transformers' AttentionInterface: its attention is written into the model and "
+        "cannot be replaced; use an architecture that does, such as Llama, Qwen3, Mistral or Gemma",
+    )
+    layers = [_describe(module, config) for module in modules]
+    indices = [layer.index for layer in layers]
+    if len(set(indices)) != len(indices):
+        raise UserError(f"{type(model).__name__} has several attention modules in one layer; this is not supported")
+    return sorted(layers, key=lambda layer: layer.index)
+
+
+def _calls_interface(module: nn.Module, config: Any) -> bool:
+    modeling = sys.modules.get(type(module).__module__)
+    return (
+        isinstance(getattr(module, "layer_idx", None), int)
+        and "Attention" in type(module).__name__
+        and getattr(module, "config", None) is config
+        and hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
+    )
+
+
+def _describe(module: nn.Module, config: Any) -> AttentionLayer:
+    index: Any = module.layer_idx
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[index] if kinds else "full_attention"
+    softcap = getattr(module, "attn_logit_softcapping", None) is not None
+    window = getattr(module, "sliding_window", None)
+    if kind == "sliding_attention":
+        window = window or config.sliding_window
+    return AttentionLayer(index, module, kind, window, softcap, sinks=hasattr(module, "sinks"))
+
+
+def _config_hash(config: Any) -> str:
+    values = {name: value for name in HASHED if (value := getattr(config, name, None)) is not None}
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

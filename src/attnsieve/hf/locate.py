@@ -1,0 +1,93 @@
+"""Where the sequences of one attention call are, and which part of generation it belongs to."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnsieve.errors import require
+from attnsieve.hf.interface import LayerCall
+from attnsieve.hf.masks import first_own_slot, spans_of_mask
+from attnsieve.spans import Spans
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """The spans of a call, the key slots they need (the rest of a static cache is unwritten) and its phase."""
+
+    spans: Spans
+    k_slots: int
+    phase: str
+
+
+class SpanMemo:
+    """What masks were found to mean, kept while the layers of one forward pass share them."""
+
+    def __init__(self) -> None:
+        self._layer = -1
+        self._known: dict[Hashable, tuple[weakref.ref[Tensor] | None, Spans | str]] = {}
+
+    def get(self, layer: int, mask: Tensor | None, key: Hashable, read: Callable[[], Spans | str]) -> Spans | str:
+        """The answer for `mask` and `key` in this forward pass, from `read` the first time."""
+        # Layers run in ascending order: one that does not come later opens a new pass, where a mask may have new content.
+        if layer <= self._layer:
+            self._known.clear()
+        self._layer = layer
+        known = self._known.get((id(mask), key))
+        if known is None or (known[0] is not None and known[0]() is not mask):
+            known = (None if mask is None else weakref.ref(mask), read())
+            self._known[id(mask), key] = known
+        return known[1]
+
+
+def locate(layer: int, call: LayerCall, memo: SpanMemo) -> Place | str:
+    """The place of a call, or the reason why its mask cannot be expressed as sequences.
+
+    Masks count positions from a sequence's first slot, so padding shifts nothing. Raises UserError for packed documents
+    that the mask does not separate.
+    """
+    batch, _, q_slots, _ = call.query.shape
+    k_slots, device = call.key.shape[2], call.query.device
+    mask = call.mask
+    if mask is None:
+        if q_slots > k_slots:
+            return "there are more queries than keys"
+        # More than one query and no mask: causal from slot 0 on, even where a static cache returns its unwritten rest.
+        used = k_slots if q_slots == 1 else q_slots
+        spans = memo.get(layer, None, (batch, q_slots, used, device), lambda: _unmasked(call, used))
+    else:
+        used, expected = k_slots, (batch, 1, q_slots, k_slots)
+        if mask.dtype != torch.bool or tuple(mask.shape) != expected:
+            return f"the caller's own mask, {mask.dtype} {tuple(mask.shape)}, is not a bool mask {expected}"
+        given = mask
+        spans = memo.get(layer, mask, None, lambda: spans_of_mask(given))
+    return spans if isinstance(spans, str) else Place(spans, used, _phase(q_slots, mask))
+
+
+def _phase(q_slots: int, mask: Tensor | None) -> str:
+    if q_slots == 1:
+        return "decode"
+    return "chunk" if mask is not None and first_own_slot(mask) > 0 else "prefill"
+
+
+def _unmasked(call: LayerCall, k_slots: int) -> Spans:
+    batch, _, q_slots, _ = call.query.shape
+    _refuse_unseparated(call, q_slots)
+    return Spans.full(batch, q_slots, k_slots, call.query.device)
+
+
+def _refuse_unseparated(call: LayerCall, q_slots: int) -> None:
+    """Packed documents without a block-diagonal mask would read each other, and masks would count from the wrong token."""
+    lengths, positions = call.options.get("cu_seq_lens_q"), call.options.get("position_ids")
+    packed = lengths is not None and lengths.numel() > 2
+    if q_slots > 1 and positions is not None and positions.ndim == 2:
+        packed = packed or bool((positions.diff(dim=-1) < 0).any())
+    require(
+        not packed,
+        "the positions restart (packed documents), but transformers made no mask that separates the documents; pass "
+        "position_ids without attention_mask and with use_cache=False",
+    )

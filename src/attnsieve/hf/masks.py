@@ -1,0 +1,105 @@
+"""From transformers' masks to spans: what a mask says about sequences, proven or refused, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import sdpa_mask
+
+from attnsieve.spans import Spans
+
+# The mask function notes here which key slot the first query's own key is in; nothing else in a call says so.
+OFFSET = "_attnsieve_offset"
+# Rows of a mask are compared in pieces of at most this many entries, so that reading a mask stays small beside the mask.
+PIECE = 1 << 24
+
+
+def mask_function(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask for sdpa, noting the slot of the first query's own key on it."""
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    if mask is None or torch.compiler.is_compiling():
+        return mask
+    # Static caches call .contiguous() on the mask, which returns the same object only if it is contiguous already.
+    mask = mask.contiguous()
+    setattr(mask, OFFSET, int(kwargs.get("q_offset", 0)) - int(kwargs.get("kv_offset", 0)))
+    return mask
+
+
+def first_own_slot(mask: Tensor) -> int:
+    """The key slot of the first query's own key; of masks without a note, as if the queries were the last keys."""
+    noted: int | None = getattr(mask, OFFSET, None)
+    return mask.shape[3] - mask.shape[2] if noted is None else noted
+
+
+def spans_of_mask(mask: Tensor) -> Spans | str:
+    """The spans that say exactly what `mask` says, or the reason why there are none.
+
+    mask: bool [B, 1, Tq, Tk], True where a query may read a key. It is explained when every query reads one run of key
+    slots that ends with its own key, runs of one sequence start at the same slot, and sequences of a row do not overlap.
+    Queries that read nothing are padding, and so are queries whose own key no query reads (right padding, trusted only in
+    masks that `mask_function` made). Reads the device.
+    """
+    runs = _runs(mask[:, 0])
+    if runs is None:
+        return "the mask has rows with gaps: it is neither causal, padded nor packed"
+    first, last = runs
+    own = _own_slots(last, first_own_slot(mask))
+    real = (last == own) & (last >= first)
+    stray = (last != own) & (last >= first)
+    if bool(stray.any()) and not (hasattr(mask, OFFSET) and _own_key_unread(mask[:, 0], own, stray)):
+        return "the mask has queries that do not end with their own key: it is not causal"
+    rows = list(_sequences(first, real, own))
+    if _overlap(rows):
+        return "the mask lets several sequences read the same key: it is neither causal, padded nor packed"
+    return Spans.of(rows, mask.device)
+
+
+def _runs(mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    """First and last key read, int64 [B, Tq] on the CPU (last < first: none), or None unless every row is one run of keys."""
+    keys = torch.arange(mask.shape[-1], device=mask.device)
+    firsts, lasts, whole = [], [], []
+    for rows in mask.split(max(1, PIECE // (mask.shape[0] * mask.shape[-1])), dim=1):
+        first = rows.view(torch.uint8).argmax(-1)
+        last = first + rows.sum(-1) - 1
+        whole.append((((keys >= first[..., None]) & (keys <= last[..., None])) == rows).all())
+        firsts.append(first)
+        lasts.append(last)
+    if not bool(torch.stack(whole).all()):
+        return None
+    return torch.cat(firsts, dim=1).cpu(), torch.cat(lasts, dim=1).cpu()
+
+
+def _own_slots(last: Tensor, offset: int) -> Tensor:
+    """int64 [B, Tq]: the slot of every query's own key; of a single query, the last key it reads."""
+    if last.shape[1] == 1:
+        return last
+    return (offset + torch.arange(last.shape[1])).expand_as(last)
+
+
+def _own_key_unread(mask: Tensor, own: Tensor, stray: Tensor) -> bool:
+    """Whether no query reads the own key of any query marked in `stray`."""
+    batch, query = stray.nonzero(as_tuple=True)
+    slots = own[batch, query]
+    if int(slots.max()) >= mask.shape[-1]:
+        return False
+    return not bool(mask.any(1)[batch.to(mask.device), slots.to(mask.device)].any())
+
+
+def _sequences(first: Tensor, real: Tensor, own: Tensor) -> Iterator[tuple[int, int, int, int, int]]:
+    """(batch, q_start, q_len, k_start, k_len) of every run of real queries that start at the same key."""
+    for b, row in enumerate(torch.where(real, first, -1)):
+        q_start = 0
+        starts, lengths = torch.unique_consecutive(row, return_counts=True)
+        for k_start, q_len in zip(starts.tolist(), lengths.tolist(), strict=True):
+            if k_start >= 0:
+                yield b, q_start, q_len, k_start, int(own[b, q_start]) + q_len - k_start
+            q_start += q_len
+
+
+def _overlap(rows: list[tuple[int, int, int, int, int]]) -> bool:
+    """Whether sequences of one batch row share key slots; their last slots ascend, so neighbours tell."""
+    return any(a[0] == b[0] and b[3] < a[3] + a[4] for a, b in pairwise(rows))

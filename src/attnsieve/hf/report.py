@@ -1,0 +1,61 @@
+"""Report: what ran sparse, what stayed dense, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+PHASES = ("prefill", "chunk", "decode")
+BY_PLAN = "by plan: every head of the layer is dense()"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Attention calls of one layer. sparse: by phase (prefill, chunk, decode); dense: by reason."""
+
+    layer: int
+    sparse_heads: int
+    sparse: Counter[str] = field(default_factory=Counter)
+    dense: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a handle has seen so far, layer by layer."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def sparse_calls(self) -> int:
+        """Calls that ran sparse."""
+        return sum(layer.sparse.total() for layer in self.layers)
+
+    @property
+    def unplanned(self) -> dict[str, int]:
+        """Calls that stayed dense although the plan is sparse there, by reason."""
+        reasons: Counter[str] = sum((layer.dense for layer in self.layers), Counter())
+        return {reason: count for reason, count in reasons.most_common() if reason != BY_PLAN}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for programs."""
+        layers = [
+            {
+                "layer": layer.layer,
+                "sparse_heads": layer.sparse_heads,
+                "sparse": dict(layer.sparse),
+                "dense": dict(layer.dense),
+            }
+            for layer in self.layers
+        ]
+        return {"sparse_calls": self.sparse_calls, "unplanned_dense_calls": self.unplanned, "layers": layers}
+
+    def __str__(self) -> str:
+        phases: Counter[str] = sum((layer.sparse for layer in self.layers), Counter())
+        ran = ", ".join(f"{phases[phase]} {phase}" for phase in PHASES if phases[phase]) or "none"
+        lines = [f"attention calls that ran sparse: {ran}"]
+        dense: dict[str, list[int]] = {}
+        for layer in self.layers:
+            for reason in layer.dense:
+                dense.setdefault(reason, []).append(layer.layer)
+        return "\n".join(lines + [f"dense in layers {layers}: {reason}" for reason, layers in dense.items()])
