@@ -1,0 +1,71 @@
+"""Dynamic mask attention as a function of q, k, v and its three parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnsieve.attention import attend
+from attnsieve.errors import require
+from attnsieve.layout import Layout
+from attnsieve.nn.scores import key_scores
+from attnsieve.nn.segments import Segments
+from attnsieve.nn.selection import SelectionRule
+from attnsieve.spans import Spans
+
+
+def dynamic_mask_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    dt_weight: Tensor,
+    A: Tensor,
+    keep_window_size: int,
+    dt_bias: Tensor | None = None,
+    window: int = 0,
+    sinks: int = 0,
+    union: bool = False,
+    spans: Spans | Segments | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention over the `keep_window_size` best keys of each row's prefix (arXiv 2508.02124, Eq. 3 to 5).
+
+    q [B, Hq, Tq, D]; k [B, Hkv, Tk, D], both after RoPE; v [B, Hkv, Tk, Dv]; dt_weight [Hkv, Hkv * Dv]; A and dt_bias [Hkv].
+    The queries are the last Tq of the Tk slots. `window`, `sinks` and `union` as in `SelectionRule`. `spans`: padding and
+    packed documents; `Segments` where they are built on the device. Slots in no document hold anything, NaN too, and give
+    output 0. Returns [B, Hq, Tq, Dv] in q's dtype; differentiable in q, k, v (also through the scores), dt_weight, dt_bias
+    and A, not through the choice of keys: a key never admitted learns nothing about its score.
+
+    Raises UserError for shapes that do not fit, spans whose queries are not their last slots, and NaN scores (on a GPU
+    these are not looked for, as that would read the device: they make the outputs NaN).
+    """
+    rule = SelectionRule(keep_window_size, window, sinks, union)
+    segments = _segments(spans, k.shape[0], q.shape[2], k.shape[2])
+    if segments is not None:
+        q, k, v = blank(q, segments), blank(k, segments), blank(v, segments)
+    delta, sigma = key_scores(v, dt_weight, dt_bias, A)
+    layout = Layout(k.shape[2], rule.ends(sigma, segments))
+    out = attend(q, k, v, layout, scale=scale, key_bias=delta, backend=backend)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def blank(tensor: Tensor, segments: Segments) -> Tensor:
+    """[B, H, T, D] with zeros in the padding among its slots, the last T of the segments: 0 * NaN would spread."""
+    real = segments.real[:, -tensor.shape[2] :]
+    return tensor.masked_fill(~real[:, None, :, None], 0.0)
+
+
+def _segments(spans: Spans | Segments | None, batch: int, q_slots: int, k_slots: int) -> Segments | None:
+    if spans is None or isinstance(spans, Segments):
+        return spans
+    if spans.batch.device.type == "cpu":
+        spans.check(batch, q_slots, k_slots, k_slots)
+        aligned = spans.k_start + spans.k_len - (spans.q_start + spans.q_len) == k_slots - q_slots
+        require(
+            bool(torch.all(aligned | (spans.k_len == 0))),
+            f"the queries of every span must lie on the last of the {k_slots} key slots, as its last {q_slots} slots do",
+        )
+    return Segments.of_spans(spans, batch, k_slots)
