@@ -84,7 +84,8 @@ def _check(call: Call) -> None:
         layout.heads in (q.shape[1], k.shape[1]),
         f"the layout has {layout.heads} heads; expected {q.shape[1]} (query heads) or {k.shape[1]} (KV heads)",
     )
-    require(layout.batch in (1, q.shape[0]), f"the layout is for a batch of {layout.batch}, got {q.shape[0]}")
+    sequences = len(call.spans)
+    require(layout.sequences in (1, sequences), f"the layout is for {layout.sequences} sequences, the spans hold {sequences}")
     require(layout.device == q.device, f"the layout is on {layout.device}, q on {q.device}: use layout.to(q.device)")
     if call.key_bias is not None:
         expected = (k.shape[0], k.shape[1], k.shape[2])

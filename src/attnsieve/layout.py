@@ -1,6 +1,6 @@
 """Layout: the patterns of one layer compiled to vectors, the only thing a kernel sees.
 
-Shapes: Z is 1 (static) or the batch size (chosen from the input), H the layout's heads (query heads, or KV heads when the
+Shapes: Z is 1 (static) or the number of sequences in the call's spans (chosen from the input), H the layout's heads (query heads, or KV heads when the
 heads of a group share a mask), n the capacity in positions, L the corner rows.
 """
 
@@ -72,8 +72,8 @@ class Layout:
         return self.end.shape[1]
 
     @property
-    def batch(self) -> int:
-        """1, or the batch size where the masks were chosen from the input."""
+    def sequences(self) -> int:
+        """Z: 1, or the number of sequences where each has masks of its own."""
         return self.end.shape[0]
 
     @property
@@ -111,11 +111,15 @@ class Layout:
 
     def _in_block(self, z: int, h: int, i: Tensor, j: Tensor) -> Tensor:
         assert self.blocks is not None
-        size = self.blocks.size
+        table = self.schedule(("block table", z, h), lambda: self._block_table(z, h))
+        return table[i // self.blocks.size, j // self.blocks.size]
+
+    def _block_table(self, z: int, h: int) -> Tensor:
+        """bool [nb, nb + 1], the last column for the padding of the lists."""
+        assert self.blocks is not None
         listed = self.blocks.index[z, h].long()
         table = torch.zeros(len(listed), len(listed) + 1, dtype=torch.bool, device=self.device)
-        table.scatter_(1, torch.where(listed < 0, len(listed), listed), True)
-        return table[i // size, j // size]
+        return table.scatter_(1, torch.where(listed < 0, len(listed), listed), True)
 
     def _in_corner(self, h: int, i: Tensor, j: Tensor) -> Tensor:
         assert self.corner is not None
@@ -125,14 +129,14 @@ class Layout:
 
     def dense(self, rows: Tensor, keys: Tensor) -> Tensor:
         """bool [Z, H, rows, keys]: the mask written out, for oracles and small pictures."""
-        heads = [[self.keep(z, h, rows[:, None], keys[None, :]) for h in range(self.heads)] for z in range(self.batch)]
+        heads = [[self.keep(z, h, rows[:, None], keys[None, :]) for h in range(self.heads)] for z in range(self.sequences)]
         return torch.stack([torch.stack(row) for row in heads])
 
     def pairs(self, n: int | None = None) -> Tensor:
         """int64 [Z, H]: kept (query, key) pairs among the first `n` positions, counted exactly without n x n memory."""
         n = self.length if n is None else n
         require(0 < n <= self.length, f"can count 1 to {self.length} positions, got {n}")
-        counts = [[self._pairs_of_head(z, h, n) for h in range(self.heads)] for z in range(self.batch)]
+        counts = [[self._pairs_of_head(z, h, n) for h in range(self.heads)] for z in range(self.sequences)]
         return torch.tensor(counts)
 
     def density(self, n: int | None = None) -> Tensor:

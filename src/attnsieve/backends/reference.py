@@ -25,23 +25,23 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     batch, heads, q_slots, _ = q.shape
     out = q.new_zeros(batch, heads, q_slots, v.shape[-1])
     lse = q.new_full((batch, heads, q_slots), -torch.inf)
-    for b, q0, nq, k0, nk in call.spans.rows():
+    for s, (b, q0, nq, k0, nk) in enumerate(call.spans.rows()):
         if nq == 0:
             continue
         queries, keys = slice(q0, q0 + nq), slice(k0, k0 + nk)
         scores = q[b, :, queries] @ k[b, :, keys].mT * call.scale
         if call.key_bias is not None:
             scores = scores + call.key_bias[b, :, None, keys].to(work).repeat_interleave(group, dim=0)
-        mask = head_mask(call, b, torch.arange(nk - nq, nk), torch.arange(nk))
+        mask = head_mask(call, s, torch.arange(nk - nq, nk), torch.arange(nk))
         part, total = masked_softmax_matmul(scores, mask, v[b, :, keys])
         out[b, :, queries], lse[b, :, queries] = part, total
     return out.to(call.q.dtype), lse
 
 
-def head_mask(call: Call, b: int, rows: Tensor, keys: Tensor) -> Tensor:
-    """bool [Hq, rows, keys] of batch row `b`."""
+def head_mask(call: Call, s: int, rows: Tensor, keys: Tensor) -> Tensor:
+    """bool [Hq, rows, keys] of sequence `s`."""
     layout = call.layout
-    mask = layout.dense(rows.to(layout.device), keys.to(layout.device))[b if layout.batch > 1 else 0]
+    mask = layout.dense(rows.to(layout.device), keys.to(layout.device))[s if layout.sequences > 1 else 0]
     return mask.repeat_interleave(call.q.shape[1] // layout.heads, dim=0).to(call.q.device)
 
 

@@ -15,7 +15,7 @@ from attnsieve.layout import Layout
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """Sequences with equal slots: batch rows, first query and key slot, lengths, and the layout's batch index."""
+    """Sequences with equal slots: batch rows, first query and key slot, lengths, and the layout's sequence index."""
 
     batch: list[int]
     q_start: int
@@ -44,8 +44,8 @@ class Part:
 def slots_of(call: Call) -> list[Slots]:
     """Sequences of the call, those that can be computed together as one. Reads the device once."""
     groups: dict[tuple[int, int, int, int, int], list[int]] = {}
-    for b, q0, nq, k0, nk in call.spans.rows():
-        groups.setdefault((q0, nq, k0, nk, b if call.layout.batch > 1 else 0), []).append(b)
+    for s, (b, q0, nq, k0, nk) in enumerate(call.spans.rows()):
+        groups.setdefault((q0, nq, k0, nk, s if call.layout.sequences > 1 else 0), []).append(b)
     return [Slots(batch, *key) for key, batch in groups.items() if key[1] > 0]
 
 
