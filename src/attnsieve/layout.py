@@ -111,10 +111,10 @@ class Layout:
 
     def _in_block(self, z: int, h: int, i: Tensor, j: Tensor) -> Tensor:
         assert self.blocks is not None
-        table = self.schedule(("block table", z, h), lambda: self._block_table(z, h))
+        table = self.schedule(("block table", z, h), lambda: self.block_table(z, h))
         return table[i // self.blocks.size, j // self.blocks.size]
 
-    def _block_table(self, z: int, h: int) -> Tensor:
+    def block_table(self, z: int, h: int) -> Tensor:
         """bool [nb, nb + 1], the last column for the padding of the lists."""
         assert self.blocks is not None
         listed = self.blocks.index[z, h].long()

@@ -2,7 +2,22 @@
 
 from attnsieve.patterns.base import FOREVER, Atom, BlockRows, Pattern
 from attnsieve.patterns.corner import Captured
-from attnsieve.patterns.text import columns, dense, diagonals, dilated, empty, random_blocks, sink, window
+from attnsieve.patterns.text import (
+    antidiagonal_blocks,
+    columns,
+    dam_online,
+    dense,
+    diagonals,
+    dilated,
+    empty,
+    pooled_blocks,
+    probed_blocks,
+    random_blocks,
+    sink,
+    top_blocks,
+    vertical_slash,
+    window,
+)
 
 __all__ = [
     "FOREVER",
@@ -10,12 +25,18 @@ __all__ = [
     "BlockRows",
     "Captured",
     "Pattern",
+    "antidiagonal_blocks",
     "columns",
+    "dam_online",
     "dense",
     "diagonals",
     "dilated",
     "empty",
+    "pooled_blocks",
+    "probed_blocks",
     "random_blocks",
     "sink",
+    "top_blocks",
+    "vertical_slash",
     "window",
 ]

@@ -12,6 +12,14 @@ import numpy as np
 from attnsieve.errors import UserError, require
 from attnsieve.patterns.base import Atom, Pattern
 from attnsieve.patterns.corner import Captured
+from attnsieve.patterns.dynamic import (
+    AntidiagonalBlocks,
+    DamOnline,
+    PooledBlocks,
+    ProbedBlocks,
+    TopBlocks,
+    VerticalSlash,
+)
 from attnsieve.patterns.static import Columns, Dense, Diagonals, Dilated, RandomBlocks, Sink, Window
 
 MAX_TEXT = 1 << 20
@@ -57,9 +65,39 @@ def empty() -> Pattern:
     return Pattern.empty()
 
 
-ATOMS: dict[str, Callable[..., Pattern]] = {
-    maker.__name__: maker for maker in (dense, window, sink, columns, diagonals, dilated, random_blocks, empty)
-}
+def vertical_slash(*, mass: float = 0.95, probe: int = 64, strided: int = 0) -> Pattern:
+    """The fewest columns and offsets with `mass` of the attention of the last `probe` queries; chosen from the input."""
+    return Pattern.of(VerticalSlash(mass, probe, strided))
+
+
+def dam_online(*, tau: float = 0.3, mu: float = 0.8, probe: int = 16, strided: int = 0) -> Pattern:
+    """DAM's threshold and matching on a probe of this input."""
+    return Pattern.of(DamOnline(tau, mu, probe, strided))
+
+
+def probed_blocks(*, mass: float = 0.95, block: int = 64, rows: int = 4) -> Pattern:
+    """Per query block, the fewest key blocks with `mass` of the exact attention of `rows` of its queries."""
+    return Pattern.of(ProbedBlocks(mass, block, rows))
+
+
+def antidiagonal_blocks(*, mass: float = 0.9, block: int = 64, stride: int = 8) -> Pattern:
+    """Per query block, the fewest key blocks with `mass` of the antidiagonal scores (XAttention)."""
+    return Pattern.of(AntidiagonalBlocks(mass, block, stride))
+
+
+def pooled_blocks(*, ratio: float = 0.05, block: int = 64) -> Pattern:
+    """Per query block, key blocks whose pooled weight is at least `ratio` of the largest (FlashPrefill's rule)."""
+    return Pattern.of(PooledBlocks(ratio, block))
+
+
+def top_blocks(count: int, *, block: int = 64) -> Pattern:
+    """Per query block, the `count` key blocks with the largest pooled scores."""
+    return Pattern.of(TopBlocks(count, block))
+
+
+STATIC = (dense, window, sink, columns, diagonals, dilated, random_blocks, empty)
+DYNAMIC = (vertical_slash, dam_online, probed_blocks, antidiagonal_blocks, pooled_blocks, top_blocks)
+ATOMS: dict[str, Callable[..., Pattern]] = {maker.__name__: maker for maker in (*STATIC, *DYNAMIC)}
 
 
 def parse_pattern(text: str, corners: Mapping[str, np.ndarray]) -> Pattern:
