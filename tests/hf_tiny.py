@@ -93,18 +93,20 @@ def head_masks(row: Sequence[Pattern], n: int) -> Tensor:
 def masked_model(model: tr.PreTrainedModel, plan: Plan, implementation: str = "eager") -> Iterator[None]:
     """The oracle: stock attention with masks that also close what the plan leaves out, for whole, unpadded texts.
 
-    Eager rounds its softmax to float32 whatever the dtype; "sdpa" is exact in float64.
+    Eager rounds its softmax to float32 whatever the dtype and averages V in rows without keys; "sdpa" is exact in float64
+    and outputs 0 there.
     """
 
     def close(index: int, window: int | None):
         def hook(module, args, kwargs):
             n = args[0].shape[1] if args else kwargs["hidden_states"].shape[1]
             keep = head_masks(plan.row(index), n)
-            if window is not None and n >= window:
+            if window is not None:
                 keep = window_mask(n, window)
-            dtype = module.q_proj.weight.dtype if hasattr(module, "q_proj") else module.qkv_proj.weight.dtype
-            mask = torch.zeros(keep.shape, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)
-            return args, kwargs | {"attention_mask": mask[None]}
+            if implementation == "eager":
+                dtype = next(module.parameters()).dtype
+                keep = torch.zeros(keep.shape, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)
+            return args, kwargs | {"attention_mask": keep[None]}
 
         return hook
 

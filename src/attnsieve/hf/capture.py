@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import attnsieve
 from attnsieve.errors import UserError, require
 from attnsieve.fingerprint import Fingerprint
-from attnsieve.hf.dense import own_attention, refuse_unservable, why_layer_dense
+from attnsieve.hf.dense import own_attention, refuse_unservable, why_not_plain
 from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, LayerState, attach
 from attnsieve.hf.texts import Batch, digest, documents_of, right_padded
@@ -91,7 +91,7 @@ class Recorder:
 
 def _refuse_layers(layers: list[AttentionLayer]) -> None:
     for layer in layers:
-        reason = why_layer_dense(layer)
+        reason = why_not_plain(layer)
         if reason is not None:
             raise UserError(f"layer {layer.index} cannot be profiled ({reason})")
 

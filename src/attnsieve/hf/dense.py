@@ -48,6 +48,11 @@ def _additive_mask(call: LayerCall) -> Tensor:
 
 def why_layer_dense(layer: AttentionLayer) -> str | None:
     """Why no call of this layer can run sparse, or None."""
+    return why_not_plain(layer) or _why_window_dense(layer, layer.window)
+
+
+def why_not_plain(layer: AttentionLayer) -> str | None:
+    """Why this layer is not a softmax over the causal keys, or those of a sliding window; None if it is."""
     if layer.softcap:
         return "softcap: the model caps its attention scores"
     if layer.sinks:
@@ -57,8 +62,16 @@ def why_layer_dense(layer: AttentionLayer) -> str | None:
     return None
 
 
+def _why_window_dense(layer: AttentionLayer, window: int | None) -> str | None:
+    """A window that can bind decides from the first token on: a layer that changed its rule when the text grows past the
+    window would give earlier tokens another meaning in longer texts, and whole texts another than cached ones."""
+    if window is None or (layer.context is not None and window >= layer.context):
+        return None
+    return f"sliding window: the model itself restricts this layer to the {window} newest tokens"
+
+
 def why_call_dense(layer: AttentionLayer, call: LayerCall) -> str | None:
-    """Why this call cannot run sparse, or None. Never reads the device."""
+    """Why this call cannot run sparse, or None. Never reads the device. Raises UserError beyond context and window."""
     options = call.options
     causal = options.get("is_causal")
     window = options.get("sliding_window") or layer.window
@@ -70,10 +83,13 @@ def why_call_dense(layer: AttentionLayer, call: LayerCall) -> str | None:
         return "bidirectional: masks are defined for causal attention"
     if call.dropout > 0:
         return "dropout: attention dropout is on; set attention_dropout to 0 or use model.eval()"
-    # Below the window no key was dropped from the cache; from it on, key slots are no longer positions.
-    if window is not None and call.key.shape[2] >= window:
-        return f"sliding window: the model's own window of {window} tokens decides"
-    return None
+    # From the window on, caches drop keys, and key slots are no longer positions.
+    require(
+        window is None or _why_window_dense(layer, window) is not None or call.key.shape[2] < window,
+        f"the text or its cache has {call.key.shape[2]} tokens, beyond the model's context of {layer.context} and its sliding "
+        f"window of {window}: use a shorter one",
+    )
+    return _why_window_dense(layer, window)
 
 
 def refuse_unservable(call: LayerCall, heads: int) -> None:

@@ -41,13 +41,15 @@ class AttentionLayer:
     """One self-attention module and what of it a sparse mask must respect.
 
     `kind` is the configuration's layer type ("full_attention" where it has none); `window` the sliding window in tokens or
-    None; `softcap` and `sinks` whether the scores are capped or learned sinks join the softmax.
+    None; `context` the model's longest text in tokens or None; `softcap` and `sinks` whether the scores are capped or learned
+    sinks join the softmax.
     """
 
     index: int
     module: nn.Module
     kind: str
     window: int | None
+    context: int | None
     softcap: bool
     sinks: bool
 
@@ -59,12 +61,12 @@ def text_config(model: nn.Module) -> Any:
             f"expected a transformers model, got {type(model).__name__}; of a wrapper pass the model inside, "
             "such as model.get_base_model() for PEFT"
         )
-    config = model.config.get_text_config()
-    require(
-        not getattr(model.config, "is_encoder_decoder", False) and getattr(config, "is_causal", True),
-        f"{type(model).__name__} is not a causal decoder; masks are defined for causal self-attention only",
-    )
-    return config
+    _require_causal(model, not getattr(model.config, "is_encoder_decoder", False))
+    return model.config.get_text_config()
+
+
+def _require_causal(model: nn.Module, causal: bool) -> None:
+    require(causal, f"{type(model).__name__} is not a causal decoder; masks are defined for causal self-attention only")
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -88,7 +90,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """Every self-attention module of the language model that calls the attention interface, in layer order.
 
-    Raises UserError, with the reason, when there is none or when two share a layer.
+    Raises UserError, with the reason, when there is none, when two share a layer and when attention is not causal.
     """
     config = text_config(model)
     modules = [module for module in model.modules() if _calls_interface(module, config)]
@@ -97,6 +99,7 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         f"{type(model).__name__} does not use transformers' AttentionInterface: its attention is written into the model and "
         "cannot be replaced; use an architecture that does, such as Llama, Qwen3, Mistral or Gemma",
     )
+    _require_causal(model, all(getattr(module, "is_causal", True) for module in modules))
     layers = [_describe(module, config) for module in modules]
     indices = [layer.index for layer in layers]
     if len(set(indices)) != len(indices):
@@ -122,7 +125,8 @@ def _describe(module: nn.Module, config: Any) -> AttentionLayer:
     window = getattr(module, "sliding_window", None)
     if kind == "sliding_attention":
         window = window or config.sliding_window
-    return AttentionLayer(index, module, kind, window, softcap, sinks=hasattr(module, "sinks"))
+    context = getattr(config, "max_position_embeddings", None)
+    return AttentionLayer(index, module, kind, window, context, softcap, sinks=hasattr(module, "sinks"))
 
 
 def _config_hash(config: Any) -> str:
