@@ -1,0 +1,146 @@
+"""The bounded cache against attention over the whole text, step by step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnsieve import Spans, UserError
+from attnsieve.nn.cache import BoundedCache
+from attnsieve.nn.functional import dynamic_mask_attention
+from attnsieve.nn.scores import key_scores
+from attnsieve.nn.selection import SelectionRule
+from attnsieve.nn.slots import Slots
+
+KV_HEADS, WIDTH = 2, 4
+
+
+class Text:
+    """A random batch and its attention over everything."""
+
+    def __init__(self, n: int, batch: int = 2, seed: int = 0, ties: bool = False, heads: int = 4) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        self.q, self.k = normal(batch, heads, n, WIDTH), normal(batch, KV_HEADS, n, WIDTH)
+        self.v = normal(batch, KV_HEADS, n, WIDTH)
+        if ties:
+            self.v = self.v.round().clamp(-1, 1)
+        self.weight = normal(KV_HEADS, KV_HEADS * WIDTH) if not ties else torch.ones(KV_HEADS, KV_HEADS * WIDTH).double()
+        self.a = torch.tensor([0.3, -0.5], dtype=torch.float64)
+
+    def full(self, rule: SelectionRule, rows: slice = slice(None), spans: Spans | None = None) -> torch.Tensor:
+        options = {"window": rule.window, "sinks": rule.sinks, "union": rule.union, "spans": spans}
+        q, k, v = (tensor[rows] for tensor in (self.q, self.k, self.v))
+        size = rule.keep_window_size
+        return dynamic_mask_attention(q, k, v, dt_weight=self.weight, A=self.a, keep_window_size=size, **options)
+
+    def slots(self, first: int, last: int) -> Slots:
+        k, v = self.k[:, :, first:last], self.v[:, :, first:last]
+        delta, sigma = key_scores(v, self.weight, None, self.a)
+        return Slots(k, v, delta, sigma, torch.zeros(sigma.shape, dtype=torch.int64))
+
+    def decode(self, cache: BoundedCache, cuts: list[int], real: torch.Tensor | None = None) -> torch.Tensor:
+        """The text in pieces that end at `cuts`."""
+        pieces = zip([0, *cuts], cuts, strict=False)
+        return torch.cat([self.piece(cache, first, last, real) for first, last in pieces], dim=2)
+
+    def piece(self, cache: BoundedCache, first: int, last: int, real: torch.Tensor | None = None) -> torch.Tensor:
+        mask = None if real is None else real[:, first:last]
+        return cache.attend(self.q[:, :, first:last], self.slots(first, last), real=mask)
+
+
+RULES = [
+    SelectionRule(5),
+    SelectionRule(1),
+    SelectionRule(5, window=3),
+    SelectionRule(5, window=3, union=True),
+    SelectionRule(4, window=7, sinks=2),
+    SelectionRule(4, window=7, sinks=2, union=True),
+    SelectionRule(3, sinks=4),
+    SelectionRule(60),
+]
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("prefill", [1, 13])
+@pytest.mark.parametrize("ties", [False, True])
+def test_every_step_equals_attention_over_the_whole_text(rule, prefill, ties):
+    text = Text(40, ties=ties)
+    out = text.decode(BoundedCache(rule), [prefill, *range(prefill + 1, 41)])
+    close(out, text.full(rule))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(RULES),
+    st.lists(st.integers(1, 50), min_size=1, max_size=8, unique=True),
+    st.lists(st.integers(0, 6), min_size=2, max_size=2),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_any_chunks_and_steps_of_a_padded_batch(rule, cuts, pads, ties, seed):
+    text = Text(50, seed=seed, ties=ties)
+    cuts = sorted({*cuts, 50} - set(range(1, max(pads) + 1)))
+    real = torch.arange(50) >= torch.tensor(pads)[:, None]
+    expected = text.full(rule, spans=Spans.left_padded(torch.tensor(pads), 50, 50))
+    text.k[~real[:, None].expand(-1, KV_HEADS, -1)] = torch.nan
+    close(text.decode(BoundedCache(rule), cuts, real), expected)
+
+
+def test_memory_does_not_grow():
+    text, cache = Text(200), BoundedCache(SelectionRule(8, window=4, sinks=2))
+    text.decode(cache, [100])
+    shapes = [tensor.shape for tensor in cache.slots._tensors()]
+    for t in range(100, 200):
+        text.piece(cache, t, t + 1)
+    assert cache.seen == 200
+    assert [tensor.shape for tensor in cache.slots._tensors()] == shapes
+    assert len(cache.slots) == 14
+
+
+def test_copies_branch_and_reorder_moves_rows():
+    text, rule = Text(30, batch=3), SelectionRule(4, window=2)
+    cache = BoundedCache(rule)
+    text.decode(cache, [20])
+    branch = copy.deepcopy(cache)
+    text.decode(BoundedCache(rule), [20, 21])
+    rows = torch.tensor([2, 0, 2])
+    cache.reorder(rows)
+    moved = copy.copy(text)
+    moved.q, moved.k, moved.v = text.q[rows], text.k[rows], text.v[rows]
+    close(moved.piece(cache, 20, 21), moved.full(rule)[:, :, 20:21])
+    close(text.piece(branch, 20, 21), text.full(rule)[:, :, 20:21])
+
+
+def test_reset_starts_anew():
+    text, rule = Text(12), SelectionRule(4)
+    cache = BoundedCache(rule)
+    text.decode(cache, [10])
+    cache.reset()
+    close(text.decode(cache, [6, 12]), text.full(rule))
+
+
+def test_broken_conditions_are_refused():
+    text, cache = Text(12), BoundedCache(SelectionRule(4))
+    weight = torch.nn.Parameter(text.weight)
+    cache.attend(text.q[:, :, :8], text.slots(0, 8), parameters=(weight,))
+    with pytest.raises(UserError, match="batch rows"):
+        cache.attend(text.q[:1, :, 8:9], text.slots(8, 9))
+    with pytest.raises(UserError, match="one query"):
+        cache.attend(text.q[:, :, 8:10], text.slots(8, 9))
+    with pytest.raises(UserError, match="left"):
+        cache.attend(text.q[:, :, 8:10], text.slots(8, 10), real=torch.tensor([[True, False]] * 2))
+    with pytest.raises(UserError, match="decode step"):
+        cache.attend(text.q[:, :, 8:9], text.slots(8, 9), real=torch.tensor([[True], [False]]))
+    with torch.no_grad():
+        weight.add_(1.0)
+    with pytest.raises(UserError, match="changed"):
+        cache.attend(text.q[:, :, 8:9], text.slots(8, 9), parameters=(weight,))
