@@ -91,7 +91,8 @@ def test_any_chunks_and_steps_of_a_padded_batch(rule, cuts, pads, ties, seed):
     cuts = sorted({*cuts, 50} - set(range(1, max(pads) + 1)))
     real = torch.arange(50) >= torch.tensor(pads)[:, None]
     expected = text.full(rule, spans=Spans.left_padded(torch.tensor(pads), 50, 50))
-    text.k[~real[:, None].expand(-1, KV_HEADS, -1)] = torch.nan
+    for tensor in (text.q, text.k, text.v):
+        tensor.transpose(1, 2)[~real] = torch.nan
     close(text.decode(BoundedCache(rule), cuts, real), expected)
 
 

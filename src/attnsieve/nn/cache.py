@@ -92,8 +92,7 @@ class BoundedCache:
         winners = self.slots.part(0, self.rule.keep_window_size)
         keys = torch.where(winners.position >= 0, strict_key(winners.sigma, winners.position), _LOWEST)
         worst, slot = keys.min(dim=-1, keepdim=True)
-        better = (strict_key(candidate.sigma, candidate.position) > worst) & (candidate.position >= 0)
-        winners.put(slot, candidate, better)
+        winners.put(slot, candidate, strict_key(candidate.sigma, candidate.position) > worst)
 
     def _once(self) -> Tensor:
         """bool [B, H, N]: filled slots, each key in one slot only."""
@@ -113,7 +112,7 @@ class BoundedCache:
         segments = _segments(text.position >= 0)
         sigma = text.sigma.flatten(0, 1)[:, None]
         competition = competition_ends(sigma, self.rule.keep_window_size, segments)
-        ends = self.rule.widen(competition, segments, text.position.flatten(0, 1)[:, None]).view_as(text.position)
+        ends = self.rule.widen(competition, segments).view_as(text.position)
         out = _attend(q, text, ends, scale, backend)
         self._remember(text, competition.view_as(text.position))
         return out if real is None else out.masked_fill(~real[:, None, :, None], 0.0)

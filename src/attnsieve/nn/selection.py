@@ -51,8 +51,8 @@ class SelectionRule:
         ends = competition_ends(sigma, self.keep_window_size, segments)
         return self.widen(ends, segments)
 
-    def widen(self, ends: Tensor, segments: Segments | None = None, positions: Tensor | None = None) -> Tensor:
-        """Add window and sinks to the ends of the competition. `positions` [B, H, n]: where they are not the slots."""
+    def widen(self, ends: Tensor, segments: Segments | None = None) -> Tensor:
+        """Add window and sinks to the ends of the competition."""
         if not self.window and not self.sinks:
             return ends
         segments = segments or Segments.whole(ends.shape[0], ends.shape[-1], ends.device)
@@ -62,8 +62,7 @@ class SelectionRule:
             longer = torch.maximum(ends, index + self.window) if self.union else ends + self.window
             ends = torch.minimum(longer, stop)
         if self.sinks:
-            position = index - start if positions is None else positions
-            ends = torch.where(position < self.sinks, stop, ends)
+            ends = torch.where(index - start < self.sinks, stop, ends)
         return ends
 
 
