@@ -43,14 +43,14 @@ class Text:
         delta, sigma = key_scores(v, self.weight, None, self.a)
         return Slots(k, v, delta, sigma, torch.zeros(sigma.shape, dtype=torch.int64))
 
-    def decode(self, cache: BoundedCache, cuts: list[int], real: torch.Tensor | None = None) -> torch.Tensor:
+    def decode(self, cache: BoundedCache, cuts: list[int], real: torch.Tensor | None = None, **options) -> torch.Tensor:
         """The text in pieces that end at `cuts`."""
         pieces = zip([0, *cuts], cuts, strict=False)
-        return torch.cat([self.piece(cache, first, last, real) for first, last in pieces], dim=2)
+        return torch.cat([self.piece(cache, first, last, real, **options) for first, last in pieces], dim=2)
 
-    def piece(self, cache: BoundedCache, first: int, last: int, real: torch.Tensor | None = None) -> torch.Tensor:
+    def piece(self, cache: BoundedCache, first: int, last: int, real: torch.Tensor | None = None, **options) -> torch.Tensor:
         mask = None if real is None else real[:, first:last]
-        return cache.attend(self.q[:, :, first:last], self.slots(first, last), real=mask)
+        return cache.attend(self.q[:, :, first:last], self.slots(first, last), real=mask, **options)
 
 
 RULES = [
@@ -85,15 +85,16 @@ def test_every_step_equals_attention_over_the_whole_text(rule, prefill, ties):
     st.lists(st.integers(0, 6), min_size=2, max_size=2),
     st.booleans(),
     st.integers(0, 1000),
+    st.sampled_from(["reference", "portable"]),
 )
-def test_any_chunks_and_steps_of_a_padded_batch(rule, cuts, pads, ties, seed):
+def test_any_chunks_and_steps_of_a_padded_batch(rule, cuts, pads, ties, seed, backend):
     text = Text(50, seed=seed, ties=ties)
     cuts = sorted({*cuts, 50} - set(range(1, max(pads) + 1)))
     real = torch.arange(50) >= torch.tensor(pads)[:, None]
     expected = text.full(rule, spans=Spans.left_padded(torch.tensor(pads), 50, 50))
     for tensor in (text.q, text.k, text.v):
         tensor.transpose(1, 2)[~real] = torch.nan
-    close(text.decode(BoundedCache(rule), cuts, real), expected)
+    close(text.decode(BoundedCache(rule), cuts, real, backend=backend), expected)
 
 
 def test_memory_does_not_grow():
