@@ -22,6 +22,7 @@ from attnsieve.layout import Layout
 from attnsieve.layout import compile as compile_layout
 from attnsieve.patterns import Pattern, dense
 from attnsieve.plan import Plan
+from attnsieve.selection import choose
 
 LEAST_CAPACITY = 256
 
@@ -36,7 +37,7 @@ def apply(model: PreTrainedModel, plan: Plan, *, backend: str = "auto", strict: 
     `attnsieve.attend`.
 
     Raises UserError for a plan made for another model, a model without the attention interface, a model that has a handle
-    already, an unknown backend, and patterns that choose keys from the input.
+    already, and an unknown backend.
     """
     require(backend in ("auto", *BACKENDS), f"unknown backend {backend!r}; choose from auto, {', '.join(BACKENDS)}")
     plan.check(fingerprint(model))
@@ -115,9 +116,8 @@ class SparseLayer:
         backend: str,
         strict: bool,
     ) -> None:
-        chosen = [str(pattern) for pattern in row if pattern.dynamic]
-        require(not chosen, f"layer {layer.index}: apply takes static patterns; {chosen[:1]} chooses its keys from the input")
         self.calls = LayerReport(layer.index, _sparse_heads(row))
+        self._dynamic = any(pattern.dynamic for pattern in row)
         self._layer, self._row, self._never = layer, row, why_layer_dense(layer)
         self._layouts, self._memo, self._backend, self._strict = layouts, memo, backend, strict
 
@@ -142,7 +142,10 @@ class SparseLayer:
 
     def _sparse(self, call: LayerCall, place: Place) -> Tensor:
         query, key, value = _autocast(call.query, call.key[:, :, : place.k_slots], call.value[:, :, : place.k_slots])
-        layout = self._layouts.get(_per_kv_head(self._row, key.shape[1]), place.k_slots, query.device)
+        if self._dynamic:
+            layout = choose(self._row, query, key, spans=place.spans, scale=call.scaling)
+        else:
+            layout = self._layouts.get(_per_kv_head(self._row, key.shape[1]), place.k_slots, query.device)
         out = attend(query, key, value, layout, spans=place.spans, scale=call.scaling, backend=self._backend)
         assert isinstance(out, Tensor)
         return out.transpose(1, 2).contiguous()
