@@ -1,0 +1,52 @@
+"""The usual figures of a profile, a plan or result rows, written into a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attnsieve.errors import require
+from attnsieve.plan import Plan
+from attnsieve.profiling import Profile
+from attnsieve.show.canvas import save
+from attnsieve.show.grids import density_grid, mass_grid
+from attnsieve.show.heads import head_figure
+from attnsieve.show.results import Row, result_figure
+from attnsieve.show.views import head_view, spread_heads, typical_heads
+
+
+def draw_all(
+    folder: str | Path,
+    *,
+    profile: Profile | None = None,
+    plan: Plan | None = None,
+    heads: Sequence[tuple[int, int]] | None = None,
+) -> list[Path]:
+    """heads.png and, as far as the plan knows them, density.png and retained.png in `folder`; the paths that were written.
+
+    heads: (layer, head) pairs, by default four typical ones. Raises UserError for heads that do not exist and for a profile
+    without maps that comes alone.
+    """
+    require(profile is not None or plan is not None, "figures are drawn from a profile, a plan, or both")
+    if heads is None:
+        heads = typical_heads(plan) if plan is not None else spread_heads(profile.fingerprint)  # type: ignore[union-attr]
+    views = [head_view(layer, head, profile=profile, plan=plan) for layer, head in heads]
+    figures = {"heads.png": head_figure(views, **_boxcox(plan))}
+    if plan is not None and plan.density is not None:
+        figures["density.png"] = density_grid(plan.density)
+    if plan is not None and plan.retained is not None:
+        figures["retained.png"] = mass_grid(plan.retained)
+    return [save(figure, Path(folder) / name) for name, figure in figures.items()]
+
+
+def draw_results(folder: str | Path, rows: Sequence[Row]) -> list[Path]:
+    """One figure per metric of the rows, METRIC.png in `folder`; the paths that were written."""
+    metrics = sorted({str(row["metric"]) for row in rows})
+    return [save(result_figure(rows, metric), Path(folder) / f"{metric}.png") for metric in metrics]
+
+
+def _boxcox(plan: Plan | None) -> dict[str, Any]:
+    """The amplification that the plan was fitted with, where its provenance says so."""
+    settings = plan.provenance.get("settings", {}) if plan is not None else {}
+    return {name: settings[name] for name in ("lam", "eps", "tau") if name in settings}

@@ -1,0 +1,70 @@
+"""Layer x head grids of one number per head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from attnsieve.errors import require
+from attnsieve.show.canvas import new_figure, quiet_axes
+from attnsieve.show.tables import percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+# Up to this many heads every cell carries its number; beyond, the colours have to do.
+MOST_NUMBERS = 700
+LEAST_DENSITY = 0.005
+
+
+def density_grid(density: Tensor, title: str = "density: share of causal pairs kept") -> Figure:
+    """density: [layers, heads] in 0 .. 1, on a logarithmic colour scale."""
+    from matplotlib.colors import LogNorm
+
+    return share_grid(density, title, LogNorm(LEAST_DENSITY, 1.0, clip=True), ticks=(0.01, 0.03, 0.1, 0.3, 1.0))
+
+
+def mass_grid(mass: Tensor, title: str = "retained mass: share of attention inside the mask") -> Figure:
+    """mass: [layers, heads] in 0 .. 1, on a linear colour scale."""
+    from matplotlib.colors import Normalize
+
+    return share_grid(mass, title, Normalize(0.0, 1.0), ticks=(0.0, 0.25, 0.5, 0.75, 1.0))
+
+
+def share_grid(share: Tensor, title: str, norm: Normalize, ticks: tuple[float, ...]) -> Figure:
+    """share: [layers, heads] in 0 .. 1, printed in percent where there is room. Raises UserError for another shape."""
+    require(share.ndim == 2 and share.numel() > 0, f"a grid is drawn from [layers, heads], got shape {tuple(share.shape)}")
+    layers, heads = share.shape
+    numbers = share.numel() <= MOST_NUMBERS
+    cell_width, cell_height = (0.42, 0.24) if numbers else (0.2, 0.16)
+    figure = new_figure(max(4.2, cell_width * heads + 1.8), max(2.4, cell_height * layers + 1.1))
+    axes = figure.subplots()
+    image = axes.imshow(share.numpy(), cmap="cividis", norm=norm, aspect="auto")
+    _label(axes, layers, heads, title)
+    if numbers:
+        _print_numbers(axes, share, norm)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=40, pad=0.02)
+    bar.set_ticks(list(ticks), labels=[f"{100 * tick:g} %" for tick in ticks])
+    bar.minorticks_off()
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _label(axes: Axes, layers: int, heads: int, title: str) -> None:
+    quiet_axes(axes)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("query head", fontsize=9)
+    axes.set_ylabel("layer", fontsize=9)
+    axes.set_xticks(range(0, heads, 1 if heads <= 16 else 4))
+    axes.set_yticks(range(0, layers, 1 if layers <= 40 else 4))
+
+
+def _print_numbers(axes: Axes, share: Tensor, norm: Normalize) -> None:
+    for layer, row in enumerate(share.tolist()):
+        for head, value in enumerate(row):
+            colour = "white" if float(norm(value)) < 0.55 else "black"
+            axes.text(head, layer, percent(value), ha="center", va="center", fontsize=7, color=colour)

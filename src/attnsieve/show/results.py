@@ -1,0 +1,127 @@
+"""Evaluation rows as tables and curves: a metric against density, beside dense attention on the same items.
+
+Rows are dictionaries as the evaluation writes them. Read here: task, variant, length, items, metric, plan, density, value,
+stderr, dense_value, paired_difference and paired_stderr.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from attnsieve.errors import require
+from attnsieve.show.canvas import COLOURS, GREY, MARKERS, new_figure, quiet_axes
+from attnsieve.show.tables import markdown, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+PANEL_WIDTH, PANEL_HEIGHT = 3.4, 2.7
+MOST_PANELS = 24
+
+
+def result_table(rows: Iterable[Row]) -> str:
+    """A Markdown table, one line per row: value with its standard error, dense, and the paired difference with its own.
+
+    Rows of the same task, length and metric stand together.
+    """
+    header = ["task", "length", "items", "metric", "plan", "density %", "value", "dense", "difference"]
+    cells = [
+        [
+            task_name(row),
+            str(row["length"]),
+            str(row["items"]),
+            str(row["metric"]),
+            str(row["plan"]),
+            percent(row.get("density")),
+            with_error(row["value"], row.get("stderr")),
+            with_error(row.get("dense_value")),
+            with_error(row.get("paired_difference"), row.get("paired_stderr"), sign=True),
+        ]
+        for row in sorted(rows, key=lambda row: (task_name(row), row["length"], row["metric"]))
+    ]
+    return markdown(header, cells, left=(0, 3, 4))
+
+
+def result_figure(rows: Sequence[Row], metric: str) -> Figure:
+    """`metric` against density: one panel per task and length, one mark per plan, the dense value as a line.
+
+    Raises UserError when no row has the metric, or when there would be more than `MOST_PANELS` panels.
+    """
+    chosen = [row for row in rows if row["metric"] == metric and row.get("density") is not None]
+    known = sorted({str(row["metric"]) for row in rows})
+    require(bool(chosen), f"no row with a density has the metric {metric!r}; the rows have: {', '.join(known) or 'nothing'}")
+    tasks = sorted({task_name(row) for row in chosen})
+    lengths = sorted({int(row["length"]) for row in chosen})
+    plans = list(dict.fromkeys(str(row["plan"]) for row in chosen))
+    require(
+        len(tasks) * len(lengths) <= MOST_PANELS,
+        f"{len(tasks)} tasks x {len(lengths)} lengths are too many panels: choose some",
+    )
+    figure = new_figure(max(4.6, PANEL_WIDTH * len(lengths) + 0.4), PANEL_HEIGHT * len(tasks) + 0.3 + 0.2 * len(plans))
+    grid = figure.subplots(len(tasks), len(lengths), squeeze=False, sharex=True, sharey="row")
+    for task, line in zip(tasks, grid, strict=True):
+        for length, axes in zip(lengths, line, strict=True):
+            _panel(axes, [row for row in chosen if task_name(row) == task and row["length"] == length], plans)
+            axes.set_title(f"{task}, {length} tokens", fontsize=9, loc="left")
+        line[0].set_ylabel(metric.replace("_", " "), fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xlabel("density, % of causal pairs kept", fontsize=9)
+    _legend(figure, plans)
+    return figure
+
+
+def task_name(row: Row) -> str:
+    """Task and variant, as one name."""
+    return f"{row['task']} {row['variant']}" if row.get("variant") else str(row["task"])
+
+
+def with_error(value: float | None, error: float | None = None, *, sign: bool = False) -> str:
+    """ "0.812 ± 0.03", with a sign for differences; "-" where there is no value."""
+    if value is None:
+        return "-"
+    text = f"{value:+.3g}" if sign else f"{value:.3g}"
+    return text if error is None else f"{text} ± {error:.2g}"
+
+
+def _panel(axes: Axes, rows: Sequence[Row], plans: Sequence[str]) -> None:
+    quiet_axes(axes)
+    axes.set_xscale("log")
+    axes.set_xlim(0.4, 130)
+    axes.set_xticks([1, 3, 10, 30, 100], labels=["1", "3", "10", "30", "100"])
+    axes.minorticks_off()
+    axes.grid(axis="y", color="#ececec")
+    axes.set_axisbelow(True)
+    dense = next((row["dense_value"] for row in rows if row.get("dense_value") is not None), None)
+    if dense is not None:
+        axes.axhline(dense, color=GREY, linewidth=1, linestyle="--")
+    for row in rows:
+        place = plans.index(str(row["plan"]))
+        axes.errorbar(
+            100 * row["density"],
+            row["value"],
+            yerr=row.get("stderr"),
+            **_mark(place),
+            markersize=6,
+            capsize=3,
+            elinewidth=1,
+        )
+
+
+def _mark(place: int) -> dict[str, Any]:
+    """Plans differ in colour and in shape."""
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "linestyle": "none"}
+
+
+def _legend(figure: Figure, plans: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    marks = [Line2D([], [], label=_short(plan), **_mark(place)) for place, plan in enumerate(plans)]
+    marks.append(Line2D([], [], label="dense attention", color=GREY, linewidth=1, linestyle="--"))
+    figure.legend(handles=marks, loc="outside lower left", fontsize=8, frameon=False, ncols=1)
+
+
+def _short(plan: str) -> str:
+    return plan if len(plan) <= 70 else plan[:67] + "..."

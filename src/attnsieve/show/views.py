@@ -1,0 +1,121 @@
+"""What is known of one head, gathered for a picture, and which heads are worth one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnsieve.errors import require
+from attnsieve.fingerprint import Fingerprint
+from attnsieve.patterns import Pattern, dense
+from attnsieve.plan import Plan
+from attnsieve.profiling import Profile
+
+# Written out as n x n bits: enough to see what a rule does, small enough to hold.
+MOST_TOKENS = 8192
+DEFAULT_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class HeadView:
+    """One head. mean: float [L, L]; mask: causal bool [L, L], rows below L; extended: causal bool [n, n]; None if unknown."""
+
+    name: str
+    mean: Tensor | None = None
+    mask: Tensor | None = None
+    extended: Tensor | None = None
+
+
+def head_view(
+    layer: int, head: int, *, profile: Profile | None = None, plan: Plan | None = None, tokens: int | None = None
+) -> HeadView:
+    """The view of one head from a profile with maps, a plan, or both.
+
+    The plan's mask is written out for `tokens` positions, by default twice the capture length. Raises UserError for a layer
+    or head that does not exist, for a profile and a plan of different models, and for more than `MOST_TOKENS` positions.
+    """
+    _check_place(_model_of(profile, plan), layer, head)
+    mean = None if profile is None or profile.maps is None else profile.maps[layer, head]
+    name = f"layer {layer}, head {head}"
+    if plan is None:
+        return HeadView(name, mean)
+    corner = max(rule.corner_rows for row in plan.patterns for rule in row)
+    size = tokens or (2 * corner if corner else DEFAULT_TOKENS)
+    require(0 < size <= MOST_TOKENS, f"a mask is drawn for 1 to {MOST_TOKENS} tokens, got {size}: give a smaller number")
+    name, rule = name + _numbers(plan, layer, head), plan.row(layer)[head]
+    if rule.dynamic:
+        return HeadView(name + ", chosen from the input", mean)
+    return HeadView(name, mean, written_out(rule, corner) if corner else None, written_out(rule, size))
+
+
+def written_out(pattern: Pattern, tokens: int) -> Tensor:
+    """bool [tokens, tokens]: the mask of a static pattern."""
+    position = torch.arange(tokens)
+    return pattern.keep(position[:, None], position[None, :])
+
+
+def parse_heads(text: str) -> list[tuple[int, int]]:
+    """[(0, 3), (5, 1)] from "0:3,5:1", layer:head, counted from 0. Raises UserError for anything else."""
+    places = []
+    for part in text.split(","):
+        layer, colon, head = part.strip().partition(":")
+        good = bool(colon) and layer.strip().isdecimal() and head.strip().isdecimal()
+        require(good, f"heads are written layer:head, counted from 0, as in 0:3,5:1; got {part!r}")
+        places.append((int(layer), int(head)))
+    return places
+
+
+def typical_heads(plan: Plan, count: int = 4) -> list[tuple[int, int]]:
+    """(layer, head) of `count` heads from the sparsest to the densest, leaving out those that stay dense if there are others.
+
+    Without expected densities in the plan they spread over the layers instead.
+    """
+    places = [(layer, head) for layer, row in enumerate(plan.patterns) for head, rule in enumerate(row) if rule != dense()]
+    if not places:
+        return spread_heads(plan.fingerprint, count)
+    density = plan.density
+    if density is not None:
+        places.sort(key=lambda place: (float(density[place]), place))
+    return _spread(places, count)
+
+
+def spread_heads(model: Fingerprint, count: int = 4) -> list[tuple[int, int]]:
+    """(layer, head) of `count` heads from the first layer to the last, with different head numbers."""
+    layers = [layer for layer, _ in _spread([(layer, 0) for layer in range(model.layers)], count)]
+    return [(layer, place * model.heads // len(layers)) for place, layer in enumerate(layers)]
+
+
+def _spread(places: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """`count` of `places`, evenly from the first to the last."""
+    count = min(count, len(places))
+    if count == 1:
+        return [places[len(places) // 2]]
+    return [places[index * (len(places) - 1) // (count - 1)] for index in range(count)]
+
+
+def _model_of(profile: Profile | None, plan: Plan | None) -> Fingerprint:
+    if profile is not None and plan is not None:
+        plan.check(profile.fingerprint)
+    known = profile or plan
+    assert known is not None, "a head is drawn from a profile, a plan, or both"
+    return known.fingerprint
+
+
+def _check_place(model: Fingerprint, layer: int, head: int) -> None:
+    require(
+        0 <= layer < model.layers and 0 <= head < model.heads,
+        f"there is no layer {layer}, head {head}: the model has layers 0 to {model.layers - 1} of heads 0 to {model.heads - 1}",
+    )
+
+
+def _numbers(plan: Plan, layer: int, head: int) -> str:
+    """Density and retained mass, as far as the plan knows them."""
+    known = [
+        f"{name} {100 * float(share[layer, head]):.3g} %"
+        for name, share in (("density", plan.density), ("retained mass", plan.retained))
+        if share is not None
+    ]
+    return ": " + ", ".join(known) if known else ""

@@ -1,0 +1,188 @@
+"""Figures: what is drawn is what was given, every label is readable, and no global state is left behind."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.image import imread
+from matplotlib.text import Text
+
+from attnsieve.dam import transform
+from attnsieve.errors import UserError
+from attnsieve.fingerprint import Fingerprint
+from attnsieve.patterns import Captured, Pattern
+from attnsieve.plan import Plan
+from attnsieve.profiling import Profile
+from attnsieve.show import density_grid, draw_all, draw_results, head_figure, head_view, mass_grid, result_figure, save
+from attnsieve.show.heads import PIXELS, _cells
+from attnsieve.show.views import HeadView
+
+MODEL = Fingerprint("llama", 3, 4, 2, 16, "0" * 16)
+L = 16
+
+
+def random_profile() -> Profile:
+    maps = torch.rand(3, 4, L, L).add(0.01).tril()
+    maps /= maps.sum(-1, keepdim=True)
+    return Profile(MODEL, L, maps, torch.full((L,), 2))
+
+
+def random_plan() -> Plan:
+    def rule() -> Pattern:
+        mask = (torch.rand(L, L) < 0.3).tril()
+        mask[0, 0] = True
+        return Pattern.of(Captured.from_mask(mask)) | Pattern.parse(f"columns(0, start={L}) | diagonals(0, 2, start={L})")
+
+    rows = [[rule() for _ in range(3)] + [Pattern.parse("dense()")] for _ in range(3)]
+    return Plan(MODEL, rows, {"settings": {"tau": 0.2}}, torch.rand(3, 4), torch.rand(3, 4))
+
+
+def result_rows() -> list[dict]:
+    plans = {"paper": 0.03, "sink(4) | window(256)": 0.4, "a plan with a name that is far too long " * 3: 0.2}
+    return [
+        {
+            "task": task,
+            "variant": "",
+            "length": length,
+            "items": 8,
+            "metric": metric,
+            "plan": plan,
+            "density": density,
+            "value": density,
+            "stderr": 0.05,
+            "dense_value": 0.9,
+            "paired_difference": density - 0.9,
+            "paired_stderr": 0.02,
+        }
+        for task, length, metric in itertools.product(["kv", "needle-multiquery"], [1024, 2048], ["exact_match", "answer_nll"])
+        for plan, density in plans.items()
+    ]
+
+
+def shown_texts(figure) -> list[tuple[str, object]]:
+    """(text, bounding box) of everything written, after layout."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    found = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    shown = {id(text): text for text in found if text.axes is None or text.axes.axison}.values()
+    return [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in shown]
+
+
+def assert_labels_are_readable(figure) -> None:
+    """Every text lies inside the figure, and no two texts overlap."""
+    boxes = shown_texts(figure)
+    width, height = figure.canvas.get_width_height()
+    slack = 3
+    for text, box in boxes:
+        inside = -slack <= box.x0 and box.x1 <= width + slack and -slack <= box.y0 and box.y1 <= height + slack
+        assert inside, f"{text!r} leaves the figure"
+    # Titles of panels begin with empty lines, into which the name of the head is written.
+    solid = [(text, box) for text, box in boxes if not text.startswith("\n")]
+    for (one, first), (other, second) in itertools.combinations(solid, 2):
+        apart = (
+            min(first.x1, second.x1) - max(first.x0, second.x0) < 1 or min(first.y1, second.y1) - max(first.y0, second.y0) < 1
+        )
+        assert apart, f"{one!r} and {other!r} overlap"
+    assert len(solid) > 4
+
+
+def test_labels_are_readable():
+    plan, profile = random_plan(), random_profile()
+    views = [head_view(layer, 0, profile=profile, plan=plan) for layer in range(3)]
+    for figure in (
+        head_figure(views),
+        head_figure([head_view(0, 1, plan=plan)]),
+        head_figure([head_view(2, 3, profile=profile)]),
+        density_grid(plan.density),
+        mass_grid(torch.rand(36, 32)),
+        mass_grid(torch.rand(1, 1)),
+        result_figure(result_rows(), "exact_match"),
+    ):
+        assert_labels_are_readable(figure)
+
+
+def test_the_head_figure_shows_what_it_was_given():
+    profile, plan = random_profile(), random_plan()
+    figure = head_figure([head_view(1, 2, profile=profile, plan=plan)], lam=0.3, tau=0.2)
+    mean, boxcox, mask, extended = (axes.images[0].get_array() for axes in figure.axes[:4])
+    below = np.tril(np.ones((L, L), dtype=bool))
+    for drawn, expected in (
+        (mean, profile.maps[1, 2]),
+        (boxcox, transform(profile.maps[1, 2], 0.3, 1e-10)),
+        (mask, plan.row(1)[2].atoms[0].mask()),
+    ):
+        assert np.array_equal(drawn.mask, ~below)
+        np.testing.assert_allclose(drawn.data[below], expected.float().numpy()[below], rtol=1e-6)
+    assert extended.shape == (2 * L, 2 * L)
+    assert extended[L:, 0].all()
+    assert "layer 1, head 2" in "".join(text for text, _ in shown_texts(figure))
+
+
+def test_maps_too_large_for_a_panel_are_averaged_over_causal_pairs():
+    size = 2 * PIXELS + 3
+    cells = _cells(torch.ones(size, size).tril())
+    assert cells.shape[0] <= PIXELS
+    np.testing.assert_allclose(cells.compressed(), 1.0)
+    diagonal = _cells(torch.eye(size))
+    assert diagonal.diagonal().min() > 0
+    assert diagonal.sum() == diagonal.diagonal().sum()
+
+
+def test_a_head_without_maps_leaves_its_panel_empty():
+    figure = head_figure([HeadView("a", torch.eye(L)), HeadView("b", None, torch.eye(L), torch.eye(2 * L))])
+    assert [len(axes.images) for axes in figure.axes[:8]] == [1, 1, 0, 0, 0, 0, 1, 1]
+    with pytest.raises(UserError, match="nothing to draw"):
+        head_figure([HeadView("a")])
+    with pytest.raises(UserError, match="1 to 12 heads, got 0"):
+        head_figure([])
+
+
+def test_grids_print_percent_where_there_is_room():
+    share = torch.tensor([[0.004, 0.07], [0.5, 1.0], [0.0, 0.099]])
+    texts = [text.get_text() for text in density_grid(share).axes[0].texts]
+    assert texts == ["0.4", "7.0", "50", "100", "0", "9.9"]
+    assert not density_grid(torch.rand(40, 40)).axes[0].texts
+    with pytest.raises(UserError, match=r"\[layers, heads\], got shape \(3,\)"):
+        density_grid(torch.rand(3))
+
+
+def test_result_figures_put_plans_at_their_density():
+    rows = [row for row in result_rows() if row["task"] == "kv" and row["length"] == 1024]
+    (axes,) = result_figure(rows, "exact_match").axes
+    dense, *marks = [line for line in axes.lines if line.get_marker() != "_"]
+    assert dense.get_ydata()[0] == 0.9
+    assert [(mark.get_xdata()[0], mark.get_ydata()[0]) for mark in marks] == [(3.0, 0.03), (40.0, 0.4), (20.0, 0.2)]
+    assert len({(mark.get_color(), mark.get_marker()) for mark in marks}) == 3
+    with pytest.raises(UserError, match="the rows have: answer_nll, exact_match"):
+        result_figure(rows, "f1")
+
+
+def test_files_are_written_in_the_format_of_their_name(tmp_path):
+    figure = mass_grid(torch.rand(2, 2))
+    assert imread(save(figure, tmp_path / "deep" / "a.png")).ndim == 3
+    assert "<svg" in save(figure, tmp_path / "a.svg").read_text()[:500]
+    with pytest.raises(UserError, match=r"saved as \.png, \.svg, \.pdf, got 'a\.bmp'"):
+        save(figure, tmp_path / "a.bmp")
+
+
+def test_the_usual_figures(tmp_path):
+    profile, plan = random_profile(), random_plan()
+    names = lambda paths: [path.name for path in paths if path.stat().st_size > 5000]  # noqa: E731
+    assert names(draw_all(tmp_path, profile=profile, plan=plan, heads=[(0, 0)])) == ["heads.png", "density.png", "retained.png"]
+    assert names(draw_all(tmp_path, profile=profile, heads=[(0, 0)])) == ["heads.png"]
+    assert names(draw_all(tmp_path, plan=Plan.uniform(Fingerprint("llama", 1, 2, 2, 8, "0"), "sink(4) | window(8)"))) == [
+        "heads.png"
+    ]
+    assert names(draw_results(tmp_path, result_rows()[:6])) == ["answer_nll.png", "exact_match.png"]
+
+
+def test_drawing_does_not_touch_pyplot():
+    code = (
+        "import sys, torch; from attnsieve.show import mass_grid; assert 'matplotlib' not in sys.modules;"
+        "mass_grid(torch.rand(2, 2)); assert 'matplotlib' in sys.modules; assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
