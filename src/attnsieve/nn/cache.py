@@ -84,7 +84,13 @@ class BoundedCache:
             slots.put(first + new.position.clamp_max(rule.sinks - 1), new, new.position < rule.sinks)
         self.length = self.length + 1
         end = torch.where(self._once(), len(slots), 0).to(torch.int32)
-        return _attend(q, slots, end, scale, backend)
+        return self._over(slots, q, end, scale, backend)
+
+    def _over(self, slots: Slots, q: Tensor, end: Tensor, scale: float | None, backend: str) -> Tensor:
+        layout = Layout(len(slots), end, most_keys=self.rule.slots)
+        out = attend(q, slots.key, slots.value, layout, scale=scale, key_bias=slots.bias, backend=backend)
+        assert isinstance(out, Tensor)
+        return out
 
     def _compete(self, candidate: Slots) -> None:
         """Put the candidate where the worst winner is, or where a slot is free, if it is better."""
@@ -113,7 +119,7 @@ class BoundedCache:
         sigma = text.sigma.flatten(0, 1)[:, None]
         competition = competition_ends(sigma, self.rule.keep_window_size, segments)
         ends = self.rule.widen(competition, segments).view_as(text.position)
-        out = _attend(q, text, ends, scale, backend)
+        out = self._over(text, q, ends, scale, backend)
         self._remember(text, competition.view_as(text.position))
         return out if real is None else out.masked_fill(~real[:, None, :, None], 0.0)
 
@@ -178,10 +184,3 @@ class BoundedCache:
 def _segments(filled: Tensor) -> Segments:
     """One document per (batch row, head), behind its empty slots; bool [B, H, N] to segments [B * H, N]."""
     return Segments.of_inputs(filled.flatten(0, 1), None)
-
-
-def _attend(q: Tensor, slots: Slots, end: Tensor, scale: float | None, backend: str) -> Tensor:
-    layout = Layout(len(slots), end)
-    out = attend(q, slots.key, slots.value, layout, scale=scale, key_bias=slots.bias, backend=backend)
-    assert isinstance(out, Tensor)
-    return out

@@ -8,9 +8,11 @@ from torch import Tensor
 from attnsieve.attention import attend
 from attnsieve.errors import require
 from attnsieve.layout import Layout
+from attnsieve.nn.cache import BoundedCache
 from attnsieve.nn.scores import key_scores
 from attnsieve.nn.segments import Segments
 from attnsieve.nn.selection import SelectionRule
+from attnsieve.nn.slots import Slots
 from attnsieve.spans import Spans
 
 
@@ -27,6 +29,7 @@ def dynamic_mask_attention(
     sinks: int = 0,
     union: bool = False,
     spans: Spans | Segments | None = None,
+    cache: BoundedCache | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -35,18 +38,24 @@ def dynamic_mask_attention(
     q [B, Hq, Tq, D]; k [B, Hkv, Tk, D], both after RoPE; v [B, Hkv, Tk, Dv]; dt_weight [Hkv, Hkv * Dv]; A and dt_bias [Hkv].
     The queries are the last Tq of the Tk slots. `window`, `sinks` and `union` as in `SelectionRule`. `spans`: padding and
     packed documents; `Segments` where they are built on the device. Slots in no document hold anything, NaN too, and give
-    output 0. Returns [B, Hq, Tq, Dv] in q's dtype; differentiable in q, k, v (also through the scores), dt_weight, dt_bias
-    and A, not through the choice of keys: a key never admitted learns nothing about its score.
+    output 0. With a `cache`, q, k and v are the next tokens of its text (at first the whole prompt, left padding allowed)
+    and earlier keys come from it. Returns [B, Hq, Tq, Dv] in q's dtype; differentiable in q, k, v (also through the
+    scores), dt_weight, dt_bias and A, not through the choice of keys: a key never admitted learns nothing about its score.
 
-    Raises UserError for shapes that do not fit, spans whose queries are not their last slots, and NaN scores (on a GPU
-    these are not looked for, as that would read the device: they make the outputs NaN).
+    Raises UserError for shapes that do not fit, spans whose queries are not their last slots, a cache of another rule,
+    and NaN scores (on a GPU these are not looked for, as that would read the device: they make the outputs NaN).
     """
     rule = SelectionRule(keep_window_size, window, sinks, union)
     segments = _segments(spans, k.shape[0], q.shape[2], k.shape[2])
     if segments is not None:
         q, k, v = blank(q, segments), blank(k, segments), blank(v, segments)
     delta, sigma = key_scores(v, dt_weight, dt_bias, A)
-    layout = Layout(k.shape[2], rule.ends(sigma, segments))
+    if cache is not None:
+        require(cache.rule == rule, f"the cache was made for {cache.rule}, the layer asks for {rule}: start a new cache")
+        new = Slots(k, v, delta, sigma, torch.empty_like(sigma, dtype=torch.int64))
+        real = None if segments is None else _left_padded(segments)
+        return cache.attend(q, new, real=real, scale=scale, backend=backend, parameters=(dt_weight, A))
+    layout = Layout(k.shape[2], rule.ends(sigma, segments), most_keys=rule.slots)
     out = attend(q, k, v, layout, scale=scale, key_bias=delta, backend=backend)
     assert isinstance(out, Tensor)
     return out
@@ -69,3 +78,11 @@ def _segments(spans: Spans | Segments | None, batch: int, q_slots: int, k_slots:
             f"the queries of every span must lie on the last of the {k_slots} key slots, as its last {q_slots} slots do",
         )
     return Segments.of_spans(spans, batch, k_slots)
+
+
+def _left_padded(segments: Segments) -> Tensor:
+    """bool [B, T]: the real slots of rows that hold one document each."""
+    if segments.start.device.type == "cpu":
+        one = segments.start == segments.start[:, -1:]
+        require(bool((one | ~segments.real).all()), "a cache continues one text per row: packed documents cannot be cached")
+    return segments.real
