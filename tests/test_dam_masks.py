@@ -7,7 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnsieve.dam import absolute, column_hits, cut, diagonal_hits, extend, force, kept_mass, mass, matched, reach, relative
+from attnsieve.dam import (
+    absolute,
+    column_sums,
+    cut,
+    diagonal_sums,
+    extend,
+    force,
+    join,
+    kept_mass,
+    mass,
+    matched,
+    reach,
+    relative,
+)
 from attnsieve.errors import UserError
 from attnsieve.layout import compile as compile_layout
 
@@ -34,7 +47,7 @@ def chosen(hits, **options):
 
 
 def both(mask, **options):
-    return chosen(diagonal_hits(mask), **options), chosen(column_hits(mask), **options)
+    return chosen(diagonal_sums(mask), **options), chosen(column_sums(mask), **options)
 
 
 def rows_of(pattern, rows, length):
@@ -44,7 +57,7 @@ def rows_of(pattern, rows, length):
 
 def test_head_l25h9():
     assert L25H9.sum() == 113
-    diagonal, column = diagonal_hits(L25H9), column_hits(L25H9)
+    diagonal, column = diagonal_sums(L25H9), column_sums(L25H9)
     assert [int(diagonal[r]) for r in (0, 1, 2, 3, 30, 31)] == [32, 31, 21, 1, 1, 1]
     assert [int(column[c]) for c in (0, 1, 28, 29, 30, 31)] == [32, 2, 3, 3, 2, 1]
     assert both(L25H9, mu=0.8) == ([0, 1, 31], [0, 29, 30, 31])
@@ -53,7 +66,7 @@ def test_head_l25h9():
 
 def test_head_l26h13():
     assert L26H13.sum() == 53
-    diagonal, column = diagonal_hits(L26H13), column_hits(L26H13)
+    diagonal, column = diagonal_sums(L26H13), column_sums(L26H13)
     assert [int(diagonal[r]) for r in (0, 1)] == [21, 2]
     assert [int(column[c]) for c in (1, 31)] == [2, 0]
     assert both(L26H13, mu=0.8) == ([31], [0])
@@ -61,7 +74,7 @@ def test_head_l26h13():
 
 
 def test_equality_at_mu():
-    diagonal, column = diagonal_hits(EQUALITY), column_hits(EQUALITY)
+    diagonal, column = diagonal_sums(EQUALITY), column_sums(EQUALITY)
     assert diagonal.tolist() == [7, 1, 1, 4, 1, 1, 1, 1]
     assert column.tolist() == [8, 2, 2, 2, 1, 1, 1, 0]
     assert both(EQUALITY, mu=0.8) == ([0, 3, 7], [0])
@@ -72,7 +85,7 @@ def test_equality_at_mu():
 
 
 def test_rows_below_the_capture_length_are_the_true_mask():
-    pattern = extend(L25H9, matched(diagonal_hits(L25H9), mu=0.8), matched(column_hits(L25H9), mu=0.8))
+    pattern = extend(L25H9, matched(diagonal_sums(L25H9), mu=0.8), matched(column_sums(L25H9), mu=0.8))
     assert rows_of(pattern, range(32), 40) == [row.nonzero().flatten().tolist() for row in L25H9]
     assert rows_of(pattern, range(9), 9) == [row.nonzero().flatten().tolist() for row in L25H9[:9]]
 
@@ -84,6 +97,22 @@ def test_all_ones_is_dense_up_to_twice_the_capture_length():
     pattern = extend(ones, everything, everything)
     assert rows_of(pattern, range(12), 13) == [list(range(row + 1)) for row in range(12)]
     assert rows_of(pattern, [12], 13) == [[*range(6), *range(7, 13)]]
+
+
+def test_joined_patterns_hold_in_every_row_beside_the_true_mask():
+    diagonal, column = torch.zeros(32, dtype=torch.bool), torch.zeros(32, dtype=torch.bool)
+    diagonal[[0, 1, 2, 7]] = True
+    column[[0, 1, 5]] = True
+    pattern = join(L25H9, diagonal, column)
+    assert str(pattern).startswith("captured(32, ")
+    assert str(pattern).endswith(" | columns(5) | diagonals(7) | sink(2) | window(3)")
+    rows = rows_of(pattern, range(40), 40)
+    for i, row in enumerate(rows):
+        rule = {j for j in range(i + 1) if i - j in (0, 1, 2, 7) or j in (0, 1, 5)}
+        captured = set(L25H9[i].nonzero().flatten().tolist()) if i < 32 else set()
+        assert set(row) == rule | captured
+    none = torch.zeros(32, dtype=torch.bool)
+    assert str(join(L25H9, none, none)) == str(extend(L25H9, none, none))
 
 
 def pool(size):
@@ -103,7 +132,7 @@ def pool(size):
 )
 def test_matching_equals_an_explicit_pool(size, fill, seed, mu):
     mask = (torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(seed)) < fill).tril()
-    for hits, patterns in zip((diagonal_hits(mask), column_hits(mask)), pool(size), strict=True):
+    for hits, patterns in zip((diagonal_sums(mask), column_sums(mask)), pool(size), strict=True):
         found = matched(hits, mu=mu)
         for index, pattern in enumerate(patterns):
             inside = (mask & pattern).sum((-2, -1))
@@ -137,7 +166,7 @@ def test_absolute_mask_shrinks_with_tau_and_matches_with_mu_and_support():
         assert previous is None or not (mask & ~previous).any()
         previous = mask
     assert torch.equal(absolute(maps, tau=0.0), torch.ones_like(maps).tril().bool())
-    hits, previous = diagonal_hits(absolute(maps, tau=0.2)), None
+    hits, previous = diagonal_sums(absolute(maps, tau=0.2)), None
     for mu, support in ((0.1, 1), (0.4, 1), (0.4, 6), (0.8, 6), (1, 6), (1, 20)):
         found = matched(hits, mu=mu, min_support=support)
         assert previous is None or not (found & ~previous).any()
@@ -165,9 +194,10 @@ def test_mass_mask_is_the_smallest_that_reaches_the_share(share, seed):
     mask = mass(maps, share=share)
     assert not (mask & ~torch.ones(12, 12).tril().bool()).any()
     kept = (maps * mask).sum(-1)
-    assert (kept >= share - 1e-9).all()
+    wanted = share * maps.sum(-1)
+    assert (kept >= wanted - 1e-9).all()
     least = torch.where(mask, maps, torch.inf).amin(-1)
-    assert (kept - least < share).all()
+    assert (kept - least < wanted).all()
     assert (
         torch.where(mask, -torch.inf, maps.masked_fill(~torch.ones(12, 12).tril().bool(), -torch.inf)).amax(-1) <= least
     ).all()

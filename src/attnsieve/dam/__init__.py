@@ -5,17 +5,18 @@ columns. Everything is per (layer, query head); leading dimensions of the tensor
 """
 
 from attnsieve.dam.boxcox import cut, transform
-from attnsieve.dam.extend import extend, reach
-from attnsieve.dam.matching import column_hits, diagonal_hits, matched
+from attnsieve.dam.extend import extend, join, reach
+from attnsieve.dam.matching import column_sums, diagonal_sums, matched
 from attnsieve.dam.truemask import absolute, force, kept_mass, mass, relative
 
 __all__ = [
     "absolute",
-    "column_hits",
+    "column_sums",
     "cut",
-    "diagonal_hits",
+    "diagonal_sums",
     "extend",
     "force",
+    "join",
     "kept_mass",
     "mass",
     "matched",

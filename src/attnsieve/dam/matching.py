@@ -15,17 +15,17 @@ from torch.nn.functional import pad
 from attnsieve.errors import UserError, require
 
 
-def column_hits(mask: Tensor) -> Tensor:
-    """int64 [..., L]: kept cells of each column, for a causal bool mask [..., L, L]."""
-    return mask.sum(-2)
+def column_sums(cells: Tensor) -> Tensor:
+    """[..., L]: the sum of each column of causal [..., L, L]; of a bool mask the hits, int64."""
+    return cells.sum(-2)
 
 
-def diagonal_hits(mask: Tensor) -> Tensor:
-    """int64 [..., L]: kept cells of each diagonal i - j = r, for a causal bool mask [..., L, L]."""
-    size = mask.shape[-1]
+def diagonal_sums(cells: Tensor) -> Tensor:
+    """[..., L]: the sum of each diagonal i - j = r of causal [..., L, L]; of a bool mask the hits, int64."""
+    size = cells.shape[-1]
     # Behind `size` zeros, diagonal r of row i lies at i (2 size + 1) + size - r: rows of a view with that stride.
-    wide = pad(mask, (size, 0)).flatten(-2)
-    rows = wide.as_strided((*mask.shape[:-2], size, size), (*wide.stride()[:-1], 2 * size + 1, 1), 1)
+    wide = pad(cells, (size, 0)).flatten(-2)
+    rows = wide.as_strided((*cells.shape[:-2], size, size), (*wide.stride()[:-1], 2 * size + 1, 1), 1)
     return rows.sum(-2).flip(-1)
 
 

@@ -1,0 +1,73 @@
+"""Settings of a fit, and the presets."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from attnsieve.dam.matching import exact_ratio
+from attnsieve.errors import UserError, require
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a plan is fitted; the defaults are the paper's.
+
+    threshold: how the true mask is cut from the mean map: "absolute" (`tau`, `lam`, `eps`; the paper), "mass" (the largest
+    cells that hold `share` of each row), or "relative" (`kappa` times uniform attention).
+    mu, min_support: a diagonal or column of n cells matches if at least mu n of them are kept and n >= min_support; None
+    stands for a quarter of the capture length. pcl: a capture length below the profile's, or None for the profile's.
+    force_self, force_sink: keep every query's own key and the first force_sink keys, whatever the map says.
+    join: matched patterns also hold below the capture length, beside the true mask.
+    floor: a head whose patterns keep less than this share of mass becomes dense; 0 turns that off.
+    local: also consider sink(s) | window(w) per head, and take it where it meets the floor with fewer pairs.
+    """
+
+    threshold: Literal["absolute", "mass", "relative"] = "absolute"
+    tau: float = 0.3
+    lam: float = 0.5
+    eps: float = 1e-10
+    share: float = 0.95
+    kappa: float = 1.0
+    mu: float | str = 0.8
+    min_support: int | None = 1
+    pcl: int | None = None
+    force_self: bool = False
+    force_sink: int = 0
+    join: bool = False
+    floor: float = 0.0
+    local: bool = False
+
+    def __post_init__(self) -> None:
+        known = ("absolute", "mass", "relative")
+        require(self.threshold in known, f"threshold must be one of {', '.join(known)}, got {self.threshold!r}")
+        exact_ratio(self.mu)
+        support = self.min_support
+        require(support is None or (type(support) is int and support >= 1), f"min_support must be at least 1, got {support!r}")
+        require(0 <= self.floor <= 1, f"floor is a share of mass from 0 to 1, got {self.floor!r}")
+        require(not self.local or self.floor > 0, "local rules are chosen by their mass: set a floor above 0 with local")
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, for a plan's provenance."""
+        return asdict(self)
+
+
+PRESETS = {
+    "paper": Settings(),
+    "robust": Settings(
+        threshold="mass", share=0.95, min_support=None, force_self=True, force_sink=4, join=True, floor=0.9, local=True
+    ),
+}
+
+
+def resolve(preset: str, overrides: dict[str, Any]) -> Settings:
+    """The preset's settings with `overrides`. Raises UserError for an unknown preset or setting, with the nearest name."""
+    require(preset in PRESETS, f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
+    names = [field.name for field in fields(Settings)]
+    for name in overrides:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"
+        if name not in names:
+            raise UserError(f"unknown setting {name!r}; {hint}")
+    return replace(PRESETS[preset], **overrides)
