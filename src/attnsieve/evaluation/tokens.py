@@ -1,0 +1,87 @@
+"""Prompts as token ids: one encoding rule, the split between prompt and answer, and filling a length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from attnsieve.errors import require
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of `text`, with the tokenizer's BOS first where it adds one by itself and the text does not begin with it."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids if tokenizer.bos_token and text.startswith(tokenizer.bos_token) else _bos(tokenizer) + ids
+
+
+def split_answer(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """Ids of the prompt and of the answer as the tokenizer would cut the text of both.
+
+    A tokenizer may join the end of the prompt with the answer (a space with a word); what it joins belongs to the answer.
+    """
+    whole = encode(tokenizer, prompt + answer)
+    shared = shared_length([encode(tokenizer, prompt), whole])
+    require(0 < shared < len(whole), f"the answer {answer!r:.40} is empty, or its prompt is")
+    return whole[:shared], whole[shared:]
+
+
+def shared_length(sequences: Sequence[Sequence[Any]]) -> int:
+    """How many leading elements all sequences have in common."""
+    columns = zip(*sequences, strict=False)
+    return next((place for place, ids in enumerate(columns) if len(set(ids)) > 1), min(map(len, sequences)))
+
+
+def as_chat(tokenizer: Any, prompt: str) -> str:
+    """`prompt` as a user's turn in the tokenizer's chat template; unchanged where it has none."""
+    if not tokenizer.chat_template:
+        return prompt
+    turn = [{"role": "user", "content": prompt}]
+    text: str = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def cut_middle(tokenizer: Any, prompt: str, length: int) -> str:
+    """`prompt`, without its middle where it has more than `length` tokens (as LongBench and LV-Eval do it)."""
+    ids = encode(tokenizer, prompt)
+    if len(ids) <= length:
+        return prompt
+    half = length // 2
+    first, last = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
+    return f"{first}{last}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A length in tokens to be filled with units (lines, sentences) of a text."""
+
+    tokenizer: Any
+    tokens: int
+
+    def most(self, render: Callable[[int], str], least: int, guess: int) -> int:
+        """The most units whose text fits; less than one unit's tokens stay free.
+
+        `render(n)` gives the text with n units. Raises UserError if not even `least` units fit.
+        """
+        size = lru_cache(maxsize=None)(lambda units: len(encode(self.tokenizer, render(units))))
+        require(
+            size(least) <= self.tokens,
+            f"the shortest text of this task has {size(least)} tokens, {self.tokens} are available: use a longer length",
+        )
+        units, too_many = max(least, guess), 0
+        while True:
+            cost = size(units) / units
+            step = int((self.tokens - size(units)) // cost)
+            if step < 0:
+                too_many = units
+            elif step == 0 or units + 1 == too_many:
+                return units
+            units = max(least, units + step)
+            if too_many:
+                units = min(units, too_many - 1)
+
+
+def _bos(tokenizer: Any) -> list[int]:
+    added: list[int] = tokenizer("").input_ids[:1]
+    return added if added == [tokenizer.bos_token_id] else []
