@@ -1,0 +1,193 @@
+"""evaluate: every plan beside dense attention, on the same items, as result rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+import attnsieve
+from attnsieve.errors import require
+from attnsieve.evaluation.density import is_dynamic, plan_density
+from attnsieve.evaluation.fidelity import layer_fidelity
+from attnsieve.evaluation.rows import Row, append_rows, environment, read_rows
+from attnsieve.evaluation.statistics import paired_p_value, standard_error
+from attnsieve.evaluation.tasks.base import Task
+from attnsieve.patterns import dense
+from attnsieve.plan import Plan
+
+DENSE = "dense"
+# One item's measures by name.
+Measures = dict[str, float]
+
+logger = logging.getLogger("attnsieve")
+
+
+class Cell(NamedTuple):
+    """One task at one length: what the runs of all plans share."""
+
+    task: Task
+    length: int
+    items: int
+    seed: int
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    plans: Mapping[str, Plan],
+    tasks: Sequence[Task],
+    lengths: Sequence[int],
+    items: int,
+    seed: int = 0,
+    out: str | Path | None = None,
+    *,
+    progress: bool = True,
+) -> list[Row]:
+    """Run the model dense and under every plan on `items` items of every task and length (tokens), and return all rows.
+
+    plans: by the name that rows will carry; "dense" is always run and cannot be a name. out: a JSON-lines file that rows are
+    added to as they come; runs whose rows it holds already are read from it instead of repeated.
+
+    Raises UserError for plans of another model, items that a task cannot make, a sparse plan under which nothing ran sparse,
+    and NaN or infinite results.
+    """
+    require(items > 0 and all(length > 0 for length in lengths), f"expected positive items and lengths, got {items}, {lengths}")
+    require(DENSE not in plans, f"{DENSE!r} is always measured and cannot be the name of a plan: rename it")
+    require(not model.training, "the model is in training mode, where dropout makes results random: call model.eval()")
+    _warn_beyond_context(model, lengths)
+    runs = _Runs(model, tokenizer, plans, None if out is None else Path(out), progress)
+    return [row for task in tasks for length in lengths for row in runs.cell(Cell(task, length, items, seed))]
+
+
+def plan_digest(plan: Plan) -> str:
+    """16 hex digits over what a plan does: its model and patterns, captured bits included by their digests."""
+    config = plan.to_config()
+    text = json.dumps([config["fingerprint"], config["patterns"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _Runs:
+    """Runs that are missing in a file of rows, cell by cell."""
+
+    def __init__(self, model: Any, tokenizer: Any, plans: Mapping[str, Plan], out: Path | None, progress: bool) -> None:
+        self._model, self._tokenizer, self._plans = model, tokenizer, plans
+        self._out, self._progress = out, progress
+        self._digests = {name: plan_digest(plan) for name, plan in plans.items()} | {DENSE: DENSE}
+        self._environment = environment(model.device)
+        self._done: dict[tuple[Any, ...], list[Row]] = {}
+        for row in [] if out is None else read_rows(out):
+            self._done.setdefault(row.run, []).append(row)
+
+    def cell(self, cell: Cell) -> list[Row]:
+        """Rows of dense attention and of every plan on one task and length."""
+        keys = {name: tuple(self._identity(cell, name).values()) for name in (DENSE, *self._plans)}
+        missing = [name for name, key in keys.items() if key not in self._done]
+        if missing:
+            self._run(cell, missing)
+        return [row for key in keys.values() for row in self._done[key]]
+
+    def _identity(self, cell: Cell, name: str) -> dict[str, Any]:
+        """The fields of `rows.IDENTITY`, in its order."""
+        return {
+            "model": _model_name(self._model),
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "plan": name,
+            "plan_digest": self._digests[name],
+            "task": cell.task.name,
+            "variant": cell.task.variant,
+            "length": cell.length,
+            "items": cell.items,
+            "seed": cell.seed,
+        }
+
+    def _run(self, cell: Cell, missing: list[str]) -> None:
+        made = cell.task.items(self._tokenizer, cell.length, cell.items, cell.seed)
+        sparse = [name for name in missing if name != DENSE]
+        total, title = len(made) * (1 + len(sparse)), f"{cell.task.name} {cell.length}"
+        with tqdm(total=total, desc=title, unit="item", disable=not self._progress) as bar:
+            # Dense attention runs even where its rows are there: pairs need its value of every item.
+            seen_dense = self._observe(cell.task, made, bar)
+            dense_measures = self._measure(cell.task, made, None, seen_dense, seen_dense)
+            if DENSE in missing:
+                self._record(cell, DENSE, 1.0, dense_measures, None)
+            for name in sparse:
+                plan = self._plans[name]
+                seen = self._observe_sparse(cell.task, made, plan, bar)
+                measures = self._measure(cell.task, made, plan, seen, seen_dense)
+                self._record(cell, name, self._density(cell, plan, made[0]), measures, dense_measures)
+
+    def _observe(self, task: Task, made: Sequence[Any], bar: Any) -> list[Any]:
+        seen = []
+        for item in made:
+            seen.append(task.observe(self._model, self._tokenizer, item))
+            bar.update()
+        return seen
+
+    def _observe_sparse(self, task: Task, made: Sequence[Any], plan: Plan, bar: Any) -> list[Any]:
+        with attnsieve.apply(self._model, plan) as handle:
+            seen = self._observe(task, made, bar)
+        report = handle.report()
+        sparse = any(pattern != dense() for row in plan.patterns for pattern in row)
+        require(not sparse or report.sparse_calls > 0, f"the plan is sparse, but nothing ran sparse: {report}")
+        return seen
+
+    def _measure(
+        self, task: Task, made: Sequence[Any], plan: Plan | None, seen: list[Any], seen_dense: list[Any]
+    ) -> list[Measures]:
+        return [
+            task.measure(one, other) | task.inspect(self._model, plan, item)
+            for item, one, other in zip(made, seen, seen_dense, strict=True)
+        ]
+
+    def _density(self, cell: Cell, plan: Plan, item: Any) -> float:
+        """Counted for static plans at the target length; measured on the first item for plans that choose from the input."""
+        if not is_dynamic(plan):
+            return plan_density(plan, cell.length)
+        return float(layer_fidelity(self._model, plan, cell.task.ids(self._tokenizer, item)).density.mean())
+
+    def _record(
+        self, cell: Cell, name: str, density: float, measures: list[Measures], dense_measures: list[Measures] | None
+    ) -> None:
+        identity, rows = self._identity(cell, name), []
+        for metric in measures[0]:
+            values = [item[metric] for item in measures]
+            against = None if dense_measures is None else [item[metric] for item in dense_measures]
+            numbers = {"metric": metric, "density": density, **summary(values, against)}
+            rows.append(Row(**identity, **numbers, **self._environment))  # type: ignore[arg-type]
+        if self._out is not None:
+            append_rows(self._out, rows)
+        self._done[tuple(identity.values())] = rows
+
+
+def summary(values: Sequence[float], dense_values: Sequence[float] | None) -> dict[str, float | None]:
+    """The statistical fields of a row: mean and standard error, and the pairing with dense values of the same items."""
+    fields: dict[str, float | None] = {"value": fmean(values), "stderr": standard_error(values)}
+    if dense_values is None:
+        return fields | dict.fromkeys(("dense_value", "paired_difference", "paired_stderr", "p_value"))
+    differences = [value - dense_value for value, dense_value in zip(values, dense_values, strict=True)]
+    return fields | {
+        "dense_value": fmean(dense_values),
+        "paired_difference": fmean(differences),
+        "paired_stderr": standard_error(differences),
+        "p_value": paired_p_value(differences),
+    }
+
+
+def _warn_beyond_context(model: Any, lengths: Sequence[int]) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    beyond = [length for length in lengths if context is not None and length > context]
+    if beyond:
+        logger.warning("lengths %s are beyond the %d tokens that this model was made for", beyond, context)
+
+
+def _model_name(model: Any) -> str:
+    """The name or path that the model was loaded by, without the folders of this machine."""
+    name = str(model.config._name_or_path or model.config.model_type)
+    return Path(name).name if Path(name).exists() else name

@@ -1,0 +1,117 @@
+"""Result rows: one JSON object a line, with everything needed to know what was measured and where."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import attnsieve
+from attnsieve.errors import UserError, require
+
+# The fields that tell one run (a plan on a task) from another; the rows of a run are written together.
+IDENTITY = ("model", "dtype", "plan", "plan_digest", "task", "variant", "length", "items", "seed")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number: a plan on a task at a length, beside dense attention on the same items.
+
+    plan_digest: 16 hex digits over the plan, or "dense". density: kept pairs over causal pairs, mean of all heads. variant: the
+    text or data. length: target length in tokens. items: how many documents. value, stderr: mean and standard error over items
+    (null for one item). dense_value, paired_difference (value - dense_value), paired_stderr, p_value: against dense on the same
+    items, null in dense rows; the p-value is McNemar's exact test where items are right or wrong, else Student's paired t-test.
+    """
+
+    model: str
+    dtype: str
+    plan: str
+    plan_digest: str
+    density: float
+    task: str
+    variant: str
+    length: int
+    items: int
+    seed: int
+    metric: str
+    value: float
+    stderr: float | None
+    dense_value: float | None
+    paired_difference: float | None
+    paired_stderr: float | None
+    p_value: float | None
+    device: str
+    versions: dict[str, str]
+    commit: str | None
+    command: str
+    date: str
+
+    @property
+    def run(self) -> tuple[Any, ...]:
+        """What identifies the run that the row belongs to: the values of `IDENTITY`."""
+        return tuple(getattr(self, name) for name in IDENTITY)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, none where it does not exist. Raises UserError that names the line which is no row."""
+    names = {field.name for field in fields(Row)}
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+        try:
+            data = json.loads(line)
+        except ValueError:
+            data = None
+        require(
+            isinstance(data, dict) and set(data) == names,
+            f"{path}, line {number} is not an evaluation row (torn by an interrupted run, or of another kind): delete it",
+        )
+        rows.append(Row(**data))
+    return rows
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a file in one write. Raises UserError for numbers that JSON cannot hold."""
+    try:
+        text = "".join(json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    except ValueError:
+        raise UserError("a measured value is NaN or infinite: check the model's weights and dtype") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The fields of a row that say where and how it was measured: device, versions, commit, command, date."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return {
+        "device": _device_name(device),
+        "versions": {"attnsieve": attnsieve.__version__, "python": platform.python_version(), **versions},
+        "commit": _commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that the package is imported from, marked where it has changes; None when installed."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
