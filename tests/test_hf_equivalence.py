@@ -49,16 +49,17 @@ def test_dtypes(dtype):
     assert (sparse.double() - exact).norm() <= 2 * dense_error + floor
 
 
-def test_autocast_runs_in_its_dtype_as_sdpa_does():
+@pytest.mark.parametrize("use_cache", [True, False], ids=["one dtype", "mixed dtypes"])
+def test_autocast_runs_in_its_dtype_as_sdpa_does(use_cache):
     model = tiny("llama")
     ids = tokens(1, 20)
     plan = Plan.uniform(fingerprint(model), "window(100000)")
     exact = logits(model, ids)
     model.set_attn_implementation("sdpa")
     with torch.autocast("cpu", torch.bfloat16):
-        sdpa = logits(model, ids)
+        sdpa = logits(model, ids, use_cache=use_cache)
         with apply(model, plan, backend="reference"):
-            ours = logits(model, ids)
+            ours = logits(model, ids, use_cache=use_cache)
     assert ours.dtype == sdpa.dtype
     assert (ours - exact).norm() <= 2 * (sdpa - exact).norm()
 

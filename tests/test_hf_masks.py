@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from attnsieve import Spans
 from attnsieve.hf import masks
+from attnsieve.hf.locate import SpanMemo
 from attnsieve.hf.masks import OFFSET, mask_function, spans_of_mask
 
 
@@ -99,3 +100,12 @@ def test_static_caches_keep_the_note():
     mask = mask_function(batch_size=2, q_length=3, kv_length=9, q_offset=torch.tensor(4), allow_is_causal_skip=False)
     assert getattr(mask.contiguous(), OFFSET) == 4
     assert spans_of_mask(mask).rows() == [(0, 0, 3, 0, 7), (1, 0, 3, 0, 7)]
+
+
+def test_a_new_mask_where_an_old_one_lay_is_read():
+    memo = SpanMemo()
+    for layer in range(0, 40, 2):
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        assert memo.get(layer, mask, None, lambda layer=layer: str(layer)) == str(layer)
+        assert memo.get(layer + 1, mask, None, lambda: "again") == str(layer)
+        del mask
