@@ -1,0 +1,183 @@
+"""The commands on a tiny model: what they write, what a program reads on stdout, and how they refuse."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import attnsieve as package
+from attnsieve.cli.fit import named_values
+from attnsieve.cli.options import lengths_of
+from attnsieve.errors import UserError
+from attnsieve.plan import Plan
+from attnsieve.profiling import Profile
+from tests.cli_tiny import attnsieve, save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a model, a profile of it and a plan from that, made by the commands themselves."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny_model(folder / "model")
+    (folder / "text.txt").write_text("All that is gold does not glitter, not all those who wander are lost. " * 20)
+    (folder / "empty.txt").write_text(" \n")
+    common = ["--pcl", 16, "--lengths", "32", "--documents", 3]
+    made = attnsieve("profile", folder / "model", "--data", folder / "text.txt", *common, "--out", folder / "profile")
+    assert made.exit_code == 0, made.output
+    made = attnsieve("fit", folder / "profile", "--preset", "paper", "--tau", 0.35, "--out", folder / "plan")
+    assert made.exit_code == 0, made.output
+    return folder
+
+
+def refused(*arguments) -> str:
+    """What a command that must fail says: one sentence on stderr, exit code 2, nothing on stdout."""
+    done = attnsieve(*arguments)
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    # transformers shows a progress bar where a model had to be loaded first.
+    sentences = [line for line in done.stderr.splitlines() if "Loading weights" not in line and line]
+    assert len(sentences) == 1, done.stderr
+    assert sentences[0].startswith("attnsieve: ")
+    return sentences[0]
+
+
+def test_profile_and_fit_write_what_the_library_reads(work):
+    profile, plan = Profile.from_pretrained(work / "profile"), Plan.from_pretrained(work / "plan")
+    assert (profile.pcl, profile.long[0].length, int(profile.rows_seen[-1])) == (16, 32, 3)
+    assert profile.provenance["data"] == [str(work / "text.txt")]
+    assert plan.provenance["preset"] == "paper"
+    assert plan.provenance["settings"]["tau"] == 0.35
+
+
+def test_fit_passes_settings_on(work, tmp_path):
+    done = attnsieve(
+        "fit", work / "profile", "--preset", "paper", "--set", "min_support=4", "--mu", "4/5", "--out", tmp_path / "p", "--json"
+    )
+    assert done.exit_code == 0
+    printed = json.loads(done.stdout)
+    assert printed["out"] == str(tmp_path / "p")
+    assert printed["provenance"]["settings"] | {"min_support": 4, "mu": "4/5"} == printed["provenance"]["settings"]
+
+
+def test_run_prints_the_text_and_nothing_else(work):
+    done = attnsieve("run", work / "model", "--pattern", "sink(4) | window(8)", "--prompt", "hello", "--max-new-tokens", 5)
+    assert done.exit_code == 0
+    assert "5 new tokens" in done.stderr
+    assert "attention calls that ran sparse: 2 prefill, 8 decode" in done.stderr
+    (work / "prompt.txt").write_text("hello")
+    again = attnsieve(
+        "run",
+        work / "model",
+        "--pattern",
+        "sink(4) | window(8)",
+        "--prompt-file",
+        work / "prompt.txt",
+        "--max-new-tokens",
+        5,
+        "--json",
+    )
+    printed = json.loads(again.stdout)
+    assert printed["text"].strip() == done.stdout.strip()
+    assert (printed["prompt_tokens"], printed["new_tokens"], printed["report"]["sparse_calls"]) == (5, 5, 10)
+
+
+def test_run_follows_the_plan(work):
+    arguments = ["--prompt", "a long enough prompt", "--max-new-tokens", 20, "--json"]
+    texts = [
+        json.loads(attnsieve("run", work / "model", *choice, *arguments).stdout)["text"]
+        for choice in (("--plan", work / "plan"), ("--pattern", "window(1)"), ("--pattern", "dense()"))
+    ]
+    assert texts[1] != texts[2]
+    assert len(texts[0]) > 0
+
+
+def test_show_describes_and_draws(work, tmp_path):
+    done = attnsieve("show", work / "plan", work / "profile", "--heads", "0:1", "--out", tmp_path / "figures")
+    assert done.exit_code == 0
+    assert "plan for llama: 2 layers x 4 heads" in done.stdout
+    assert "profile of llama: 2 layers x 4 heads" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["density.png", "heads.png", "retained.png"]
+    printed = json.loads(attnsieve("show", work / "plan", "--json").stdout)
+    assert printed["plan"]["heads"] == {"static": 8}
+    assert printed["figures"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["profile", "{}/nowhere", "--data", "synthetic", "--out", "{}/x"], "no such directory"),
+        (["profile", "{}/model", "--data", "{}/nothing.txt", "--out", "{}/x"], "expected a path or one of: synthetic"),
+        (["profile", "{}/model", "--data", "{}/empty.txt", "--out", "{}/x"], "is empty"),
+        (["profile", "{}/model", "--data", "{}/text.txt", "--out", "{}/x"], "give a longer text"),
+        (["profile", "{}/model", "--data", "synthetic", "--lengths", "many", "--out", "{}/x"], "got 'many'"),
+        (["profile", "{}/model", "--data", "synthetic", "--out", "{}/text.txt"], "is a file: give a directory"),
+        (["profile", "{}/model", "--data", "synthetic", "--dtype", "int8", "--out", "{}/x"], "choose from auto, float32"),
+        (["profile", "{}/model", "--data", "synthetic", "--device", "gpu7", "--out", "{}/x"], "use auto, cpu, cuda"),
+        (["fit", "{}/plan", "--out", "{}/x"], "holds 'attnsieve plan', expected a saved profile"),
+        (["fit", "{}/profile", "--preset", "best", "--out", "{}/x"], "choose from paper, robust"),
+        (["fit", "{}/profile", "--set", "tua=1", "--out", "{}/x"], "did you mean tau?"),
+        (["fit", "{}/profile", "--set", "tau", "--out", "{}/x"], "NAME=VALUE"),
+        (["fit", "{}/profile", "--preset", "paper", "--tau", "9", "--out", "{}/x"], "keep no key in any row"),
+        (["show", "{}/nowhere"], "is not there: give the directory"),
+        (["show", "{}/model"], "expected a saved plan or profile"),
+        (["show", "{}/plan", "{}/plan"], "a second plan"),
+        (["show", "{}/plan", "--heads", "0:1"], "say where with --out"),
+        (["show", "{}/plan", "--heads", "9:1", "--out", "{}/x"], "no layer 9, head 1"),
+        (["run", "{}/model", "--prompt", "a"], "--plan DIRECTORY or --pattern"),
+        (["run", "{}/model", "--prompt", "a", "--pattern", "windw(4)"], "did you mean window?"),
+        (["run", "{}/model", "--prompt", "a", "--pattern", "empty()"], "8 heads keep no key in any row"),
+        (["run", "{}/model", "--prompt", " ", "--pattern", "dense()"], "the prompt is empty"),
+        (["run", "{}/model", "--pattern", "dense()"], "--prompt TEXT or --prompt-file FILE"),
+        (["run", "{}/model", "--prompt-file", "{}/none", "--pattern", "dense()"], "none: No such file or directory"),
+        (["run", "{}/model", "--prompt", "a" * 500, "--pattern", "dense()"], "more than the model's 512 positions"),
+        (["run", "{}/model", "--prompt", "a", "--pattern", "dense()", "--chat"], "no chat template"),
+        (["run", "{}/model", "--prompt", "a", "--pattern", "window(2)", "--backend", "cuda"], "unknown backend 'cuda'"),
+        (
+            ["run", "{}/model", "--prompt", "a", "--pattern", "window(2)", "--backend", "triton"],
+            "backend 'triton' cannot serve",
+        ),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_sentence(work, arguments, message):
+    assert message in refused(*(str(argument).replace("{}", str(work)) for argument in arguments))
+
+
+def test_a_plan_for_another_model_is_refused(work):
+    save_tiny_model(work / "wider", head_dim=16)
+    message = refused("run", work / "wider", "--plan", work / "plan", "--prompt", "a")
+    assert "head_dim: made for 8, the model has 16" in message
+
+
+def test_a_torn_plan_is_refused(work, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((work / "plan" / name).read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((work / "plan" / "model.safetensors").read_bytes()[:-3])
+    assert "truncated" in refused("run", work / "model", "--plan", tmp_path, "--prompt", "a")
+
+
+def test_our_own_mistakes_keep_their_traceback(work, monkeypatch):
+    monkeypatch.setattr("attnsieve.cli.show.plan_text", lambda plan: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attnsieve("show", work / "plan")
+
+
+def test_version_and_help():
+    assert attnsieve("--version").stdout == f"attnsieve {package.__version__}\n"
+    for command in ("profile", "fit", "show", "run"):
+        done = attnsieve(command, "--help")
+        assert done.exit_code == 0
+        assert "Example: attnsieve" in done.stdout or command == "show"
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "attnsieve", "show", "nowhere"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+
+
+def test_reading_options():
+    assert lengths_of("512, 4K") == [512, 4096]
+    assert named_values(["a=1", "b=0.5", "c=true", "d=none", "e=mass"]) == {"a": 1, "b": 0.5, "c": True, "d": None, "e": "mass"}
+    with pytest.raises(UserError):
+        lengths_of("0")
