@@ -1,0 +1,204 @@
+"""DmaForCausalLM as a transformers model: Doge's twin, Auto classes, generation, padding, packing, leaks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tr
+
+from attnsieve import UserError
+from attnsieve.nn import DmaCache, DmaConfig, DmaForCausalLM
+from tests.nn_tiny import SIZES, distinct_tokens, dma, doge
+
+MID = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 64}
+CONFIGS = [
+    {},
+    {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+    {**MID, "keep_window_size": 40},
+]
+
+
+@pytest.mark.parametrize("changes", CONFIGS, ids=["tiny", "biases", "rope", "mid"])
+@pytest.mark.parametrize(
+    ("dtype", "implementation", "tolerance"),
+    [(torch.float32, "eager", 1e-4), (torch.float64, "eager", 2e-4), (torch.float64, "sdpa", 1e-7)],
+    ids=["float32-eager", "float64-eager", "float64-sdpa"],  # eager Doge takes its softmax in float32 always
+)
+def test_doge_checkpoints_load_and_give_its_logits_and_gradients(changes, dtype, implementation, tolerance, tmp_path):
+    theirs = doge(dtype, **changes)
+    theirs.set_attn_implementation(implementation)
+    theirs.save_pretrained(tmp_path)
+    ours = DmaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+    window = ours.config.keep_window_size
+    for n in (window - 1, window, 3 * window):
+        ids = distinct_tokens(2, n)
+        losses = []
+        for model in (theirs, ours):
+            model.zero_grad()
+            losses.append(model(ids, labels=ids, use_cache=False))
+            losses[-1].loss.backward()
+        torch.testing.assert_close(losses[1].logits, losses[0].logits, atol=tolerance / 5, rtol=tolerance)
+        mine = dict(ours.named_parameters())
+        for name, parameter in theirs.named_parameters():
+            error = (parameter.grad - mine[name].grad).norm() / parameter.grad.norm().clamp_min(1e-3)
+            assert error < tolerance, name
+
+
+def test_doge_loads_in_sdpa_too_and_left_padding_agrees():
+    theirs, ours = doge(), dma()
+    ours.load_state_dict(theirs.state_dict())
+    ids = distinct_tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    theirs.set_attn_implementation("sdpa")
+    expected, actual = theirs(ids, attention_mask=mask).logits, ours(ids, attention_mask=mask).logits
+    torch.testing.assert_close(actual[0], expected[0], atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(actual[1, 7:], expected[1, 7:], atol=3e-5, rtol=1e-4)
+
+
+def test_mixture_of_experts_is_refused(tmp_path):
+    tr.DogeConfig(**SIZES, is_moe=True).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="experts"):
+        DmaConfig.from_pretrained(tmp_path)
+
+
+def test_auto_classes_save_and_load(tmp_path):
+    model = dma(window=3, sinks=1, initial_A=0.25)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    loaded = tr.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is DmaForCausalLM
+    assert loaded.config.rule == model.config.rule
+    ids = distinct_tokens(1, 20)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_new_model_starts_as_the_configuration_says():
+    model = tr.AutoModelForCausalLM.from_config(DmaConfig(**SIZES, initial_A=0.25))
+    layer = model.model.layers[0]
+    assert layer.self_attn.A.tolist() == [0.25, 0.25]
+    assert bool((layer.input_residual == 1).all())
+    assert 0.01 < float(layer.self_attn.dt_proj.weight.std()) < 0.03
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3, "sinks": 2}])
+def test_generation_with_the_bounded_cache_equals_no_cache_and_a_full_cache(options):
+    model = dma(torch.float64, **options)
+    ids = distinct_tokens(2, 13)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    request = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "output_logits": True}
+    request["return_dict_in_generate"] = True
+    bounded = model.generate(ids, **request)
+    assert isinstance(bounded.past_key_values, DmaCache)
+    for other in ({"use_cache": False}, {"past_key_values": tr.DynamicCache()}):
+        expected = model.generate(ids, **request, **other)
+        assert torch.equal(bounded.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(bounded.logits), torch.stack(expected.logits), atol=1e-4, rtol=1e-4)
+
+
+def test_beams_equal_beams_without_cache():
+    model = dma(torch.float64)
+    request = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False, "num_return_sequences": 2}
+    expected = model.generate(distinct_tokens(2, 11), use_cache=False, **request)
+    assert torch.equal(model.generate(distinct_tokens(2, 11), **request), expected)
+
+
+def test_chunked_prefill_and_a_continued_cache_equal_one_pass():
+    model, ids = dma(torch.float64, window=2), distinct_tokens(2, 50)
+    whole = model(ids).logits
+    cache, parts = DmaCache(model.config), []
+    for first, last in ((0, 9), (9, 10), (10, 31), (31, 50)):
+        parts.append(model(ids[:, first:last], past_key_values=cache).logits)
+    assert cache.get_seq_length() == 50
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_on_either_side_and_packing_equal_each_text_alone():
+    model = dma(torch.float64, window=2)
+    texts = [distinct_tokens(1, n, seed=n)[0] for n in (23, 14)]
+    alone = [model(text[None]).logits[0] for text in texts]
+    for left in (True, False):
+        ids, mask = torch.zeros(2, 23, dtype=torch.long), torch.zeros(2, 23, dtype=torch.long)
+        for row, text in enumerate(texts):
+            place = slice(23 - len(text), 23) if left else slice(0, len(text))
+            ids[row, place], mask[row, place] = text, 1
+        logits = model(ids, attention_mask=mask, use_cache=False).logits
+        for row, expected in enumerate(alone):
+            torch.testing.assert_close(logits[row][mask[row].bool()], expected, atol=1e-6, rtol=1e-5)
+    positions = torch.cat([torch.arange(len(text)) for text in texts])
+    packed = model(torch.cat(texts)[None], position_ids=positions[None], use_cache=False).logits[0]
+    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-6, rtol=1e-5)
+
+
+def test_no_logit_sees_the_future():
+    model, ids = dma(), distinct_tokens(1, 60)
+    before = model(ids).logits
+    for t in (1, 30, 59):
+        changed = ids.clone()
+        changed[:, t:] = distinct_tokens(1, 60, seed=5)[:, t:]
+        torch.testing.assert_close(model(changed).logits[:, :t], before[:, :t], atol=1e-6, rtol=1e-6)
+        assert not torch.equal(model(changed).logits[:, t:], before[:, t:])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(reentrant):
+    plain, saving = dma().train(), dma().train()
+    saving.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    ids = distinct_tokens(2, 30)
+    for model in (plain, saving):
+        model(ids, labels=ids).loss.backward()
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda text, at=name: f"{at}: {text}")
+
+
+def test_hidden_states_labels_and_logits_to_keep():
+    model, ids = dma(), distinct_tokens(2, 12)
+    out = model(ids, labels=ids, output_hidden_states=True)
+    assert len(out.hidden_states) == 3
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(model(ids, logits_to_keep=1).logits, out.logits[:, -1:])
+
+
+def test_what_cannot_be_honoured_is_refused():
+    model, ids = dma(attention_dropout=0.1), distinct_tokens(2, 12)
+    with pytest.raises(UserError, match="attention_mask"):
+        model(ids, attention_mask=torch.ones(2, 1, 12, 12))
+    with pytest.raises(UserError, match="output_attentions"):
+        model(ids, output_attentions=True)
+    with pytest.raises(UserError, match="cu_seq_lens_q"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 5, 24]))
+    with pytest.raises(UserError, match="dropout"):
+        model.train()(ids)
+    model.eval()
+    with pytest.raises(UserError, match="DynamicCache"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match="scaled_dot_product"):
+        model.set_attn_implementation("sdpa")
+    cache = DmaCache(model.config)
+    model(ids, past_key_values=cache)
+    with pytest.raises(UserError, match="take tokens back"):
+        cache.crop(-1)
+    model.config.keep_window_size = 9
+    with pytest.raises(UserError, match="keep_window_size=8"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"attention": "linear"}, "attention must be"),
+        ({"keep_window_size": 0}, "keep_window_size"),
+        ({"sliding_window": 4}, "sliding_window"),
+        ({"num_key_value_heads": 3}, "multiple"),
+        ({"attention": "mha", "num_key_value_heads": 2}, "KV heads"),
+        ({"attention": "swa"}, "sliding_window"),
+        ({"attention": "nsa", "nsa_stride": 7}, "nsa_stride"),
+    ],
+)
+def test_bad_configurations_are_refused(changes, word):
+    with pytest.raises(UserError, match=word):
+        DmaConfig(**{**SIZES, **changes})
