@@ -103,6 +103,31 @@ def test_show_describes_and_draws(work, tmp_path):
     assert printed["figures"] == []
 
 
+def test_eval_writes_rows_that_show_reads(work, tmp_path):
+    arguments = [
+        "--pattern",
+        "sink(4) | window(8)",
+        "--plan",
+        work / "plan",
+        "--lengths",
+        "128",
+        "--items",
+        2,
+        "--out",
+        tmp_path / "a.jsonl",
+    ]
+    done = attnsieve("eval", work / "model", "--tasks", "kv,fidelity", *arguments)
+    assert done.exit_code == 0, done.output
+    assert "| kv " in done.stdout
+    assert "sink(4) \\| window(8)" in done.stdout
+    again = json.loads(attnsieve("eval", work / "model", "--tasks", "kv", *arguments, "--json").stdout)["rows"]
+    assert {row["plan"] for row in again} == {"dense", "sink(4) | window(8)", str(work / "plan")}
+    assert len(again) == 6
+    shown = attnsieve("show", tmp_path / "a.jsonl", "--out", tmp_path / "figures")
+    assert shown.stdout == done.stdout
+    assert (tmp_path / "figures" / "answer_nll.png").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -124,6 +149,13 @@ def test_show_describes_and_draws(work, tmp_path):
         (["show", "{}/plan", "{}/plan"], "a second plan"),
         (["show", "{}/plan", "--heads", "0:1"], "say where with --out"),
         (["show", "{}/plan", "--heads", "9:1", "--out", "{}/x"], "no layer 9, head 1"),
+        (["show", "{}/rows.jsonl"], "rows.jsonl is not there"),
+        (["eval", "{}/model"], "say what to measure"),
+        (["eval", "{}/model", "--pattern", "dense()", "--tasks", "kvv"], "did you mean kv?"),
+        (["eval", "{}/model", "--pattern", "dense()", "--lengths", "-5"], "got '-5'"),
+        (["eval", "{}/model", "--pattern", "dense()", "--lengths", "8"], "use a longer length"),
+        (["eval", "{}/model", "--pattern", "dense()", "--out", "rows.csv"], "got 'rows.csv'"),
+        (["eval", "{}/model", "--plan", "{}/profile"], "expected a saved plan"),
         (["run", "{}/model", "--prompt", "a"], "--plan DIRECTORY or --pattern"),
         (["run", "{}/model", "--prompt", "a", "--pattern", "windw(4)"], "did you mean window?"),
         (["run", "{}/model", "--prompt", "a", "--pattern", "empty()"], "8 heads keep no key in any row"),
@@ -164,7 +196,7 @@ def test_our_own_mistakes_keep_their_traceback(work, monkeypatch):
 
 def test_version_and_help():
     assert attnsieve("--version").stdout == f"attnsieve {package.__version__}\n"
-    for command in ("profile", "fit", "show", "run"):
+    for command in ("profile", "fit", "show", "run", "eval"):
         done = attnsieve(command, "--help")
         assert done.exit_code == 0
         assert "Example: attnsieve" in done.stdout or command == "show"

@@ -42,7 +42,7 @@ def random_plan() -> Plan:
 
 
 def result_rows() -> list[dict]:
-    plans = {"paper": 0.03, "sink(4) | window(256)": 0.4, "a plan with a name that is far too long " * 3: 0.2}
+    plans = {"paper": 0.03, "sink(4) | window(256)": 0.4, "a plan with a name that is far too long " * 3: 0.2, "dense": 1.0}
     return [
         {
             "task": task,
@@ -54,9 +54,9 @@ def result_rows() -> list[dict]:
             "density": density,
             "value": density,
             "stderr": 0.05,
-            "dense_value": 0.9,
-            "paired_difference": density - 0.9,
-            "paired_stderr": 0.02,
+            "dense_value": None if plan == "dense" else 0.9,
+            "paired_difference": None if plan == "dense" else density - 0.9,
+            "paired_stderr": None if plan == "dense" else 0.02,
         }
         for task, length, metric in itertools.product(["kv", "needle-multiquery"], [1024, 2048], ["exact_match", "answer_nll"])
         for plan, density in plans.items()
@@ -154,7 +154,7 @@ def test_result_figures_put_plans_at_their_density():
     rows = [row for row in result_rows() if row["task"] == "kv" and row["length"] == 1024]
     (axes,) = result_figure(rows, "exact_match").axes
     dense, *marks = [line for line in axes.lines if line.get_marker() != "_"]
-    assert dense.get_ydata()[0] == 0.9
+    assert dense.get_ydata()[0] == 1.0
     assert [(mark.get_xdata()[0], mark.get_ydata()[0]) for mark in marks] == [(3.0, 0.03), (40.0, 0.4), (20.0, 0.2)]
     assert len({(mark.get_color(), mark.get_marker()) for mark in marks}) == 3
     with pytest.raises(UserError, match="the rows have: answer_nll, exact_match"):
@@ -177,7 +177,7 @@ def test_the_usual_figures(tmp_path):
     assert names(draw_all(tmp_path, plan=Plan.uniform(Fingerprint("llama", 1, 2, 2, 8, "0"), "sink(4) | window(8)"))) == [
         "heads.png"
     ]
-    assert names(draw_results(tmp_path, result_rows()[:6])) == ["answer_nll.png", "exact_match.png"]
+    assert names(draw_results(tmp_path, result_rows()[:8])) == ["answer_nll.png", "exact_match.png"]
 
 
 def test_drawing_does_not_touch_pyplot():

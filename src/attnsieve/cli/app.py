@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import attnsieve
+from attnsieve.cli.evaluate import evaluate
 from attnsieve.cli.fit import fit
 from attnsieve.cli.profile import profile
 from attnsieve.cli.run import run
@@ -45,6 +46,7 @@ app.command("profile")(profile)
 app.command("fit")(fit)
 app.command("show")(show)
 app.command("run")(run)
+app.command("eval")(evaluate)
 
 
 def _print_version(wanted: bool) -> None:

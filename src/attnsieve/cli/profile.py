@@ -19,7 +19,7 @@ def profile(
     data: Annotated[
         list[str],
         typer.Option(
-            help="Text to observe: a UTF-8 file, or synthetic, bible, essays. Repeat for several; each gives its share."
+            help="Text to observe: a file, synthetic, python-docs, bible, essays. Repeat for several; each gives its share."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory for the profile.")],

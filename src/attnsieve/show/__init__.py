@@ -1,9 +1,9 @@
 """Figures and reports of profiles, plans and result rows. matplotlib is imported when a figure is drawn, not before.
 
-    save(head_figure([head_view(3, 5, profile=profile, plan=plan)]), "layer3-head5.png")
-    save(density_grid(plan.density), "density.svg")
-    print(plan_text(plan), result_table(rows))
-    draw_all("figures/", profile=profile, plan=plan)           # the usual ones
+save(head_figure([head_view(3, 5, profile=profile, plan=plan)]), "layer3-head5.png")
+save(density_grid(plan.density), "density.svg")
+print(plan_text(plan), result_table(rows))
+draw_all("figures/", profile=profile, plan=plan)           # the usual ones
 """
 
 from attnsieve.show.canvas import save

@@ -43,7 +43,7 @@ def draw_all(
 def draw_results(folder: str | Path, rows: Sequence[Row]) -> list[Path]:
     """One figure per metric of the rows, METRIC.png in `folder`; the paths that were written."""
     metrics = sorted({str(row["metric"]) for row in rows})
-    return [save(result_figure(rows, metric), Path(folder) / f"{metric}.png") for metric in metrics]
+    return [save(result_figure(rows, metric), Path(folder) / f"{metric.replace(' ', '-')}.png") for metric in metrics]
 
 
 def _boxcox(plan: Plan | None) -> dict[str, Any]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
+# The plan's name in rows of dense attention.
+DENSE = "dense"
 PANEL_WIDTH, PANEL_HEIGHT = 3.4, 2.7
 MOST_PANELS = 24
 
@@ -46,7 +48,9 @@ def result_table(rows: Iterable[Row]) -> str:
 
 
 def result_figure(rows: Sequence[Row], metric: str) -> Figure:
-    """`metric` against density: one panel per task and length, one mark per plan, the dense value as a line.
+    """`metric` against density: one panel per task and length, one mark per plan, dense attention as a line.
+
+    Error bars, and the band around the line, are one standard error.
 
     Raises UserError when no row has the metric, or when there would be more than `MOST_PANELS` panels.
     """
@@ -55,7 +59,7 @@ def result_figure(rows: Sequence[Row], metric: str) -> Figure:
     require(bool(chosen), f"no row with a density has the metric {metric!r}; the rows have: {', '.join(known) or 'nothing'}")
     tasks = sorted({task_name(row) for row in chosen})
     lengths = sorted({int(row["length"]) for row in chosen})
-    plans = list(dict.fromkeys(str(row["plan"]) for row in chosen))
+    plans = list(dict.fromkeys(str(row["plan"]) for row in chosen if row["plan"] != DENSE))
     require(
         len(tasks) * len(lengths) <= MOST_PANELS,
         f"{len(tasks)} tasks x {len(lengths)} lengths are too many panels: choose some",
@@ -67,6 +71,7 @@ def result_figure(rows: Sequence[Row], metric: str) -> Figure:
             _panel(axes, [row for row in chosen if task_name(row) == task and row["length"] == length], plans)
             axes.set_title(f"{task}, {length} tokens", fontsize=9, loc="left")
         line[0].set_ylabel(metric.replace("_", " "), fontsize=9)
+    grid[0, 0].set_xlim(min(0.4, *(70 * row["density"] for row in chosen)), 130)
     for axes in grid[-1]:
         axes.set_xlabel("density, % of causal pairs kept", fontsize=9)
     _legend(figure, plans)
@@ -89,25 +94,23 @@ def with_error(value: float | None, error: float | None = None, *, sign: bool = 
 def _panel(axes: Axes, rows: Sequence[Row], plans: Sequence[str]) -> None:
     quiet_axes(axes)
     axes.set_xscale("log")
-    axes.set_xlim(0.4, 130)
     axes.set_xticks([1, 3, 10, 30, 100], labels=["1", "3", "10", "30", "100"])
     axes.minorticks_off()
     axes.grid(axis="y", color="#ececec")
     axes.set_axisbelow(True)
-    dense = next((row["dense_value"] for row in rows if row.get("dense_value") is not None), None)
-    if dense is not None:
-        axes.axhline(dense, color=GREY, linewidth=1, linestyle="--")
+    _dense_line(axes, rows)
     for row in rows:
-        place = plans.index(str(row["plan"]))
-        axes.errorbar(
-            100 * row["density"],
-            row["value"],
-            yerr=row.get("stderr"),
-            **_mark(place),
-            markersize=6,
-            capsize=3,
-            elinewidth=1,
-        )
+        if row["plan"] != DENSE:
+            style = _mark(plans.index(str(row["plan"])))
+            axes.errorbar(100 * row["density"], row["value"], row.get("stderr"), **style, markersize=6, capsize=3, elinewidth=1)
+
+
+def _dense_line(axes: Axes, rows: Sequence[Row]) -> None:
+    for row in rows:
+        if row["plan"] == DENSE:
+            axes.axhline(row["value"], color=GREY, linewidth=1, linestyle="--")
+            error = row.get("stderr") or 0.0
+            axes.axhspan(row["value"] - error, row["value"] + error, color=GREY, alpha=0.12, linewidth=0)
 
 
 def _mark(place: int) -> dict[str, Any]:
