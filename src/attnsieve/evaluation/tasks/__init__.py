@@ -10,10 +10,10 @@ from pathlib import Path
 from attnsieve.errors import UserError
 from attnsieve.evaluation.tasks.base import Task
 from attnsieve.evaluation.tasks.language import Fidelity, Perplexity
-from attnsieve.evaluation.tasks.longbench import longbench
+from attnsieve.evaluation.tasks.longbench import longbench_task
 from attnsieve.evaluation.tasks.longeval import lines, lines_prefix, topics
-from attnsieve.evaluation.tasks.lv_eval import lv_eval
-from attnsieve.evaluation.tasks.needle import VARIANTS, needle
+from attnsieve.evaluation.tasks.lv_eval import lv_eval_task
+from attnsieve.evaluation.tasks.needle import VARIANTS, needle_task
 from attnsieve.evaluation.tasks.questions import Item, Query, QuestionTask
 from attnsieve.evaluation.tasks.retrieval import key_value, passkey
 from attnsieve.evaluation.text import text_source
@@ -24,7 +24,7 @@ Source = str | Path | None
 
 
 def _needle(name: str, text: Source, data: Source) -> Task:
-    return needle(name, text_source(text or "essays"))
+    return needle_task(name, text_source(text or "essays"))
 
 
 # Each is made from a text (name or path) and a data source (folder, file or hub id), both None where the user gave none.
@@ -39,7 +39,7 @@ TASKS: dict[str, Callable[[Source, Source], Task]] = {
     **{name: partial(_needle, name) for name in VARIANTS},
 }
 # "family:set", as in "longbench:hotpotqa".
-FAMILIES: dict[str, Callable[..., Task]] = {"lv-eval": lv_eval, "longbench": longbench}
+FAMILIES: dict[str, Callable[..., Task]] = {"lv-eval": lv_eval_task, "longbench": longbench_task}
 
 
 def make_task(name: str, *, text: Source = None, data: Source = None) -> Task:

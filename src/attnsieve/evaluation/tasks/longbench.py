@@ -41,7 +41,7 @@ class Set(NamedTuple):
     template: str
 
 
-def longbench(name: str, source: str | Path = HUB) -> RecordTask:
+def longbench_task(name: str, source: str | Path = HUB) -> RecordTask:
     """The task "longbench:SET", such as "longbench:hotpotqa", from a folder of JSON lines or the hub.
 
     Prompts beyond the evaluated length lose their middle. Raises UserError for an unknown set.

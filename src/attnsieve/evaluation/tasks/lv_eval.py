@@ -116,7 +116,7 @@ SETS: dict[str, tuple[str, str, Callable[[str, Query], float], int]] = {
 }
 
 
-def lv_eval(name: str, source: str | Path = HUB) -> RecordTask:
+def lv_eval_task(name: str, source: str | Path = HUB) -> RecordTask:
     """The task "lv-eval:SET_LEVEL", such as "lv-eval:cmrc_mixup_16k", from a folder of JSON lines or the hub.
 
     Levels count words (characters in Chinese); prompts beyond the evaluated length lose their middle. Raises UserError for an

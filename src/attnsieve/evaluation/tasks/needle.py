@@ -58,7 +58,7 @@ VARIANTS = {
 }
 
 
-def needle(name: str, essay: TextSource) -> QuestionTask:
+def needle_task(name: str, essay: TextSource) -> QuestionTask:
     """The variant `name`. `essay` is read for the variants whose haystack is an essay, and named in their rows."""
     needles = VARIANTS[name]
     # Reading by powers of two lets all items of a length share one reading.
