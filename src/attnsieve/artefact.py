@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from attnsieve.errors import UserError, require
@@ -94,7 +94,8 @@ class Artefact(ModelHubMixin):
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
             fresh = Path(temporary)
-            save_file({name: tensor.contiguous() for name, tensor in self.to_tensors().items()}, fresh / TENSORS)
+            # Through numpy: torch's writer refuses tensors that share memory. Neither minds strides, and writes what lies there.
+            save_file({name: tensor.contiguous().cpu().numpy() for name, tensor in self.to_tensors().items()}, fresh / TENSORS)
             head = {"kind": f"attnsieve {self.kind}", "format_version": self.format_version}
             config = head | self.to_config()
             config["digest"] = digest(config, fresh / TENSORS)
@@ -184,7 +185,7 @@ def check_header(path: Path, expected: Mapping[str, Expected]) -> None:
     )
     header = _parse_object(_read(path, 8 + length, whole=False)[8:], f"the header of {path.name}")
     metadata = header.pop("__metadata__", {})
-    require(metadata == {} or metadata == {"format": "pt"}, f"{path.name} carries metadata that attnsieve does not write")
+    require(metadata in ({}, {"format": "pt"}), f"{path.name} carries metadata that attnsieve does not write")
     require(
         header.keys() == expected.keys(),
         f"{path.name} must hold the tensors {_some(expected.keys())}, got {_some(header.keys())}",
