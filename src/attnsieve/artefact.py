@@ -94,7 +94,7 @@ class Artefact(ModelHubMixin):
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
             fresh = Path(temporary)
-            # Through numpy: torch's writer refuses tensors that share memory. Neither minds strides, and writes what lies there.
+            # Through numpy, since torch's writer refuses tensors that share memory. Neither respects strides.
             save_file({name: tensor.contiguous().cpu().numpy() for name, tensor in self.to_tensors().items()}, fresh / TENSORS)
             head = {"kind": f"attnsieve {self.kind}", "format_version": self.format_version}
             config = head | self.to_config()
