@@ -149,7 +149,9 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant):
     saving.gradient_checkpointing_enable({"use_reentrant": reentrant})
     ids = distinct_tokens(2, 30)
     for model in (plain, saving):
-        model(ids, labels=ids).loss.backward()
+        out = model(ids, labels=ids)
+        assert out.past_key_values is None  # training makes no cache, whatever use_cache says
+        out.loss.backward()
     for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=lambda text, at=name: f"{at}: {text}")
 

@@ -24,7 +24,7 @@ class DmaAttention(ProjectedAttention):
         kv_heads = config.kv_heads
         self.dt_proj = nn.Linear(kv_heads * config.head_width, kv_heads, bias=config.attention_bias)
         # One value per head in one tensor: FSDP2 cannot shard scalars.
-        self.A = nn.Parameter(torch.full((kv_heads,), float(config.initial_A)))
+        self.A = nn.Parameter(torch.zeros(kv_heads))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, now: Pass, cache: Cache | None) -> Tensor:
         bounded = None
