@@ -161,12 +161,13 @@ class Layout:
             return 0
         size, total = self.blocks.size, 0
         without = Layout(self.length, self.end, self.offset)
+        inside = torch.arange(size, device=self.device)
         for row_block in range(first // size, -(-n // size)):
-            rows = torch.arange(max(first, row_block * size), min(n, (row_block + 1) * size), device=self.device)
-            for key_block in self.blocks.index[z, h, row_block, : int(self.blocks.count[z, h, row_block])].tolist():
-                keys = torch.arange(key_block * size, min(n, (key_block + 1) * size), device=self.device)
-                causal = keys[None, :] <= rows[:, None]
-                total += int((causal & ~without.keep(z, h, rows[:, None], keys[None, :])).sum())
+            listed = self.blocks.index[z, h, row_block, : int(self.blocks.count[z, h, row_block])].long()
+            keys = (listed[:, None] * size + inside).flatten()
+            keys = keys[keys < n][None, :]
+            rows = torch.arange(max(first, row_block * size), min(n, (row_block + 1) * size), device=self.device)[:, None]
+            total += int(((keys <= rows) & ~without.keep(z, h, rows, keys)).sum())
         return total
 
 

@@ -1,6 +1,7 @@
-"""Fitting: from a Profile to a Plan, on the CPU, in seconds."""
+"""Fitting: from a Profile, or from measured candidates and a budget, to a Plan; on the CPU, in seconds."""
 
+from attnsieve.fitting.budget import fit_budget
 from attnsieve.fitting.choose import fit
 from attnsieve.fitting.settings import PRESETS, Settings
 
-__all__ = ["PRESETS", "Settings", "fit"]
+__all__ = ["PRESETS", "Settings", "fit", "fit_budget"]

@@ -1,8 +1,10 @@
-"""The transformers adapter: apply a plan to a model, profile a model."""
+"""The transformers adapter: load a model, profile it, measure candidates on it, apply a plan to it."""
 
 from attnsieve.hf.adapter import Handle, apply
 from attnsieve.hf.capture import profile
 from attnsieve.hf.geometry import fingerprint
+from attnsieve.hf.loading import load_model
+from attnsieve.hf.measure import measure
 from attnsieve.hf.report import LayerReport, Report
 
-__all__ = ["Handle", "LayerReport", "Report", "apply", "fingerprint", "profile"]
+__all__ = ["Handle", "LayerReport", "Report", "apply", "fingerprint", "load_model", "measure", "profile"]

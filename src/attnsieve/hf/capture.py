@@ -59,7 +59,7 @@ def profile(
     recorder = Recorder(capture)
     detach = attach(model, recorder.layer)
     try:
-        with _evaluating(model):
+        with evaluating(model):
             for group in tqdm(groups, desc="profile", unit="batch", disable=not progress):
                 ids, recorder.spans = right_padded(group, wanted)
                 # Right padding needs no mask: causality keeps it from the documents, and its own rows are never read.
@@ -114,7 +114,7 @@ def _device_for_sums(model: PreTrainedModel, mark: Fingerprint, pcl: int, length
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Without gradients and dropout; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()

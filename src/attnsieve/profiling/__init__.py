@@ -13,8 +13,18 @@ least n tokens also adds to the statistics of length n; rows beyond the longest 
 """
 
 from attnsieve.profiling.capture import Capture
+from attnsieve.profiling.measurement import Measurement
 from attnsieve.profiling.memory import available_memory, estimate_memory
 from attnsieve.profiling.profile import LongStatistics, Profile
 from attnsieve.profiling.statistics import LongSums, MapSums
 
-__all__ = ["Capture", "LongStatistics", "LongSums", "MapSums", "Profile", "available_memory", "estimate_memory"]
+__all__ = [
+    "Capture",
+    "LongStatistics",
+    "LongSums",
+    "MapSums",
+    "Measurement",
+    "Profile",
+    "available_memory",
+    "estimate_memory",
+]

@@ -1,0 +1,130 @@
+"""Budgets: measured candidates against their definition, and allocations against brute force."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnsieve import Pattern, UserError
+from attnsieve.fingerprint import Fingerprint
+from attnsieve.fitting import fit_budget
+from attnsieve.fitting.allocate import with_mass, within_density, within_error
+from attnsieve.hf import fingerprint, measure
+from attnsieve.profiling import Measurement
+from tests.hf_tiny import VOCAB, tiny
+
+CANDIDATES = ["sink(1) | window(4)", "sink(2) | window(24)", "window(1) | top_blocks(1, block=8)"]
+
+
+def tables(candidates, units, seed):
+    """Random costs and losses where dearer candidates tend to be better, and the last is dense."""
+    generator = torch.Generator().manual_seed(seed)
+    density = torch.rand(candidates, units, generator=generator, dtype=torch.float64)
+    error = (1 - density) * torch.rand(candidates, units, generator=generator, dtype=torch.float64)
+    density[-1], error[-1] = 1.0, 0.0
+    return density, error
+
+
+def brute_force(cost, loss, budget):
+    """The least total loss with a total cost within the budget."""
+    units = range(cost.shape[1])
+    found = [
+        sum(float(loss[c, u]) for u, c in zip(units, choice, strict=True))
+        for choice in itertools.product(range(cost.shape[0]), repeat=cost.shape[1])
+        if sum(float(cost[c, u]) for u, c in zip(units, choice, strict=True)) <= budget * (1 + 1e-12)
+    ]
+    return min(found, default=None)
+
+
+@given(st.integers(2, 4), st.integers(1, 5), st.integers(0, 10_000), st.floats(0.05, 1.0))
+def test_density_budget_against_brute_force(candidates, units, seed, budget):
+    density, error = tables(candidates, units, seed)
+    best = brute_force(density, error, budget * units)
+    if best is None:
+        with pytest.raises(UserError, match="the least they reach"):
+            within_density(density, error, budget)
+        return
+    found = within_density(density, error, budget)
+    assert found.density <= budget * (1 + 1e-9)
+    assert found.bound - 1e-9 <= best <= found.error + 1e-9
+    # The gap of a price is at most one unit's exchange.
+    assert found.error <= best + float((error.amax(0) - error.amin(0)).max()) + 1e-9
+
+
+@given(st.integers(2, 4), st.integers(1, 5), st.integers(0, 10_000), st.floats(0.01, 2.0))
+def test_error_budget_against_brute_force(candidates, units, seed, budget):
+    density, error = tables(candidates, units, seed)
+    found = within_error(density, error, budget)
+    best = brute_force(error, density, budget) / units
+    assert found.error <= budget * (1 + 1e-9)
+    assert found.bound - 1e-9 <= best <= found.density + 1e-9
+
+
+def test_many_heads_come_close_to_the_bound():
+    density, error = tables(12, 300, 0)
+    found = within_density(density, error, 0.2)
+    assert 0.199 < found.density <= 0.2
+    assert found.error <= found.bound * 1.01
+
+
+def test_mass_takes_the_cheapest_that_is_enough():
+    density = torch.tensor([[0.1, 0.1], [0.2, 0.3], [1.0, 1.0]], dtype=torch.float64)
+    retained = torch.tensor([[0.95, 0.5], [0.99, 0.8], [1.0, 1.0]], dtype=torch.float64)
+    assert with_mass(density, retained, 1 - retained, 0.9).choice.tolist() == [0, 2]
+    with pytest.raises(UserError, match="that keeps"):
+        with_mass(density[:2], retained[:2], 1 - retained[:2], 0.9)
+
+
+def test_measure_equals_its_definition():
+    model = tiny("llama", torch.float64)
+    texts = [torch.randint(2, VOCAB, (40,)) for _ in range(2)]
+    found = measure(model, texts, CANDIDATES, progress=False)
+    assert found.candidates[-1] == "dense()"
+    assert found.retained[:, -1].min() == pytest.approx(1)
+    assert found.error[:, -1].max() == pytest.approx(0, abs=1e-20)
+    maps = [model(text[None], output_attentions=True).attentions for text in texts]
+    rows = torch.arange(40)
+    for c, text in enumerate(CANDIDATES[:2]):
+        keep = Pattern.parse(text).keep(rows[:, None], rows[None, :])
+        for layer in range(2):
+            expected = torch.stack([(document[layer][0] * keep).sum(-1).mean(-1) for document in maps]).mean(0)
+            torch.testing.assert_close(found.retained[0, c, layer], expected.float())
+        assert found.density[0, c].unique().item() == pytest.approx(float(keep.sum() / (40 * 41 / 2)))
+    assert (found.error[:, 0] > found.error[:, 1]).float().mean() > 0.8
+
+
+def test_lengths_are_kept_apart_and_saved(tmp_path):
+    texts = [torch.randint(2, VOCAB, (n,)) for n in (20, 33, 33)]
+    found = measure(tiny(), texts, CANDIDATES, progress=False)
+    assert found.lengths == (20, 33)
+    assert found.provenance["documents"] == [1, 2]
+    found.save_pretrained(tmp_path)
+    assert Measurement.from_pretrained(tmp_path) == found
+
+
+def test_plans_meet_their_budget():
+    model = tiny()
+    found = measure(model, [torch.randint(2, VOCAB, (48,))], CANDIDATES, progress=False)
+    plan = fit_budget(found, density=0.4)
+    plan.check(fingerprint(model))
+    assert float(plan.density.mean()) <= 0.4 + 1e-6
+    assert plan.provenance["expected"]["error_per_layer"] <= plan.provenance["uniform_error_per_layer"] + 1e-9
+    grouped = fit_budget(found, density=0.4, share="kv")
+    for row in grouped.patterns:
+        assert all(len(set(row[start : start + 3])) == 1 for start in range(0, 6, 3))
+    assert float(fit_budget(found, mass=0.8).retained.min()) >= 0.8 - 1e-6
+    assert fit_budget(found, max_error=1e-9).density.min() == 1
+
+
+def test_bad_budgets_are_refused():
+    model = Fingerprint("llama", 1, 2, 1, 8, "0" * 16)
+    one = torch.ones(1, 1, 1, 2)
+    found = Measurement(model, ("dense()",), (10,), one, one, 0 * one)
+    with pytest.raises(UserError, match="the least they reach is 1"):
+        fit_budget(found, density=0.5)
+    with pytest.raises(UserError, match="exactly one"):
+        fit_budget(found)
+    with pytest.raises(UserError, match="share"):
+        fit_budget(found, density=1.0, share="all")
