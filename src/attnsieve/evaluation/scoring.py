@@ -30,14 +30,14 @@ class AnswerScore:
 def score_answers(model: Any, tokenizer: Any, questions: Sequence[tuple[str, str]]) -> list[AnswerScore]:
     """Teacher-forced scores of (prompt, answer) pairs. What all prompts have in common is computed once.
 
+    Answers are fed token by token, as in generation: masks chosen from the input must not see answer tokens ahead of time.
     Raises UserError if the model returns NaN or infinite likelihoods.
     """
     parts = [split_answer(tokenizer, prompt, answer) for prompt, answer in questions]
     shared, cache = _prefill(model, [prompt for prompt, _ in parts])
     scores = []
     for prompt, answer in parts:
-        rest = torch.tensor([prompt[shared:] + answer[:-1]], device=model.device)
-        logits = model(rest, past_key_values=fork(cache), use_cache=cache is not None, logits_to_keep=len(answer)).logits[0]
+        logits = _answer_logits(model, prompt[shared:], answer, fork(cache))
         scores.append(_answer_score(logits.float(), torch.tensor(answer, device=model.device)))
     return scores
 
@@ -94,6 +94,17 @@ def _prefill(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[int, Any]:
         return 0, None
     ids = torch.tensor([list(prompts[0][:shared])], device=model.device)
     return shared, model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _answer_logits(model: Any, prompt: Sequence[int], answer: Sequence[int], cache: Any) -> Tensor:
+    """[answer, vocabulary]: logits before each answer token, given the prompt's rest and the answer tokens before it."""
+    steps = []
+    for tokens in ([*prompt], *([token] for token in answer[:-1])):
+        ids = torch.tensor([tokens], device=model.device)
+        seen = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = seen.past_key_values
+        steps.append(seen.logits[0, -1])
+    return torch.stack(steps)
 
 
 def _answer_score(logits: Tensor, answer: Tensor) -> AnswerScore:
