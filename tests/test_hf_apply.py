@@ -181,6 +181,25 @@ def test_attention_weights_cannot_be_had():
         logits(model, tokens(1, 5), output_attentions=True)
 
 
+def test_paged_caches_are_refused():
+    model = tiny()
+    with apply(model, sparse(model), backend="reference"), pytest.raises(UserError, match="continuous batching"):
+        logits(model, tokens(1, 5), block_table=torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "extra", [{"is_causal": False}, {"position_bias": torch.linspace(-1, 1, 9)}], ids=["bidirectional", "position bias"]
+)
+def test_calls_that_ask_for_other_attention_stay_dense_by_name(extra, request):
+    model = tiny()
+    model.set_attn_implementation("sdpa")
+    ids = tokens(1, 9)
+    expected = logits(model, ids, **extra)
+    with apply(model, sparse(model), backend="reference") as handle:
+        close(logits(model, ids, **extra), expected)
+    assert [reason.split(":")[0] for reason in handle.report().unplanned] == [request.node.callspec.id]
+
+
 def test_heads_split_over_devices_are_refused():
     model = tiny()
     attention = model.model.layers[0].self_attn

@@ -159,8 +159,8 @@ def _per_kv_head(row: tuple[Pattern, ...], kv_heads: int) -> tuple[Pattern, ...]
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in autocast's dtype where autocast is on, as torch does for its own attention."""
+    """The tensors in autocast's dtype where autocast is on, as torch does for its own attention; float64 stays."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device) or any(tensor.dtype == torch.float64 for tensor in tensors):
         return list(tensors)
     return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
