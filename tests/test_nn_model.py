@@ -149,9 +149,8 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant):
     saving.gradient_checkpointing_enable({"use_reentrant": reentrant})
     ids = distinct_tokens(2, 30)
     for model in (plain, saving):
-        out = model(ids, labels=ids)
-        assert out.past_key_values is None  # training makes no cache, whatever use_cache says
-        out.loss.backward()
+        assert model(ids).past_key_values is None  # training makes no cache, whatever use_cache says
+        model(ids, labels=ids).loss.backward()
     for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=lambda text, at=name: f"{at}: {text}")
 
@@ -159,6 +158,7 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant):
 def test_hidden_states_labels_and_logits_to_keep():
     model, ids = dma(), distinct_tokens(2, 12)
     out = model(ids, labels=ids, output_hidden_states=True)
+    assert out.past_key_values is None
     assert len(out.hidden_states) == 3
     expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(out.loss, expected)

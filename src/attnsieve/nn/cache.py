@@ -169,7 +169,10 @@ class BoundedCache:
             )
         require(q.shape[2] == len(new), f"each new token has one query and one key, got {q.shape[2]} and {len(new)}")
         if real is not None and real.device.type == "cpu":
-            require(bool((real[:, 1:] >= real[:, :-1]).all()), "the tokens given to a cache may be padded on the left only")
+            require(
+                bool((real[:, 1:] >= real[:, :-1]).all()),
+                "the tokens given to a cache may be padded on the left only: pass use_cache=False, or pad left",
+            )
             step = self.slots is not None and q.shape[2] == 1
             require(not step or bool(real.all()), "the token of a decode step cannot be padding")
         if not torch.compiler.is_compiling():

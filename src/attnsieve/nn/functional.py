@@ -84,5 +84,8 @@ def _left_padded(segments: Segments) -> Tensor:
     """bool [B, T]: the real slots of rows that hold one document each."""
     if segments.start.device.type == "cpu":
         one = segments.start == segments.start[:, -1:]
-        require(bool((one | ~segments.real).all()), "a cache continues one text per row: packed documents cannot be cached")
+        require(
+            bool((one | ~segments.real).all()),
+            "a cache continues one text per row: pass use_cache=False (cache=None) for packed documents",
+        )
     return segments.real

@@ -149,7 +149,12 @@ class DmaForCausalLM(DmaPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """logits [B, T, vocabulary] (the last `logits_to_keep`, all at 0); loss over `labels` [B, T], -100 ignored."""
+        """logits [B, T, vocabulary] (the last `logits_to_keep`, all at 0); loss over `labels` [B, T], -100 ignored.
+
+        A cache is made for generation only: not in training mode, nor with labels.
+        """
+        if labels is not None and past_key_values is None:
+            use_cache = False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
