@@ -1,0 +1,72 @@
+"""Multi-query associative recall (Zoology, Arora et al., arXiv 2312.04927): key-value pairs, then their keys again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnsieve.errors import require
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class RecallTask:
+    """`pairs` distinct keys, each followed by its value, then every key once more; after it the model must name the value.
+
+    Keys are tokens 1 .. vocabulary / 2 - 1, values the upper half. The gaps between the pairs and their queries follow
+    Zoology's power law p(gap) ~ gap^(power - 1), without replacement, in steps of two tokens; all other tokens are random.
+
+    Raises UserError unless 4 * pairs <= length (so that the queries have room), the length is even, and the vocabulary
+    holds enough distinct keys and values.
+    """
+
+    length: int
+    pairs: int
+    vocabulary: int = 8192
+    power: float = 0.01
+
+    def __post_init__(self) -> None:
+        require(
+            0 < 4 * self.pairs <= self.length,
+            f"{self.pairs} pairs need a length of at least {4 * self.pairs} tokens, got {self.length}",
+        )
+        require(self.length % 2 == 0, f"length must be even, got {self.length}")
+        require(
+            self.vocabulary // 2 > self.pairs and self.vocabulary > self.length,
+            f"a vocabulary of {self.vocabulary} is too small for {self.pairs} pairs at length {self.length}",
+        )
+
+    def sample(self, examples: int, seed: int) -> tuple[Tensor, Tensor]:
+        """input_ids, labels, int64 [examples, length]; labels are the values where they are asked for, else -100.
+
+        As in transformers, the logits at t are scored with labels[t + 1].
+        """
+        random = torch.Generator().manual_seed(seed)
+        half = self.vocabulary // 2
+        keys = 1 + _distinct(torch.ones(half - 1), examples, self.pairs, random)
+        values = half + _distinct(torch.ones(self.vocabulary - half), examples, self.pairs, random)
+        ids = torch.randint(self.vocabulary, (examples, self.length), generator=random)
+        ids[:, : 2 * self.pairs] = torch.stack([keys, values], dim=-1).flatten(1)
+        room = (self.length - 2 * self.pairs) // 2
+        gap = torch.arange(1, room + 1, dtype=torch.float64) ** (self.power - 1)
+        asked = 2 * self.pairs + 2 * _distinct(gap, examples, self.pairs, random)
+        ids.scatter_(1, asked, keys)
+        labels = torch.full_like(ids, IGNORED).scatter_(1, asked + 1, values)
+        return ids, labels
+
+
+def recall_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of the asked values that are the most likely next token; logits [N, T, V], labels [N, T]."""
+    asked = labels[:, 1:] != IGNORED
+    right = logits[:, :-1].argmax(-1) == labels[:, 1:]
+    return float(right[asked].double().mean())
+
+
+def _distinct(weights: Tensor, rows: int, count: int, random: torch.Generator) -> Tensor:
+    """int64 [rows, count]: indices drawn without replacement, each next one in proportion to the weights left."""
+    # The Gumbel trick: sorting log weights plus Gumbel noise draws one after the other without replacement.
+    uniform = torch.rand(rows, len(weights), generator=random, dtype=torch.float64)
+    return (weights.double().log() - (-uniform.log()).log()).topk(count, dim=1).indices

@@ -1,0 +1,54 @@
+"""The recall task: what it contains, that it can be solved, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attnsieve import UserError
+from attnsieve.nn.mqar import IGNORED, RecallTask, recall_accuracy
+
+
+@pytest.mark.parametrize(("length", "pairs"), [(64, 16), (64, 4), (256, 8), (4, 1)])
+def test_every_key_is_asked_once_and_its_value_is_the_label(length, pairs):
+    ids, labels = RecallTask(length, pairs, vocabulary=600).sample(50, seed=1)
+    assert ids.shape == labels.shape == (50, length)
+    for row, asked in zip(ids, labels, strict=True):
+        memory = dict(zip(row[: 2 * pairs : 2].tolist(), row[1 : 2 * pairs : 2].tolist(), strict=True))
+        places = (asked != IGNORED).nonzero().flatten()
+        assert len(memory) == len(places) == pairs
+        assert int(places[0]) > 2 * pairs
+        assert {int(row[t - 1]): int(asked[t]) for t in places} == memory
+        assert all(0 < key < 300 for key in memory)
+        assert all(300 <= value < 600 for value in memory.values())
+        assert len(set(memory.values())) == pairs
+
+
+def test_seeds_repeat_and_differ():
+    task = RecallTask(64, 8)
+    assert torch.equal(task.sample(5, seed=3)[0], task.sample(5, seed=3)[0])
+    assert not torch.equal(task.sample(5, seed=3)[0], task.sample(5, seed=4)[0])
+
+
+def test_gaps_follow_the_power_law():
+    task = RecallTask(256, 1, power=0.01)
+    _, labels = task.sample(20000, seed=0)
+    gap = ((labels != IGNORED).nonzero()[:, 1] - 3) // 2
+    counts = torch.bincount(gap, minlength=127).double() / 20000
+    law = torch.arange(1, 128).double() ** (0.01 - 1)
+    assert float((counts - law / law.sum()).abs().max()) < 0.015
+
+
+def test_accuracy_counts_the_asked_tokens_only():
+    _, labels = RecallTask(64, 8, vocabulary=100).sample(4, seed=0)
+    logits = torch.nn.functional.one_hot(labels.clamp_min(0).roll(-1, 1), 100).float()
+    assert recall_accuracy(logits, labels) == 1.0
+    assert recall_accuracy(-logits, labels) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"), [((60, 16), "pairs"), ((65, 4), "even"), ((64, 0), "pairs"), ((64, 8, 16), "vocabulary")]
+)
+def test_impossible_tasks_are_refused(arguments, word):
+    with pytest.raises(UserError, match=word):
+        RecallTask(*arguments)
