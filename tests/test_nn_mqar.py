@@ -25,13 +25,13 @@ def test_every_key_is_asked_once_and_its_value_is_the_label(length, pairs):
 
 
 def test_seeds_repeat_and_differ():
-    task = RecallTask(64, 8)
+    task = RecallTask(64, 8, vocabulary=100)
     assert torch.equal(task.sample(5, seed=3)[0], task.sample(5, seed=3)[0])
     assert not torch.equal(task.sample(5, seed=3)[0], task.sample(5, seed=4)[0])
 
 
 def test_gaps_follow_the_power_law():
-    task = RecallTask(256, 1, power=0.01)
+    task = RecallTask(256, 1, vocabulary=300, power=0.01)
     _, labels = task.sample(20000, seed=0)
     gap = ((labels != IGNORED).nonzero()[:, 1] - 3) // 2
     counts = torch.bincount(gap, minlength=127).double() / 20000
@@ -52,3 +52,10 @@ def test_accuracy_counts_the_asked_tokens_only():
 def test_impossible_tasks_are_refused(arguments, word):
     with pytest.raises(UserError, match=word):
         RecallTask(*arguments)
+
+
+def test_many_examples_are_drawn_in_parts_that_differ():
+    task = RecallTask(8, 2, vocabulary=20)
+    ids, labels = task.sample(2500, seed=0)
+    assert len(ids) == len(labels) == 2500
+    assert len(ids.unique(dim=0)) > 2000

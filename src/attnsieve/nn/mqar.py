@@ -10,6 +10,7 @@ from torch import Tensor
 from attnsieve.errors import require
 
 IGNORED = -100
+_ROWS = 1024  # examples drawn at once, to bound memory
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class RecallTask:
         ids = torch.randint(self.vocabulary, (examples, self.length), generator=random)
         ids[:, : 2 * self.pairs] = torch.stack([keys, values], dim=-1).flatten(1)
         room = (self.length - 2 * self.pairs) // 2
-        gap = torch.arange(1, room + 1, dtype=torch.float64) ** (self.power - 1)
+        gap = torch.arange(1, room + 1, dtype=torch.float32) ** (self.power - 1)
         asked = 2 * self.pairs + 2 * _distinct(gap, examples, self.pairs, random)
         ids.scatter_(1, asked, keys)
         labels = torch.full_like(ids, IGNORED).scatter_(1, asked + 1, values)
@@ -67,6 +68,9 @@ def recall_accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def _distinct(weights: Tensor, rows: int, count: int, random: torch.Generator) -> Tensor:
     """int64 [rows, count]: indices drawn without replacement, each next one in proportion to the weights left."""
-    # The Gumbel trick: sorting log weights plus Gumbel noise draws one after the other without replacement.
-    uniform = torch.rand(rows, len(weights), generator=random, dtype=torch.float64)
-    return (weights.double().log() - (-uniform.log()).log()).topk(count, dim=1).indices
+    # The Gumbel trick: the order of log weights plus Gumbel noise is that of drawing one after the other.
+    parts = []
+    for first in range(0, rows, _ROWS):
+        uniform = torch.rand(min(_ROWS, rows - first), len(weights), generator=random)
+        parts.append((weights.log() - (-uniform.log()).log()).topk(count, dim=1).indices)
+    return torch.cat(parts)
