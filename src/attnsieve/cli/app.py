@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import attnsieve
+from attnsieve.cli.demo import demo
 from attnsieve.cli.evaluate import evaluate
 from attnsieve.cli.fit import fit
 from attnsieve.cli.profile import profile
@@ -47,6 +48,7 @@ app.command("fit")(fit)
 app.command("show")(show)
 app.command("run")(run)
 app.command("eval")(evaluate)
+app.command("demo")(demo)
 
 
 def _print_version(wanted: bool) -> None:

@@ -84,11 +84,11 @@ def task_name(row: Row) -> str:
 
 
 def with_error(value: float | None, error: float | None = None, *, sign: bool = False) -> str:
-    """ "0.812 ± 0.03", with a sign for differences; "-" where there is no value."""
+    """ "0.812 ± 0.03", with a sign for differences; "-" where there is no value. An error of 0 is left out."""
     if value is None:
         return "-"
     text = f"{value:+.3g}" if sign else f"{value:.3g}"
-    return text if error is None else f"{text} ± {error:.2g}"
+    return f"{text} ± {error:.2g}" if error else text
 
 
 def _panel(axes: Axes, rows: Sequence[Row], plans: Sequence[str]) -> None:
