@@ -24,8 +24,8 @@ def fit(profile: Profile, *, preset: str = "robust", **overrides: Any) -> Plan:
     """Choose one pattern per layer and query head.
 
     preset "paper": DAM as published (arXiv 2506.11104), its edge artefacts included. preset "robust": true masks by mass,
-    patterns with enough support only, self key and sinks always kept; of that and sink | window each head takes the one that
-    keeps enough mass with fewer pairs, and is dense if neither does. `overrides`: fields of `Settings`, such as tau=0.1.
+    patterns with enough support only, self key and sinks always kept; of that and sink | window each head takes the cheaper one
+    that keeps enough mass, and is dense if neither does. `overrides`: fields of `Settings`, such as tau=0.1.
 
     Raises UserError for unknown settings, a profile without maps, a floor without statistics beyond the capture length, and
     if a head would keep no key in any row.
@@ -64,12 +64,12 @@ class _Chosen:
 
 
 def _select(rules: Sequence[Candidate], floor: float) -> _Chosen:
-    """Per head the rule of fewest pairs among those that keep `floor` of the mass below and beyond the capture length.
+    """Per head the cheapest rule among those that keep `floor` of the mass below and beyond the capture length.
 
     The last rule keeps everything, so there always is one. With no floor it is the first rule.
     """
     enough = torch.stack([torch.minimum(rule.expected.below, rule.expected.beyond) >= floor for rule in rules])
-    cost = torch.stack([rule.expected.density for rule in rules])
+    cost = torch.stack([rule.expected.density + rule.overhead for rule in rules])
     choice = torch.where(enough, cost, torch.inf).argmin(0) if floor > 0 else torch.zeros(cost.shape[1], dtype=torch.int64)
     picks = [(head, rules[rule]) for head, rule in enumerate(choice.tolist())]
     forced = [0 if rule.forced is None else int(rule.forced[head]) for head, rule in picks]
@@ -77,7 +77,7 @@ def _select(rules: Sequence[Candidate], floor: float) -> _Chosen:
         names=[rule.name for _, rule in picks],
         patterns=tuple(rule.patterns[head] for head, rule in picks),
         reach=[rule.reach[head] for head, rule in picks],
-        density=cost.gather(0, choice[None])[0],
+        density=torch.stack([rule.expected.density for rule in rules]).gather(0, choice[None])[0],
         retained=torch.stack([rule.expected.retained for rule in rules]).gather(0, choice[None])[0],
         forced=forced,
     )

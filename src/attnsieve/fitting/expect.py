@@ -40,29 +40,34 @@ class Observed:
     def length(self) -> int:
         return self.column_mass.shape[-1]
 
-    def rows_of_column(self) -> Tensor:
-        """int64 [n]: rows i >= P that can read key c."""
-        return self.length - torch.arange(self.length).clamp_min(self.pcl)
-
-    def beside(self, columns: Tensor) -> Tensor:
-        """float64 [H, n]: mass per offset outside the kept `columns` (bool [H, n]), rows P .. n - 1.
-
-        The profile holds no joint masses, so a column's mass is taken as even over its rows, which it is for sinks.
-        """
-        rate = torch.where(columns, self.column_mass / self.rows_of_column(), 0.0)
-        return (self.offset_mass - self._per_offset(rate)).clamp_min(0)
-
-    def _per_offset(self, per_column: Tensor) -> Tensor:
-        """[H, n]: for each offset r, `per_column` summed over the columns c whose cell (c + r, c) has P <= c + r < n."""
-        total = torch.nn.functional.pad(per_column.cumsum(-1), (1, 0))
-        offsets = torch.arange(self.length)
-        return total[..., self.length - offsets] - total[..., (self.pcl - offsets).clamp_min(0)]
+    def cells(self) -> Tensor:
+        """float64 [n]: rows i >= P that can read key c, which are as many as there are pairs at distance c in those rows."""
+        return (self.length - torch.arange(self.length).clamp_min(self.pcl)).double()
 
     def pairs(self, columns: Tensor, offsets: Tensor) -> Tensor:
-        """float64 [H]: pairs in rows P .. n - 1 of the columns and offsets (bool [H, n]), each pair once. Exact."""
-        cells = self.rows_of_column().double()
-        twice = torch.where(offsets, self._per_offset(columns.double()), 0.0).sum(-1)
+        """float64 [H]: pairs in rows from P on of the columns and offsets (bool [H, n]), each pair once. Exact."""
+        cells = self.cells()
+        twice = torch.where(columns, self._of_column(offsets.double()), 0.0).sum(-1)
         return columns.double() @ cells + offsets.double() @ cells - twice
+
+    def mass(self, columns: Tensor, offsets: Tensor) -> Tensor:
+        """float64 [H]: share of mass that columns and offsets (bool [H, n]) keep in rows from P on.
+
+        Exact where no pair is both. The profile holds no joint masses, so pairs that are both are taken to hold the mean mass
+        of their column, which is right for sinks, or of their distances, right near the diagonal, whichever is more.
+        """
+        cells = self.cells()
+        by_column = self.column_mass / cells * self._of_column(offsets.double())
+        by_offset = self._of_column(torch.where(offsets, self.offset_mass / cells, 0.0))
+        twice = torch.minimum(torch.maximum(by_column, by_offset), self.column_mass)
+        kept = torch.where(columns, self.column_mass - twice, 0.0).sum(-1)
+        return (kept + torch.where(offsets, self.offset_mass, 0.0).sum(-1)).clamp(0, 1)
+
+    def _of_column(self, per_offset: Tensor) -> Tensor:
+        """[H, n]: for each column c, `per_offset` summed over the distances of its rows P <= i < n."""
+        total = torch.nn.functional.pad(per_offset.cumsum(-1), (1, 0))
+        columns = torch.arange(self.length)
+        return total[..., self.length - columns] - total[..., (self.pcl - columns).clamp_min(0)]
 
 
 @dataclass(frozen=True)
@@ -78,14 +83,11 @@ class Expectation:
 def expect(observed: Observed, mask: Tensor, columns: Tensor, offsets: Tensor) -> Expectation:
     """Of one rule per head: mask, bool [H, P, P], in rows below P, and columns and offsets, bool [H, n], from P on.
 
-    density and below are exact (the latter over the calibration text); beyond as exact as `Observed.beside`. Without long
-    statistics n = P, and beyond is 1.
+    density is exact, below too for the calibration text, beyond as exact as `Observed.mass`. Without long statistics n = P, and
+    beyond is 1.
     """
     pcl, n = observed.pcl, observed.length
-    below = (observed.maps * mask).sum((-2, -1), dtype=torch.float64) / pcl
+    below = ((observed.maps * mask).sum((-2, -1), dtype=torch.float64) / pcl).clamp_max(1)
+    beyond = observed.mass(columns, offsets) if n > pcl else torch.ones_like(below)
     pairs = mask.sum((-2, -1)).double() + observed.pairs(columns, offsets)
-    columns_kept = torch.where(columns, observed.column_mass, 0.0).sum(-1)
-    offsets_kept = torch.where(offsets, observed.beside(columns), 0.0).sum(-1)
-    beyond = (columns_kept + offsets_kept).clamp_max(1) if n > pcl else torch.ones_like(below)
-    below = below.clamp_max(1)
     return Expectation(pairs / (n * (n + 1) / 2), below, beyond, (below * pcl + beyond * (n - pcl)) / n)

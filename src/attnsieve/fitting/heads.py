@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,17 +16,23 @@ from attnsieve.patterns import Pattern, dense, sink, window
 # Windows are rounded up to this many tokens, and tried with each of these sinks.
 WINDOW_STEP = 16
 SINKS = (4, 16)
+# Captured bits and scattered keys cost a kernel about a tile of keys per row more than a sink and a window do.
+TILE = 64
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One rule per head of a layer. reach: how far back each looks from late rows, columns apart; None where all the way."""
+    """One rule per head of a layer. reach: how far back each looks from late rows, columns apart; None where all the way.
+
+    overhead: what the rule's form costs beyond its pairs, as a density.
+    """
 
     name: str
     patterns: tuple[Pattern, ...]
     expected: Expectation
     reach: tuple[int | None, ...]
     forced: Tensor | None = None
+    overhead: float = 0.0
 
 
 def dam_heads(observed: Observed, settings: Settings, pcl: int) -> Candidate:
@@ -45,7 +52,8 @@ def dam_heads(observed: Observed, settings: Settings, pcl: int) -> Candidate:
         below[:, :pcl] = False
         below[:, :pcl, :pcl] = mask
     reach = tuple(max(head.nonzero().flatten().tolist(), default=0) for head in diagonal)
-    return Candidate("dam", patterns, expect(observed, below, columns, offsets), reach, forced)
+    overhead = 2 * TILE / (observed.length + 1)
+    return Candidate("dam", patterns, expect(observed, below, columns, offsets), reach, forced, overhead)
 
 
 def true_mask(maps: Tensor, settings: Settings) -> Tensor:
@@ -60,23 +68,26 @@ def true_mask(maps: Tensor, settings: Settings) -> Tensor:
 def local_heads(observed: Observed, floor: float, sinks: int) -> Candidate:
     """sink(sinks) | window(w) with the smallest w per head that keeps `floor` of the mass both below and beyond P.
 
-    w is a multiple of WINDOW_STEP. A head that needs more than a quarter of the probed length is not local; it gets that
-    window here and fails the floor.
+    w is a multiple of WINDOW_STEP. A head that needs more than a quarter of the probed length is not local: it gets that
+    window here, and fails the floor.
     """
-    most = max(WINDOW_STEP, observed.length // 4 // WINDOW_STEP * WINDOW_STEP)
+    most = max(1, observed.length // 4 // WINDOW_STEP)
     columns = (torch.arange(observed.length) < sinks).expand_as(observed.column_mass)
-    inside = observed.maps.clone()
-    inside[..., :sinks] = 0
-    below = dam.diagonal_sums(inside).double() / observed.pcl
-    first = [observed.maps[..., :sinks].sum((-2, -1)).double() / observed.pcl, observed.column_mass[:, :sinks].sum(-1)]
-    needed = torch.stack(
-        [_tokens(mass, floor - kept) for mass, kept in zip((below, observed.beside(columns)), first, strict=True)]
-    ).amax(0)
-    width = (-(-needed // WINDOW_STEP) * WINDOW_STEP).clamp(WINDOW_STEP, most)
+    beside = observed.maps.clone()
+    beside[..., :sinks] = 0
+    sums = dam.diagonal_sums(beside).double().cumsum(-1)
+    short = floor * observed.pcl - observed.maps[..., :sinks].sum((-2, -1), dtype=torch.float64)
+
+    def enough(steps: Tensor) -> Tensor:
+        width = steps[:, None] * WINDOW_STEP
+        below = sums.gather(1, (width - 1).clamp_max(observed.pcl - 1))[:, 0] >= short
+        return below & (observed.mass(columns, torch.arange(observed.length) < width) >= floor)
+
+    width = _least(enough, most, len(observed.maps)) * WINDOW_STEP
     offsets = torch.arange(observed.length) < width[:, None]
     expected = expect(observed, _rule_rows(columns, offsets, observed.pcl), columns, offsets)
-    tokens = width.tolist()
-    return Candidate("local", tuple(sink(sinks) | window(w) for w in tokens), expected, tuple(w - 1 for w in tokens))
+    patterns = tuple(sink(sinks) | window(tokens) for tokens in width.tolist())
+    return Candidate("local", patterns, expected, tuple(tokens - 1 for tokens in width.tolist()))
 
 
 def dense_heads(observed: Observed) -> Candidate:
@@ -86,9 +97,15 @@ def dense_heads(observed: Observed) -> Candidate:
     return Candidate("dense", (dense(),) * heads, Expectation(ones, ones, ones, ones), (None,) * heads)
 
 
-def _tokens(mass: Tensor, wanted: Tensor) -> Tensor:
-    """int64 [H]: how many leading entries of `mass` [H, n] it takes to add up to `wanted` [H]."""
-    return (mass.cumsum(-1) < wanted[:, None]).sum(-1) + (wanted > 0)
+def _least(enough: Callable[[Tensor], Tensor], most: int, heads: int) -> Tensor:
+    """int64 [H]: per head the least number from 1 that is enough, `most` where none below is. By bisection."""
+    low, high = torch.ones(heads, dtype=torch.int64), torch.full((heads,), most)
+    while bool((low < high).any()):
+        middle = (low + high) // 2
+        good = enough(middle)
+        low, high = torch.where(good, low, middle + 1), torch.where(good, middle, high)
+        low = torch.minimum(low, high)
+    return low
 
 
 def _widen(chosen: Tensor, length: int) -> Tensor:
