@@ -1,7 +1,7 @@
 """Layout: the patterns of one layer compiled to vectors, the only thing a kernel sees.
 
-Shapes: Z is 1 (static) or the number of sequences in the call's spans (chosen from the input), H the layout's heads (query heads, or KV heads when the
-heads of a group share a mask), n the capacity in positions, L the corner rows.
+Shapes: Z is 1 (static) or the number of sequences in the call's spans (chosen from the input), H the layout's heads (query
+heads, or KV heads when the heads of a group share a mask), n the capacity in positions, L the corner rows.
 """
 
 from __future__ import annotations
@@ -147,28 +147,50 @@ class Layout:
     def _pairs_of_head(self, z: int, h: int, n: int) -> int:
         first = 0 if self.corner_rows is None else min(int(self.corner_rows[h]), n)
         rows, keys = torch.arange(first, device=self.device), torch.arange(n, device=self.device)
-        total = int(self.keep(z, h, rows[:, None], rows[None, :]).sum()) if first else 0
+        in_corner = self.keep(z, h, rows[:, None], rows[None, :]).sum() if first else 0
         end = self.end[z, h, :n].long()
-        total += int((end.clamp_max(n) - keys.clamp_min(first)).clamp_min(0).sum())
-        if self.offset is not None:
-            for distance in self.offset[z, h, :n].nonzero().flatten().tolist():
-                row = torch.arange(max(first, distance), n, device=self.device)
-                total += int((row >= end[row - distance]).sum())
-        return total + self._pairs_only_in_blocks(z, h, first, n)
+        by_end = (end.clamp_max(n) - keys.clamp_min(first)).clamp_min(0).sum()
+        count = _Counted(end, first, self._distances_below(z, h, n))
+        by_offset = count.by_offset(keys, torch.full_like(keys, n)).sum()
+        return int(in_corner + by_end + by_offset + self._pairs_only_in_blocks(z, h, n, count))
 
-    def _pairs_only_in_blocks(self, z: int, h: int, first: int, n: int) -> int:
+    def _distances_below(self, z: int, h: int, n: int) -> Tensor:
+        """int64 [n + 1]: how many kept distances are below each distance."""
+        kept = self.end.new_zeros(n) if self.offset is None else self.offset[z, h, :n]
+        return torch.nn.functional.pad(kept.long().cumsum(0), (1, 0))
+
+    def _pairs_only_in_blocks(self, z: int, h: int, n: int, count: _Counted) -> Tensor | int:
+        """Pairs in listed blocks that neither `end` nor `offset` keeps."""
         if self.blocks is None:
             return 0
-        size, total = self.blocks.size, 0
-        without = Layout(self.length, self.end, self.offset)
-        inside = torch.arange(size, device=self.device)
-        for row_block in range(first // size, -(-n // size)):
-            listed = self.blocks.index[z, h, row_block, : int(self.blocks.count[z, h, row_block])].long()
-            keys = (listed[:, None] * size + inside).flatten()
-            keys = keys[keys < n][None, :]
-            rows = torch.arange(max(first, row_block * size), min(n, (row_block + 1) * size), device=self.device)[:, None]
-            total += int(((keys <= rows) & ~without.keep(z, h, rows, keys)).sum())
-        return total
+        size = self.blocks.size
+        listed = self.blocks.index[z, h].long()
+        block_row = torch.arange(len(listed), device=self.device)[:, None, None]
+        keys = listed[..., None] * size + torch.arange(size, device=self.device)
+        real = (listed >= 0)[..., None] & (keys < n)
+        keys = torch.where(real, keys, 0)
+        start, stop = (block_row * size).clamp_max(n), ((block_row + 1) * size).clamp_max(n)
+        lowest = torch.maximum(count.lowest_row(keys), start)
+        rows = (stop - lowest).clamp_min(0) - count.by_offset(keys, stop, lowest)
+        return torch.where(real, rows, 0).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class _Counted:
+    """Counts of rows that see a key by distance alone: end int64 [n], the first row of the rule, kept distances below each."""
+
+    end: Tensor
+    first: int
+    below: Tensor
+
+    def lowest_row(self, keys: Tensor) -> Tensor:
+        """The first row from which `keys` are no longer kept by `end`."""
+        return torch.maximum(self.end[keys], keys.clamp_min(self.first))
+
+    def by_offset(self, keys: Tensor, stop: Tensor, lowest: Tensor | None = None) -> Tensor:
+        """Rows in [lowest, stop) that keep `keys` by distance; lowest defaults to `lowest_row`."""
+        lowest = torch.minimum(self.lowest_row(keys) if lowest is None else lowest, stop)
+        return self.below[(stop - keys).clamp_min(0)] - self.below[(lowest - keys).clamp_min(0)]
 
 
 def compile(patterns: Sequence[Pattern], length: int, device: torch.device | str = "cpu") -> Layout:  # noqa: A001

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import gcd
 from typing import Any
 
@@ -54,10 +55,15 @@ def choose(
         )
     spans = Spans.full(q.shape[0], q.shape[2], k.shape[2], q.device) if spans is None else spans
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    static = [Pattern.of(*(atom for atom in pattern if not atom.dynamic)) for pattern in patterns]
-    base = compile_layout(static, k.shape[2], q.device)
+    base = _static_part(tuple(patterns), k.shape[2], q.device)
     per_sequence = [_sequence(patterns, q, k, row, scale) for row in spans.rows()]
     return _join(base, per_sequence) if any(per_sequence) else base
+
+
+@lru_cache(maxsize=64)
+def _static_part(patterns: tuple[Pattern, ...], length: int, device: torch.device) -> Layout:
+    static = [Pattern.of(*(atom for atom in pattern if not atom.dynamic)) for pattern in patterns]
+    return compile_layout(static, length, device)
 
 
 def _sequence(
