@@ -49,6 +49,7 @@ class ProjectedAttention(nn.Module, ABC):
         k = self.k_norm(split_heads(self.k_proj(hidden), width))
         v = split_heads(self.v_proj(hidden), width)
         q, k = apply_rotary_pos_emb(q, k, now.cos, now.sin)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and RoPE return float32
         mixed: Tensor = self.o_proj(join_heads(self.mix(q, k, v, now, cache)))
         return mixed
 

@@ -43,8 +43,8 @@ class LatentAttention(nn.Module):
         if cache is not None:
             latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
         k, v = split_heads(self.kv_b_proj(latent[:, 0]), 2 * width).split(width, dim=-1)
-        q = torch.cat([q[..., :width], q_rope], dim=-1)
-        k = torch.cat([k, k_rope.expand(-1, k.shape[1], -1, -1)], dim=-1)
+        q = torch.cat([q[..., :width], q_rope], dim=-1).to(v.dtype)
+        k = torch.cat([k, k_rope.expand(-1, k.shape[1], -1, -1)], dim=-1).to(v.dtype)
         out = causal_attention(q, k, v, now.segments, backend=self.config.attention_backend)
         mixed: Tensor = self.o_proj(join_heads(out))
         return mixed

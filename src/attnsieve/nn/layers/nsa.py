@@ -69,6 +69,7 @@ class NativeSparseAttention(nn.Module):
         v = split_heads(self.v_proj(hidden), width)
         q_rope, k_rope = apply_rotary_pos_emb(q, k[:, self.config.kv_heads :], now.cos, now.sin)
         k = torch.cat([k[:, : self.config.kv_heads], k_rope], dim=1)
+        q, q_rope, k = q.to(v.dtype), q_rope.to(v.dtype), k.to(v.dtype)  # under autocast norms and RoPE return float32
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         branches = torch.stack(self._branches(q, q_rope, k.chunk(3, dim=1), v.chunk(3, dim=1)), dim=-1)

@@ -1,0 +1,160 @@
+"""Train a decoder on text with transformers' Trainer: one process, or several through torchrun or accelerate."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from attnsieve.errors import require
+from attnsieve.nn.corpus import TokenBlocks, open_text
+from attnsieve.nn.monitor import SelectionMonitor
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """steps: optimizer steps, each of batch_size x accumulation x processes blocks of `length` tokens.
+
+    learning_rate: its peak, reached after `warmup` steps, then a cosine to 0; AdamW, betas (0.9, 0.95), weight decay 0.1 on
+    matrices only, gradients clipped to norm 1. precision: "float32" or "bfloat16" (autocast, float32 weights).
+    log_every, save_every: in steps. checkpointing: recompute activations in the backward pass.
+    """
+
+    steps: int
+    length: int
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    warmup: int = 0
+    precision: str = "float32"
+    checkpointing: bool = False
+    log_every: int = 10
+    save_every: int = 500
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "length", "batch_size", "accumulation", "log_every", "save_every"):
+            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        require(self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}")
+        require(0 <= self.warmup <= self.steps, f"warmup must lie between 0 and {self.steps} steps, got {self.warmup}")
+        require(self.precision in ("float32", "bfloat16"), f"precision must be float32 or bfloat16, got {self.precision!r}")
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Path | Iterable[str],
+    out: str | Path,
+    settings: TrainingSettings,
+    *,
+    resume: bool = False,
+) -> list[dict[str, Any]]:
+    """Train `model` in place on `text` (see `open_text`) and save it, its tokenizer and log.jsonl in `out`.
+
+    Returns the log: rows with step, loss, grad_norm, learning_rate and, for "dma" layers, the statistics of
+    `selection_statistics` and the mean, least and largest A. Weights are safetensors. Checkpoints for `resume=True`, which
+    continues the newest one with the same settings and text, lie in `out`/checkpoint-STEP; their optimizer state is
+    read with weights_only. Text that runs out is read again.
+
+    Raises UserError for text shorter than a block, blocks longer than the model's positions, and a folder that already
+    holds a run (or none, to resume).
+    """
+    most = getattr(model.config, "max_position_embeddings", settings.length)
+    require(
+        settings.length <= most, f"length {settings.length} is more than the model's {most} positions (max_position_embeddings)"
+    )
+    out = Path(out)
+    newest = get_last_checkpoint(str(out)) if out.is_dir() else None
+    require(not resume or newest is not None, f"{str(out)!r} holds no checkpoint to resume from")
+    require(resume or newest is None, f"{str(out)!r} already holds a run: resume it, or choose another folder")
+    blocks = TokenBlocks(open_text(text), tokenizer, settings.length)
+    with SelectionMonitor(model) as monitor:
+        trainer = _MonitoredTrainer(
+            model,
+            _arguments(settings, out),
+            data_collator=default_data_collator,  # blocks are full: nothing to pad
+            train_dataset=blocks,
+            processing_class=tokenizer,
+        )
+        trainer.watch(monitor)
+        trainer.train(resume_from_checkpoint=newest)
+    trainer.save_model(str(out))
+    if trainer.is_world_process_zero():
+        rows = "".join(json.dumps(row) + "\n" for row in trainer.state.log_history)
+        (out / "log.jsonl").write_text(rows, encoding="utf-8")
+    return trainer.state.log_history
+
+
+def _arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
+    gpu, several = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return TrainingArguments(
+        output_dir=str(out),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=settings.precision == "bfloat16",
+        gradient_checkpointing=settings.checkpointing,
+        logging_steps=settings.log_every,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        seed=settings.seed,
+        use_cpu=not gpu,
+        ddp_backend="gloo" if several and not gpu else None,
+        dataloader_pin_memory=gpu,
+        report_to="none",
+        disable_tqdm=not settings.progress,
+    )
+
+
+class _MonitoredTrainer(Trainer):
+    """Adds the monitor's numbers to every logged row and spares vectors from weight decay."""
+
+    monitor: SelectionMonitor | None = None
+
+    def watch(self, monitor: SelectionMonitor) -> None:
+        self.monitor = monitor
+        self.add_callback(_WatchLoggedSteps(monitor))
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices only: decay would pull A and the residual scales to 0."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.monitor is not None and "loss" in logs:
+            logs.update(self.monitor.take())
+        super().log(logs, *args, **kwargs)
+
+
+class _WatchLoggedSteps(TrainerCallback):
+    """Watching costs a second selection, so it is done in steps that are logged."""
+
+    def __init__(self, monitor: SelectionMonitor) -> None:
+        self.monitor = monitor
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.monitor.active = (state.global_step + 1) % args.logging_steps == 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.monitor.active = False
