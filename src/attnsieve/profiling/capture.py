@@ -14,12 +14,16 @@ from attnsieve.profiling.memory import check_memory, estimate_memory
 from attnsieve.profiling.profile import LongStatistics, Profile
 from attnsieve.profiling.statistics import LongSums, MapSums, probabilities
 
+# On a CPU a piece should stay in the caches: 2.7 times faster at 2048 tokens and 9 heads than 256 MiB.
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+
 
 class Capture:
     """Streaming capture of one model: mean maps below `pcl`, O(n) statistics at each of `lengths` beyond it.
 
-    device: where the map sums live. chunk_bytes: memory for one piece of one layer's probabilities. memory_limit: bytes the
-    sums may take, by default nine tenths of what is free. Raises UserError if they cannot fit, or for lengths <= pcl.
+    device: where the map sums live. chunk_bytes: memory for one piece of one layer's probabilities, by default what its device
+    is fast at. memory_limit: bytes the sums may take, by default nine tenths of what is free. Raises UserError if they cannot
+    fit, or for lengths <= pcl.
     """
 
     def __init__(
@@ -30,7 +34,7 @@ class Capture:
         lengths: Sequence[int] = (2048,),
         maps: bool = True,
         device: torch.device | str = "cpu",
-        chunk_bytes: int = 256 << 20,
+        chunk_bytes: int | None = None,
         memory_limit: int | None = None,
     ) -> None:
         require(pcl >= 1, f"the capture length must be at least 1 token, got {pcl}")
@@ -57,11 +61,12 @@ class Capture:
         Raises UserError for shapes that do not match the fingerprint and, naming the layer, for NaN or infinite scores.
         """
         self._check(layer, q, k)
+        chunk_bytes = self.chunk_bytes or CHUNK_BYTES.get(q.device.type, CHUNK_BYTES["cuda"])
         for row, start, tokens in spans:
             queries, keys = q[row, :, start : start + tokens], k[row, :, start : start + tokens]
             require(0 < tokens == queries.shape[1], f"span {(row, start, tokens)} does not fit {q.shape[2]} slots")
             for rows in self._rows(tokens):
-                for first, p in probabilities(queries, keys, scale, rows, window=window, chunk_bytes=self.chunk_bytes):
+                for first, p in probabilities(queries, keys, scale, rows, window=window, chunk_bytes=chunk_bytes):
                     require(
                         bool(p.sum().isfinite()),
                         f"layer {layer} has NaN or infinite attention scores (batch row {row}, from position {first}): "
