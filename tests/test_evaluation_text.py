@@ -1,6 +1,8 @@
 """Word lists, text sources and windows of tokens."""
 
 import itertools
+import math
+from collections import Counter
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from random import Random
@@ -26,8 +28,19 @@ def test_keys_are_distinct_and_finite():
     keys = distinct_keys(Random(0), 5000)
     assert len(set(keys)) == 5000
     assert keys == distinct_keys(Random(0), 5000)
+    assert keys != distinct_keys(Random(1), 5000)
+    everything = math.lcm(len(ADJECTIVES), len(NOUNS))
+    assert everything > 50_000
+    assert len(set(distinct_keys(Random(0), everything))) == everything
     with pytest.raises(UserError, match="shorter length"):
-        distinct_keys(Random(0), len(ADJECTIVES) * len(NOUNS) + 1)
+        distinct_keys(Random(0), everything + 1)
+
+
+def test_words_of_keys_repeat_no_more_than_they_must():
+    adjectives, nouns = zip(*(key.split("-") for key in distinct_keys(Random(0), 200)), strict=True)
+    assert len(set(adjectives)) == len(set(nouns)) == 200
+    adjectives, _ = zip(*(key.split("-") for key in distinct_keys(Random(0), 3 * len(ADJECTIVES))), strict=True)
+    assert set(Counter(adjectives).values()) == {3}
 
 
 def test_synthetic_text_is_long_varied_and_repeatable():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import lcm
 from random import Random
 
 from attnsieve.errors import require
@@ -41,7 +42,13 @@ ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
 
 
 def distinct_keys(random: Random, count: int) -> list[str]:
-    """`count` different "adjective-noun" keys. Raises UserError beyond the number of pairs that the lists give."""
-    pairs = len(ADJECTIVES) * len(NOUNS)
+    """`count` different "adjective-noun" keys; single words repeat only where there are more keys than words, and then evenly.
+
+    Raises UserError beyond the number of pairs that the lists give.
+    """
+    pairs = lcm(len(ADJECTIVES), len(NOUNS))
     require(count <= pairs, f"there are {pairs} different adjective-noun keys, {count} were asked for: use a shorter length")
-    return [f"{ADJECTIVES[pair // len(NOUNS)]}-{NOUNS[pair % len(NOUNS)]}" for pair in random.sample(range(pairs), count)]
+    adjectives, nouns = (random.sample(words, len(words)) for words in (ADJECTIVES, NOUNS))
+    # Two cycles of different length do not meet in the same pair before both are through.
+    keys = [f"{adjectives[place % len(adjectives)]}-{nouns[place % len(nouns)]}" for place in range(count)]
+    return random.sample(keys, count)

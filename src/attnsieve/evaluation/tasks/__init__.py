@@ -10,6 +10,7 @@ from pathlib import Path
 from attnsieve.errors import UserError
 from attnsieve.evaluation.tasks.base import Task
 from attnsieve.evaluation.tasks.language import Fidelity, Perplexity
+from attnsieve.evaluation.tasks.lm_eval_task import LmEvalTask
 from attnsieve.evaluation.tasks.longbench import longbench_task
 from attnsieve.evaluation.tasks.longeval import lines, lines_prefix, topics
 from attnsieve.evaluation.tasks.lv_eval import lv_eval_task
@@ -39,14 +40,15 @@ TASKS: dict[str, Callable[[Source, Source], Task]] = {
     **{name: partial(_needle, name) for name in VARIANTS},
 }
 # "family:set", as in "longbench:hotpotqa".
-FAMILIES: dict[str, Callable[..., Task]] = {"lv-eval": lv_eval_task, "longbench": longbench_task}
+FAMILIES: dict[str, Callable[..., Task]] = {"lv-eval": lv_eval_task, "longbench": longbench_task, "lm-eval": LmEvalTask}
 
 
 def make_task(name: str, *, text: Source = None, data: Source = None) -> Task:
-    """The task `name`: one of `TASKS`, "lv-eval:SET_LEVEL" or "longbench:SET".
+    """The task `name`: one of `TASKS`, "lv-eval:SET_LEVEL", "longbench:SET" or "lm-eval:TASK".
 
     text: "synthetic" (the default), "bible", "essays" (the default for needles) or a text file. data: LongEval's
-    conversations.jsonl, or the folder or hub id of LV-Eval or LongBench. Raises UserError for unknown names and sources.
+    conversations.jsonl, the folder or hub id of LV-Eval or LongBench, or a folder of lm-eval tasks of your own. Raises
+    UserError for unknown names and sources.
     """
     family, colon, subset = name.partition(":")
     if colon and family in FAMILIES:

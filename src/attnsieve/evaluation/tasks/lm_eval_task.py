@@ -1,0 +1,93 @@
+"""Tasks of lm-eval (optional extra "eval"): RULER, InfiniteBench, LongBench and whatever else it has or is given."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from importlib.util import find_spec
+from numbers import Real
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+from attnsieve.errors import UserError, require
+from attnsieve.evaluation.tasks.base import Task
+from attnsieve.evaluation.tokens import encode
+
+
+class Document(NamedTuple):
+    """One document of an lm-eval task: the length the task was built for, and its place in the task."""
+
+    length: int
+    place: int
+
+
+class LmEvalTask(Task):
+    """One lm-eval task, document by document, with the metrics that lm-eval gives each document.
+
+    Tasks that make their own texts (RULER) make them of the evaluated length, with the tokenizer that the model's name stands
+    for; the others ignore the length. Metrics that lm-eval only knows over a whole corpus are left out.
+    """
+
+    def __init__(self, name: str, folder: str | Path | None = None) -> None:
+        require(find_spec("lm_eval") is not None, 'tasks of lm-eval need it; run: pip install "attnsieve[eval]"')
+        self.name, self._task_name, self._folder = f"lm-eval:{name}", name, folder
+        self._built: dict[int, Any] = {}
+
+    def items(self, tokenizer: Any, length: int, count: int, seed: int) -> list[Document]:
+        """See `Task.items`."""
+        task = self._build(tokenizer, length)
+        documents = len(task.eval_docs)
+        require(count <= documents, f"{self.name} has {documents} documents, {count} were asked for: ask for fewer items")
+        return [Document(length, place) for place in Random(f"{self.name}/{seed}").sample(range(documents), count)]
+
+    def ids(self, tokenizer: Any, item: Document) -> list[int]:
+        """See `Task.ids`."""
+        task = self._built[item.length]
+        return encode(tokenizer, str(task.doc_to_text(task.eval_docs[item.place])))
+
+    def observe(self, model: Any, tokenizer: Any, item: Document) -> dict[str, float]:
+        """See `Task.observe`."""
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        with redirect_stderr(io.StringIO()):  # lm-eval shows bars of its own for every document
+            found = evaluate(
+                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
+                {self._task_name: self._built[item.length]},
+                samples={self._task_name: [item.place]},
+                bootstrap_iters=0,
+            )
+        return measures(found["samples"][self._task_name], item.length)
+
+    def _build(self, tokenizer: Any, length: int) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        if length not in self._built:
+            settings = {"tokenizer": tokenizer.name_or_path, "max_seq_lengths": [length]}
+            folder = None if self._folder is None else str(self._folder)
+            manager = TaskManager(metadata=settings, include_path=folder)
+            try:
+                self._built[length] = manager.load(self._task_name)["tasks"][self._task_name]
+            except Exception as error:
+                raise UserError(
+                    f"lm-eval cannot make its task {self._task_name!r}: {type(error).__name__}: {str(error)[:200]}; "
+                    "check the name, the network, and the folder of your own tasks"
+                ) from error
+        return self._built[length]
+
+
+def measures(samples: list[Mapping[str, Any]], length: int) -> dict[str, float]:
+    """The numbers of one document, named by metric, and by filter where there are several."""
+    found = {}
+    for sample in samples:
+        for metric in sample["metrics"]:
+            # RULER names its metric by the length and gives -1 for all others.
+            other_length = metric.isdigit() and int(metric) != length
+            if other_length or not isinstance(sample[metric], Real):
+                continue
+            name = "string_match" if metric.isdigit() else metric
+            found[name if len(samples) == 1 else f"{name},{sample['filter']}"] = float(sample[metric])
+    require(bool(found), "lm-eval gave no number for a single document of this task: its metric needs the whole corpus")
+    return found

@@ -1,0 +1,70 @@
+"""Tasks of lm-eval: a task of our own from a folder, document by document (skipped where lm-eval is not installed)."""
+
+import json
+
+import pytest
+
+from attnsieve import Plan, UserError
+from attnsieve.evaluation import evaluate, make_task
+from attnsieve.evaluation.tasks import lm_eval_task
+from attnsieve.evaluation.tasks.lm_eval_task import measures
+from attnsieve.evaluation.tokens import encode
+from attnsieve.hf import fingerprint
+from tests.evaluation_tiny import model, tokenizer
+
+TASK = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {data_files: DATA}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: ["x", "yy"]
+doc_to_target: 0
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"q": f"abc {n}"}) for n in range(5)))
+    (tmp_path / "tiny.yaml").write_text(TASK.replace("DATA", str(data)))
+    return tmp_path
+
+
+def test_a_task_of_our_own_runs_paired(folder):
+    task = make_task("lm-eval:tiny_choice", data=folder)
+    plans = {"narrow": Plan.uniform(fingerprint(model()), "window(2)")}
+    rows = evaluate(model(), tokenizer(), plans, [task], [64], 2, progress=False)
+    assert [(row.plan, row.task, row.metric, row.items) for row in rows] == [
+        ("dense", "lm-eval:tiny_choice", "acc", 2),
+        ("narrow", "lm-eval:tiny_choice", "acc", 2),
+    ]
+    (item,) = task.items(tokenizer(), 64, 1, 0)
+    assert task.ids(tokenizer(), item) == encode(tokenizer(), f"abc {item.place}")
+    with pytest.raises(UserError, match="5 documents"):
+        task.items(tokenizer(), 64, 6, 0)
+
+
+def test_unknown_tasks_are_refused(folder):
+    with pytest.raises(UserError, match="cannot make its task 'no_such_task'"):
+        make_task("lm-eval:no_such_task", data=folder).items(tokenizer(), 64, 1, 0)
+
+
+def test_missing_lm_eval_is_named(monkeypatch):
+    monkeypatch.setattr(lm_eval_task, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"attnsieve\[eval\]"):
+        make_task("lm-eval:niah_single_1")
+
+
+def test_measures_of_one_document():
+    ruler = [{"metrics": ["4096", "8192"], "filter": "none", "4096": -1.0, "8192": 0.5}]
+    assert measures(ruler, 8192) == {"string_match": 0.5}
+    filtered = [{"metrics": ["acc"], "filter": name, "acc": value} for name, value in (("strict", 0), ("loose", 1))]
+    assert measures(filtered, 64) == {"acc,strict": 0.0, "acc,loose": 1.0}
+    with pytest.raises(UserError, match="whole corpus"):
+        measures([{"metrics": ["bleu"], "filter": "none", "bleu": ("reference", "prediction")}], 64)
