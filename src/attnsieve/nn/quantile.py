@@ -10,8 +10,18 @@ def kth_position(order: Tensor, k: Tensor) -> Tensor:
     """For each rank r: the k[r]-th smallest (from 0) of order[:r], where order lists positions, best key first.
 
     order: int32 [R, n], a permutation of 0 .. n - 1 per row; k: int32 [R, n]. Returns int32 [R, n]; a rank with k[r] >= r has
-    no answer and gets an arbitrary position. ceil(log2 n) rounds of elementwise passes, one cumsum, one gather and one
-    scatter, O(R n) memory, no host synchronisation.
+    no answer and gets an arbitrary position. O(R n log n) time, O(R n) memory, no host synchronisation; fused kernels on a
+    GPU, plain torch elsewhere.
+    """
+    if order.is_cuda:
+        from attnsieve.nn.quantile_triton import kth_position as fused
+
+        return fused(order, k)
+    return walk(order, k)
+
+
+def walk(order: Tensor, k: Tensor) -> Tensor:
+    """`kth_position` in plain torch on any device: per bit some elementwise passes, a cumsum, a gather and a scatter.
 
     Round by round, the positions are split by their bits, highest first. Before the round of bit b, the array `level` holds
     every node (positions that share the bits above b) at its own place, its members in rank order; each query knows its

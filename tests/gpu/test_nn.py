@@ -1,0 +1,104 @@
+"""DMA on a GPU: the selection equals the CPU's, nothing waits for the device, gradients and decoding are right."""
+
+import pytest
+import torch
+
+from attnsieve import Spans
+from attnsieve.nn import BoundedCache, SelectionRule, dynamic_mask_attention
+from attnsieve.nn.quantile import walk
+from attnsieve.nn.quantile_triton import kth_position
+from attnsieve.nn.scores import key_scores
+from attnsieve.nn.segments import Segments
+from attnsieve.nn.selection import competition_ends
+from attnsieve.nn.slots import Slots
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 127, 128, 129, 300, 2047, 2048, 2049, 5000, 70000])
+def test_fused_walk_equals_the_plain_one(n):
+    order = torch.stack([torch.randperm(n, device="cuda") for _ in range(3)]).int()
+    for budget in (1, 7, n // 2 + 1):
+        k = torch.full_like(order, budget - 1)
+        answered = torch.arange(n, device="cuda") >= budget
+        assert torch.equal(kth_position(order, k)[:, answered], walk(order, k)[:, answered])
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "rising"])
+@pytest.mark.parametrize(("n", "budget"), [(1, 1), (100, 7), (3000, 256), (20001, 1024), (513, 600)])
+def test_ends_equal_those_of_the_cpu(n, budget, kind):
+    sigma = {
+        "random": torch.randn(2, 3, n),
+        "ties": torch.randint(-2, 3, (2, 3, n)).float(),
+        "equal": torch.zeros(2, 3, n),
+        "rising": torch.arange(n).float().expand(2, 3, n).contiguous(),
+    }[kind]
+    spans = Spans.of(
+        [(0, 0, n // 3, 0, n // 3), (0, n // 2, n - n // 2, n // 2, n - n // 2), (1, n // 5, n // 2, n // 5, n // 2)]
+    )
+    rule = SelectionRule(budget, window=5, sinks=2)
+    for segments in (None, Segments.of_spans(spans, 2, n)):
+        moved = segments and Segments(segments.start.cuda(), segments.stop.cuda())
+        assert torch.equal(rule.ends(sigma.cuda(), moved).cpu(), rule.ends(sigma, segments))
+
+
+def inputs(n, dtype=torch.bfloat16, width=64):
+    make = lambda heads: torch.randn(1, heads, n, width, device="cuda", dtype=dtype, requires_grad=True)  # noqa: E731
+    weight = torch.randn(2, 2 * width, device="cuda", requires_grad=True)
+    return make(8), make(2), make(2), weight, torch.tensor([0.1, -0.2], device="cuda", requires_grad=True)
+
+
+def test_forward_and_backward_never_wait_for_the_device():
+    q, k, v, weight, a = inputs(2000)
+    call = lambda: dynamic_mask_attention(q, k, v, dt_weight=weight, A=a, keep_window_size=256, window=16)  # noqa: E731
+    call().float().sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call().float().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", ["auto", "portable"])
+def test_outputs_and_gradients_equal_float64(backend):
+    tensors = inputs(1500)
+    names = ("q", "k", "v", "dt_weight", "A")
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    results = []
+    for values, chosen in ((tensors, backend), (exact, "reference")):
+        arguments = dict(zip(names, values, strict=True))
+        out = dynamic_mask_attention(**arguments, keep_window_size=128, backend=chosen)
+        probe = torch.randn(out.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+        results.append([out, *torch.autograd.grad((out * probe).sum(), values)])
+    for name, actual, expected in zip(("out", *names), *results, strict=True):
+        error = (actual.double() - expected.double()).norm() / expected.double().norm()
+        assert error < 0.02, f"{name}: {error}"
+
+
+def test_decoding_equals_the_whole_text():
+    q, k, v, weight, a = (tensor.detach() for tensor in inputs(300, torch.float32))
+    rule = SelectionRule(32, window=8, sinks=2)
+    whole = dynamic_mask_attention(q, k, v, dt_weight=weight, A=a, keep_window_size=32, window=8, sinks=2)
+    cache, parts = BoundedCache(rule), []
+    for first, last in [(0, 150), *((t, t + 1) for t in range(150, 300))]:
+        delta, sigma = key_scores(v[:, :, first:last], weight, None, a)
+        position = torch.zeros(sigma.shape, dtype=torch.int64, device="cuda")
+        new = Slots(k[:, :, first:last], v[:, :, first:last], delta, sigma, position)
+        parts.append(cache.attend(q[:, :, first:last], new))
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole, atol=2e-2, rtol=2e-2)
+
+
+def test_an_unchecked_nan_reaches_every_later_output_of_its_head():
+    q, k, v, weight, a = (tensor.detach() for tensor in inputs(200))
+    v[0, 0, 50] = torch.nan
+    out = dynamic_mask_attention(q, k, v, dt_weight=weight, A=a, keep_window_size=16)
+    assert bool(out[:, :, 50:].isnan().any(-1).all())
+    assert not bool(out[:, :, :50].isnan().any())
+
+
+def test_selection_of_long_rows_equals_plain_torch():
+    sigma = torch.randn(1, 8, 131072, device="cuda")
+    ends = competition_ends(sigma, 1024)
+    index = torch.arange(131072, device="cuda")
+    assert bool(((ends - index).sum(-1) == (index + 1).clamp_max(1024).sum()).all())
+    assert bool(((ends == 131072).sum(-1) == 1024).all())
