@@ -96,6 +96,7 @@ def test_labels_are_readable():
     for figure in (
         head_figure(views),
         head_figure([head_view(0, 1, plan=plan)]),
+        head_figure([HeadView("W" * 30, torch.eye(L)), HeadView("many words in a name " * 9, torch.eye(L))]),
         head_figure([head_view(2, 3, profile=profile)]),
         density_grid(plan.density),
         mass_grid(torch.rand(36, 32)),

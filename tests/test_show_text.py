@@ -50,17 +50,20 @@ def test_a_view_writes_the_mask_out():
     rule = Pattern.of(Captured.from_mask(mask)) | Pattern.parse("columns(1, start=3)")
     plan = Plan(MODEL, [[rule] * 3, [Pattern.parse("dense()")] * 3])
     view = head_view(0, 2, plan=plan)
-    assert view.name == "layer 0, head 2"
+    assert view.name == "layer 0, head 2   captured(3) | columns(1, start=3)"
+    assert view.captured
     assert view.mean is None
     assert torch.equal(view.mask, mask)
     assert view.extended.shape == (6, 6)
     assert view.extended[3:].nonzero().tolist() == [[0, 1], [1, 1], [2, 1]]
-    assert head_view(1, 0, plan=plan, tokens=10).extended.sum() == 55
+    dense = head_view(1, 0, plan=plan, tokens=10)
+    assert dense.extended.sum() == 55
+    assert not dense.captured
 
 
 def test_views_name_what_the_plan_knows():
     plan = plan_of(*["dense()"] * 6, density=[0.5, 0.004, 1, 1, 1, 1])
-    assert head_view(0, 1, plan=plan).name == "layer 0, head 1: density 0.4 %"
+    assert head_view(0, 1, plan=plan).name == "layer 0, head 1   density 0.4 %   dense()"
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class Plan(Artefact):
         for name, share in (("density", self.density), ("retained mass", self.retained)):
             if share is not None:
                 lines.append(f"{name}: mean {share.mean():.3f}, least {share.min():.3f}, most {share.max():.3f}")
-        common = Counter(_shape(pattern) for row in self.patterns for pattern in row).most_common()
+        common = Counter(outline(pattern) for row in self.patterns for pattern in row).most_common()
         lines += [f"{count:5d} heads  {shape}" for shape, count in common[:12]]
         if len(common) > 12:
             lines.append(f"{sum(count for _, count in common[12:]):5d} heads  in {len(common) - 12} other forms")
@@ -165,7 +165,7 @@ def _origin(provenance: dict[str, Any]) -> str:
     return ", ".join(named) or "made by hand"
 
 
-def _shape(pattern: Pattern) -> str:
+def outline(pattern: Pattern) -> str:
     """A pattern's text with long lists counted and digests left out, so that like heads are counted together."""
     parts = []
     for atom in pattern:

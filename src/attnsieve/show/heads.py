@@ -27,13 +27,15 @@ MOST_VIEWS = 12
 PIXELS = 512
 # Where the logarithmic scale of the mean map begins; a uniform row of 2048 keys lies a little above it.
 LEAST_MEAN = 3e-4
+# Mean width of a letter of a head's name in inches, with room to spare.
+LETTER = 0.098
 
 
 @dataclass(frozen=True)
 class Panel:
     """One column of the figure: the map it takes from a view, its colours, and the label of its colour bar if it has one."""
 
-    title: str
+    title: Callable[[HeadView], str]
     data: Callable[[HeadView], Tensor | None]
     style: dict[str, Any]
     bar: str | None = None
@@ -58,7 +60,8 @@ def head_figure(views: Sequence[HeadView], *, lam: float = 0.5, eps: float = 1e-
         axes.set_ylabel("query position", fontsize=9)
         # Into the empty line above the panel's title, over the width of the row.
         place = {"xycoords": "axes fraction", "textcoords": "offset points"}
-        axes.annotate(view.name, (0, 1), (0, 19), **place, fontsize=10, weight="bold").set_in_layout(False)
+        name = _fitting(view.name, figure.get_figwidth())
+        axes.annotate(name, (0, 1), (0, 19), **place, fontsize=10, weight="bold").set_in_layout(False)
     return figure
 
 
@@ -68,26 +71,38 @@ def _panels(views: Sequence[HeadView], lam: float, eps: float, tau: float) -> li
     strongest = max((float(view.mean.max()) for view in views if view.mean is not None), default=1.0)
     top = max(float(transform(torch.tensor(strongest), lam, eps)), 1.1 * tau)
     ink = {"cmap": LinearSegmentedColormap.from_list("ink", ["white", COLOURS[0], "#00263d"]), "norm": PowerNorm(0.5, 0, 1)}
-    corner = next((len(view.mask) for view in views if view.mask is not None), 0)
-    tokens = next((len(view.extended) for view in views if view.extended is not None), 0)
     return [
         Panel(
-            "mean attention",
+            lambda view: "mean attention",
             lambda view: view.mean,
             {"cmap": "viridis", "norm": LogNorm(LEAST_MEAN, 1.0, clip=True)},
             "mean probability, log scale",
             (0.001, 0.01, 0.1, 1.0),
         ),
         Panel(
-            f"Box-Cox map, λ = {lam:g}",
+            lambda view: f"Box-Cox map, λ = {lam:g}",
             lambda view: None if view.mean is None else transform(view.mean, lam, eps),
             {"cmap": "viridis", "norm": TwoSlopeNorm(tau, 0.0, top)},
             f"amplified attention, scale centred at τ = {tau:g}",
             (0.0, tau / 2, tau, (tau + top) / 2, top),
         ),
-        Panel(f"true mask, rows below {corner}", lambda view: view.mask, ink),
-        Panel(f"{'extended mask' if corner else 'mask'}, {tokens} tokens", lambda view: view.extended, ink),
+        Panel(_mask_title, lambda view: view.mask, ink),
+        Panel(_extended_title, lambda view: view.extended, ink),
     ]
+
+
+def _mask_title(view: HeadView) -> str:
+    return f"{'true mask' if view.captured else 'mask'}, rows below {0 if view.mask is None else len(view.mask)}"
+
+
+def _extended_title(view: HeadView) -> str:
+    return f"{'extended mask' if view.captured else 'mask'}, {0 if view.extended is None else len(view.extended)} tokens"
+
+
+def _fitting(name: str, inches: float) -> str:
+    """The name of a head, cut where a line of bold letters would leave a figure of that width."""
+    most = int((inches - 0.5) / LETTER)
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _draw_column(figure: Figure, panel: Panel, views: Sequence[HeadView], column: list[Axes]) -> None:
@@ -115,7 +130,7 @@ def _draw(axes: Axes, panel: Panel, view: HeadView) -> AxesImage | None:
         return None
     size = len(data)
     axes.set_facecolor(FUTURE)
-    axes.set_title(f"\n\n{panel.title}", fontsize=9, loc="left")
+    axes.set_title(f"\n\n{panel.title(view)}", fontsize=9, loc="left")
     image = axes.imshow(_cells(data), extent=(0, size, size, 0), interpolation="antialiased", **panel.style)
     ticks = [0, size // 4, size // 2, 3 * size // 4, size]
     axes.set_xticks(ticks)

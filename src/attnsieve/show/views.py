@@ -10,9 +10,10 @@ from torch import Tensor
 
 from attnsieve.errors import require
 from attnsieve.fingerprint import Fingerprint
-from attnsieve.patterns import Pattern, dense
-from attnsieve.plan import Plan
+from attnsieve.patterns import Captured, Pattern, dense
+from attnsieve.plan import Plan, outline
 from attnsieve.profiling import Profile
+from attnsieve.show.tables import percent
 
 # Written out as n x n bits: enough to see what a rule does, small enough to hold.
 MOST_TOKENS = 8192
@@ -21,12 +22,16 @@ DEFAULT_TOKENS = 1024
 
 @dataclass(frozen=True)
 class HeadView:
-    """One head. mean: float [L, L]; mask: causal bool [L, L], rows below L; extended: causal bool [n, n]; None if unknown."""
+    """One head. mean: float [L, L]; mask: causal bool [L, L], rows below L; extended: causal bool [n, n]; None if unknown.
+
+    captured: whether `mask` is a captured true mask rather than a rule's own rows.
+    """
 
     name: str
     mean: Tensor | None = None
     mask: Tensor | None = None
     extended: Tensor | None = None
+    captured: bool = False
 
 
 def head_view(
@@ -45,10 +50,12 @@ def head_view(
     corner = max(rule.corner_rows for row in plan.patterns for rule in row)
     size = tokens or (2 * corner if corner else DEFAULT_TOKENS)
     require(0 < size <= MOST_TOKENS, f"a mask is drawn for 1 to {MOST_TOKENS} tokens, got {size}: give a smaller number")
-    name, rule = name + _numbers(plan, layer, head), plan.row(layer)[head]
+    rule = plan.row(layer)[head]
+    name = "   ".join([name, *_numbers(plan, layer, head), outline(rule)])
     if rule.dynamic:
-        return HeadView(name + ", chosen from the input", mean)
-    return HeadView(name, mean, written_out(rule, corner) if corner else None, written_out(rule, size))
+        return HeadView(name, mean)
+    captured = any(isinstance(atom, Captured) for atom in rule)
+    return HeadView(name, mean, written_out(rule, corner) if corner else None, written_out(rule, size), captured)
 
 
 def written_out(pattern: Pattern, tokens: int) -> Tensor:
@@ -111,11 +118,10 @@ def _check_place(model: Fingerprint, layer: int, head: int) -> None:
     )
 
 
-def _numbers(plan: Plan, layer: int, head: int) -> str:
+def _numbers(plan: Plan, layer: int, head: int) -> list[str]:
     """Density and retained mass, as far as the plan knows them."""
-    known = [
-        f"{name} {100 * float(share[layer, head]):.3g} %"
+    return [
+        f"{name} {percent(float(share[layer, head]))} %"
         for name, share in (("density", plan.density), ("retained mass", plan.retained))
         if share is not None
     ]
-    return ": " + ", ".join(known) if known else ""
