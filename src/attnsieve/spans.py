@@ -35,7 +35,9 @@ class Spans:
     @classmethod
     def full(cls, batch: int, q_len: int, k_len: int, device: torch.device | str = "cpu") -> Spans:
         """Every batch row is one sequence: its keys fill all slots, its queries are the last `q_len` positions."""
-        return cls.of([(b, 0, q_len, 0, k_len) for b in range(batch)], device)
+        # Made on the device: copying a list there would wait for it.
+        first, queries, keys = (torch.full((batch,), value, device=device) for value in (0, q_len, k_len))
+        return cls(torch.arange(batch, device=device), first, queries, first, keys)
 
     @classmethod
     def left_padded(cls, pads: Tensor, q_len: int, k_len: int) -> Spans:

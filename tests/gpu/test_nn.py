@@ -102,3 +102,18 @@ def test_selection_of_long_rows_equals_plain_torch():
     index = torch.arange(131072, device="cuda")
     assert bool(((ends - index).sum(-1) == (index + 1).clamp_max(1024).sum()).all())
     assert bool(((ends == 131072).sum(-1) == 1024).all())
+
+
+def test_scores_of_bfloat16_values_are_as_exact_as_float32_ones():
+    values, weight = torch.randn(2, 3, 500, 64, device="cuda", dtype=torch.bfloat16), torch.randn(3, 192, device="cuda")
+    a, results = torch.full((3,), 0.05, device="cuda"), []
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        v, w = (
+            values.to(dtype).requires_grad_(),
+            weight.to(max(dtype, torch.float32, key=lambda d: d.itemsize)).requires_grad_(),
+        )
+        delta, sigma = key_scores(v, w, None, a)
+        results.append([sigma, *torch.autograd.grad((delta * delta.detach().cos()).sum(), (v, w))])
+    for fast, plain, exact, floor in zip(*results, (1e-6, 2**-8, 1e-5), strict=True):
+        error = lambda x, exact=exact: (x.double() - exact.double()).norm() / exact.double().norm()  # noqa: E731
+        assert error(fast) < 2 * error(plain) + floor

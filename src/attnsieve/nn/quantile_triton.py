@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 2048
-SCAN_BITS = 7  # nodes of 128 positions are scanned by each query: one launch instead of 14
-QUERIES = 32
+SCAN_BITS = 5  # nodes of 32 positions are scanned by each query: one launch instead of ten
+QUERIES = 128
 
 
 def kth_position(order: Tensor, k: Tensor) -> Tensor:

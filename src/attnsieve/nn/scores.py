@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,10 +24,52 @@ def key_scores(v: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, a: Tensor) 
     _check(v, dt_weight, dt_bias, a)
     work = torch.float64 if v.dtype == torch.float64 else torch.float32
     with torch.autocast(v.device.type, enabled=False):
-        bias = None if dt_bias is None else dt_bias.to(work)
-        dt = F.linear(v.transpose(1, 2).flatten(2).to(work), dt_weight.to(work), bias).transpose(1, 2)
+        dt = _project(v.transpose(1, 2).flatten(2), dt_weight.to(work)).transpose(1, 2)
+        if dt_bias is not None:
+            dt = dt + dt_bias.to(work)[:, None]
         a = a.to(work)[:, None]
         return torch.exp(a * F.softplus(dt)), (a.sign() * dt).detach().float()
+
+
+def _project(tokens: Tensor, weight: Tensor) -> Tensor:
+    """tokens [B, n, C] times weight [Hkv, C] in the precision of `weight`: [B, n, Hkv]."""
+    if tokens.is_cuda and tokens.dtype == torch.bfloat16:
+        out: Tensor = _ProjectBfloat16.apply(tokens, weight)
+        return out
+    return F.linear(tokens.to(weight.dtype), weight)
+
+
+class _ProjectBfloat16(torch.autograd.Function):
+    """The product of bfloat16 tokens and a float32 weight without a float32 copy of the tokens.
+
+    A float32 number is the sum of three bfloat16 numbers, and tensor cores add products of bfloat16 in float32: three
+    narrow products in one pass over the tokens lose nothing that a float32 product would keep.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        """[B, n, C] and [Hkv, C] to [B, n, Hkv]."""
+        ctx.save_for_backward(tokens, weight)
+        flat = torch.mm(tokens.flatten(0, 1), _three_parts(weight).T, out_dtype=torch.float32)
+        return flat.view(*tokens.shape[:2], 3, len(weight)).sum(2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the tokens is rounded to their dtype, that of the weight is float32."""
+        tokens, weight = ctx.saved_tensors
+        flat = grad.flatten(0, 1)
+        d_tokens = (flat.to(tokens.dtype) @ weight.to(tokens.dtype)).view_as(tokens)
+        parts = torch.mm(_three_parts(flat.T), tokens.flatten(0, 1), out_dtype=torch.float32)
+        return d_tokens, parts.view(3, *weight.shape).sum(0)
+
+
+def _three_parts(matrix: Tensor) -> Tensor:
+    """bfloat16 [3 * rows, columns]: blocks that add up to float32 `matrix`."""
+    parts, rest = [], matrix
+    for _ in range(3):
+        parts.append(rest.to(torch.bfloat16))
+        rest = rest - parts[-1].float()
+    return torch.cat(parts)
 
 
 def _check(v: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, a: Tensor) -> None:
