@@ -57,7 +57,7 @@ def test_key_value_prompts():
     assert len(item.queries) == 8
     assert len({query.prompt for query in item.queries}) == 8
     for query in item.queries:
-        key = re.search(r"\n([a-z]+-[a-z]+): $", query.prompt)[1]
+        key = re.search(r"\d\n\n([a-z]+-[a-z]+): $", query.prompt)[1]
         assert query.answers == (lines[key],)
 
 

@@ -16,7 +16,7 @@ PASSKEY_INTRODUCTION = (
 
 
 def key_value() -> QuestionTask:
-    """`kv`: bare lines "adjective-noun: 12345"; the last line repeats a key. Eight keys of a document are asked for."""
+    """`kv`: bare lines "adjective-noun: 12345", a blank line, and a key again. Eight keys of a document are asked for."""
     return QuestionTask("kv", _key_value)
 
 
@@ -30,7 +30,7 @@ def _key_value(random: Random, lines: int) -> Item:
     values = [str(value) for value in random.sample(range(10_000, 100_000), lines)]
     document = "".join(f"{key}: {value}\n" for key, value in zip(keys, values, strict=True))
     asked = sorted(random.sample(range(lines), min(QUERIES, lines)))
-    queries = tuple(Query(f"{document}{keys[line]}: ", (values[line],)) for line in asked)
+    queries = tuple(Query(f"{document}\n{keys[line]}: ", (values[line],)) for line in asked)
     return Item(queries, {"lines": lines, "asked": asked})
 
 
