@@ -1,0 +1,37 @@
+"""Triton backend: token-exact kernels for NVIDIA GPUs. Triton is imported when a call runs, not before."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from attnsieve.backends.call import Call
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_WIDEST = 256
+_SMALLEST_BLOCK = 16
+
+
+def why_not(call: Call) -> str | None:
+    """The reason why this backend cannot serve `call`, or None."""
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if not call.q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton kernels need a CUDA device, the tensors are on {call.q.device}"
+    if call.q.dtype not in _DTYPES:
+        return f"Triton kernels take float16, bfloat16 and float32, got {call.q.dtype}"
+    if max(call.q.shape[-1], call.v.shape[-1]) > _WIDEST:
+        return f"head widths are limited to {_WIDEST}, got {call.q.shape[-1]} and {call.v.shape[-1]}"
+    if call.layout.blocks is not None and call.layout.blocks.size < _SMALLEST_BLOCK:
+        return f"blocks must have at least {_SMALLEST_BLOCK} tokens, the layout's have {call.layout.blocks.size}"
+    return None
+
+
+def run(call: Call) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Tq, Dv] in q's dtype, LSE [B, Hq, Tq] in float32. Scores and sums are float32, products take q's dtype."""
+    from attnsieve.backends.triton.function import attend
+
+    return attend(call)

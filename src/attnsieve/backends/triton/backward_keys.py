@@ -1,0 +1,292 @@
+"""dK, dV and the gradient of the key bias: programs that own keys and go through the queries that keep them.
+
+dV = P^T dO, dK = scale dS^T Q, d bias = column sums of dS. A program holds a key tile, or a chunk of listed keys for a stretch
+of rows, and adds its sums to float32 buffers at its end.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnsieve.backends.triton.backward_queries import load_queries
+from attnsieve.backends.triton.common import LOG2E, NO_CUT, head_base, list_keep, load_rows, scores, span_of, tile_keep
+
+
+@triton.jit
+def _add_dkv(
+    dk,
+    dv,
+    d_bias,
+    k_tile,
+    v_tile,
+    q_tile,
+    d_tile,
+    lse2,
+    delta,
+    p_bias,
+    s_bias,
+    j,
+    ok,
+    keep,
+    scale2,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk [N, DP] += dS^T Q, dv [N, DVP] += P^T dO, d_bias [N] += column sums of dS, over the rows of a query tile."""
+    s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, True, PRECISION)
+    weights = tl.exp2(s * scale2 - lse2[None, :])
+    if MASKED:
+        weights = tl.where(keep, weights, 0.0)
+    dv = tl.dot(weights.to(d_tile.dtype), d_tile, dv, input_precision=PRECISION)
+    dp = tl.dot(v_tile, tl.trans(d_tile), input_precision=PRECISION)
+    ds = weights * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    if p_bias is not None:
+        d_bias += tl.sum(ds, 1)
+    return dk, dv, d_bias
+
+
+@triton.jit
+def _store_dkv(
+    d_k,
+    d_v,
+    p_db,
+    dk,
+    dv,
+    d_bias,
+    batch,
+    head,
+    slot,
+    ok,
+    scale,
+    k_heads,
+    k_slots,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+):
+    """Add sums to the float32 gradient buffers."""
+    o_d, o_dv = tl.arange(0, DP), tl.arange(0, DVP)
+    p_dk = head_base(d_k, batch, head) + slot[:, None] * d_k.s_row + o_d[None, :]
+    p_dv = head_base(d_v, batch, head) + slot[:, None] * d_v.s_row + o_dv[None, :]
+    tl.atomic_add(p_dk, dk * scale, mask=ok[:, None] & (o_d < D)[None, :], sem="relaxed")
+    tl.atomic_add(p_dv, dv, mask=ok[:, None] & (o_dv < DV)[None, :], sem="relaxed")
+    if p_db is not None:
+        tl.atomic_add(p_db + (batch * k_heads + head) * k_slots + slot, d_bias, mask=ok, sem="relaxed")
+
+
+@triton.jit
+def _present(p_items, low, high, first, k_len, M: tl.constexpr):
+    """The part of an ascending list of query tiles that has rows in [first, k_len)."""
+    before = 0
+    within = 0
+    for x0 in range(low, high, 128):
+        x = x0 + tl.arange(0, 128)
+        t = tl.load(p_items + x, mask=x < high, other=2**30 // M)
+        before += tl.sum(((t + 1) * M <= first).to(tl.int32), 0)
+        within += tl.sum((t * M < k_len).to(tl.int32), 0)
+    return low + before, low + within
+
+
+@triton.jit
+def dkv_tiles_kernel(
+    q,
+    k,
+    v,
+    bias,
+    d_out,
+    p_lse,
+    p_delta,
+    d_k,
+    d_v,
+    p_db,
+    places,
+    mask,
+    by_key,
+    scale,
+    q_slots,
+    k_slots,
+    OWN_SUMS: tl.constexpr,
+    H: tl.constexpr,
+    OWN_MASKS: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dK, dV and d bias of one key tile from the query tiles that visit it; one program per key tile, layout head, sequence.
+
+    With OWN_SUMS each layout head has buffers of its own, so that every element is added to once: the sum's order is fixed.
+    """
+    b, h, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    batch, q_start, first, k_start, k_len = span_of(places, i_s)
+    if b * N >= k_len:
+        return
+    o_zh = (i_s.to(tl.int64) if OWN_MASKS else tl.cast(0, tl.int64)) * H + h
+    o_list = o_zh * tl.cdiv(mask.n, N) + b
+    r = tl.arange(0, M * GP)
+    head = h + r * 0 if GP == 1 else h * G + r // M
+    kv_head = h // G if GP == 1 else h
+    heads = H if GP == 1 else H * G
+    j = b * N + tl.arange(0, N)
+    ok = j < k_len
+    k_tile = load_rows(head_base(k, batch, kv_head) + k_start * k.s_row, j, k.s_row, ok, D, DP, True)
+    v_tile = load_rows(head_base(v, batch, kv_head) + k_start * v.s_row, j, v.s_row, ok, DV, DVP, True)
+    p_bias, s_bias = None, 0
+    if bias is not None:
+        p_bias = head_base(bias, batch, kv_head) + k_start * bias.s_row
+        s_bias = bias.s_row
+
+    dk = tl.zeros([N, DP], tl.float32)
+    dv = tl.zeros([N, DVP], tl.float32)
+    d_bias = tl.zeros([N], tl.float32)
+    scale2 = scale * LOG2E
+    p_items = by_key.items + tl.load(by_key.start + o_list)
+    whole = tl.load(by_key.whole + o_list)
+    low, high = _present(p_items, 0, whole, first, k_len, M)
+    t = tl.load(p_items + low)
+    for x in tl.range(low, high, num_stages=STAGES):
+        i = t * M + r % M
+        t = tl.load(p_items + x + 1)
+        row_ok = (i >= first) & (i < k_len) & (r // M < G)
+        q_tile, d_tile, lse2, delta = load_queries(
+            q, d_out, p_lse, p_delta, batch, head, q_start + i - first, row_ok, heads, q_slots, D, DP, DV, DVP
+        )
+        dk, dv, d_bias = _add_dkv(
+            dk, dv, d_bias, k_tile, v_tile, q_tile, d_tile, lse2, delta, p_bias, s_bias, j, ok, j, scale2, False, PRECISION
+        )
+    low, high = _present(p_items, whole, tl.load(by_key.count + o_list), first, k_len, M)
+    t = tl.load(p_items + low)
+    for x in tl.range(low, high, num_stages=STAGES):
+        i = t * M + r % M
+        cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_zh * mask.tiles + t)
+        t = tl.load(p_items + x + 1)
+        row_ok = (i >= first) & (i < k_len) & (r // M < G)
+        keep = tile_keep(mask, o_zh, h, i[None, :], j[:, None], b * N, ok[:, None], cut, N, LISTED, BLOCK)
+        q_tile, d_tile, lse2, delta = load_queries(
+            q, d_out, p_lse, p_delta, batch, head, q_start + i - first, row_ok, heads, q_slots, D, DP, DV, DVP
+        )
+        dk, dv, d_bias = _add_dkv(
+            dk, dv, d_bias, k_tile, v_tile, q_tile, d_tile, lse2, delta, p_bias, s_bias, j, ok, keep, scale2, True, PRECISION
+        )
+    _store_dkv(
+        d_k,
+        d_v,
+        p_db,
+        dk,
+        dv,
+        d_bias,
+        batch,
+        h if OWN_SUMS else kv_head,
+        k_start + j,
+        ok,
+        scale,
+        H if OWN_SUMS or GP > 1 else H // G,
+        k_slots,
+        D,
+        DP,
+        DV,
+        DVP,
+    )
+
+
+@triton.jit
+def dkv_singles_kernel(
+    q,
+    k,
+    v,
+    bias,
+    d_out,
+    p_lse,
+    p_delta,
+    d_k,
+    d_v,
+    p_db,
+    places,
+    mask,
+    singles,
+    scale,
+    q_slots,
+    k_slots,
+    ROWS: tl.constexpr,
+    H: tl.constexpr,
+    OWN_MASKS: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Sums of N listed keys over a stretch of ROWS positions; programs: (chunk of the list, stretch x layout head, sequence)."""
+    chunk, h, i_s = tl.program_id(0), tl.program_id(1) % H, tl.program_id(2)
+    batch, q_start, first, k_start, k_len = span_of(places, i_s)
+    stretch = tl.cdiv(k_len, ROWS) - 1 - tl.program_id(1) // H
+    if (stretch + 1) * ROWS <= first or stretch < 0:
+        return
+    o_zh = (i_s.to(tl.int64) if OWN_MASKS else tl.cast(0, tl.int64)) * H + h
+    o_list = o_zh * tl.cdiv(mask.n, ROWS) + stretch
+    count = tl.load(singles.count + o_list)
+    if chunk * N >= count:
+        return
+    r = tl.arange(0, M * GP)
+    head = h + r * 0 if GP == 1 else h * G + r // M
+    kv_head = h // G if GP == 1 else h
+    heads = H if GP == 1 else H * G
+    o_x = chunk * N + tl.arange(0, N)
+    j = tl.load(singles.items + tl.load(singles.start + o_list) + o_x, mask=o_x < count, other=0)
+    ok = (o_x < count) & (j < k_len)
+    k_tile = load_rows(head_base(k, batch, kv_head) + k_start * k.s_row, j, k.s_row, ok, D, DP, True)
+    v_tile = load_rows(head_base(v, batch, kv_head) + k_start * v.s_row, j, v.s_row, ok, DV, DVP, True)
+    p_bias, s_bias = None, 0
+    if bias is not None:
+        p_bias = head_base(bias, batch, kv_head) + k_start * bias.s_row
+        s_bias = bias.s_row
+
+    dk = tl.zeros([N, DP], tl.float32)
+    dv = tl.zeros([N, DVP], tl.float32)
+    d_bias = tl.zeros([N], tl.float32)
+    scale2 = scale * LOG2E
+    i0 = tl.maximum(stretch * ROWS, first // M * M)
+    i1 = tl.minimum(stretch * ROWS + ROWS, k_len)
+    whole = (chunk + 1) * N <= tl.load(singles.whole + o_list)
+    # One of the two loops runs.
+    for y in tl.range(i0, tl.where(whole, i1, i0), M, num_stages=STAGES):
+        i = y + r % M
+        row_ok = (i >= first) & (i < k_len) & (r // M < G)
+        q_tile, d_tile, lse2, delta = load_queries(
+            q, d_out, p_lse, p_delta, batch, head, q_start + i - first, row_ok, heads, q_slots, D, DP, DV, DVP
+        )
+        dk, dv, d_bias = _add_dkv(
+            dk, dv, d_bias, k_tile, v_tile, q_tile, d_tile, lse2, delta, p_bias, s_bias, j, ok, j, scale2, False, PRECISION
+        )
+    for y in tl.range(tl.where(whole, i1, i0), i1, M, num_stages=STAGES):
+        i = y + r % M
+        row_ok = (i >= first) & (i < k_len) & (r // M < G)
+        cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_zh * mask.tiles + y // M)
+        keep = list_keep(mask, o_zh, i[None, :], j[:, None], j[:, None], cut, ok[:, None], LISTED)
+        q_tile, d_tile, lse2, delta = load_queries(
+            q, d_out, p_lse, p_delta, batch, head, q_start + i - first, row_ok, heads, q_slots, D, DP, DV, DVP
+        )
+        dk, dv, d_bias = _add_dkv(
+            dk, dv, d_bias, k_tile, v_tile, q_tile, d_tile, lse2, delta, p_bias, s_bias, j, ok, keep, scale2, True, PRECISION
+        )
+    k_heads = H if GP > 1 else H // G
+    _store_dkv(d_k, d_v, p_db, dk, dv, d_bias, batch, kv_head, k_start + j, ok, scale, k_heads, k_slots, D, DP, DV, DVP)

@@ -1,0 +1,252 @@
+"""dQ: the grid, lists and loops of the forward pass.
+
+P = exp(S - LSE), dS = P * (dO V^T - delta), dQ = scale dS K, with delta = rowsum(dO * O) - dLSE.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnsieve.backends.triton.common import (
+    LOG2E,
+    NO_CUT,
+    chunk_keys,
+    head_base,
+    list_keep,
+    load_rows,
+    scores,
+    span_of,
+    tile_keep,
+)
+
+
+@triton.jit
+def delta_kernel(out, d_out, d_lse, p_delta, heads, q_slots, DV: tl.constexpr, DVP: tl.constexpr, STEP: tl.constexpr):
+    """delta [B, Hq, Tq] = rowsum(dO * O) - dLSE in float32."""
+    o_bh = tl.program_id(1).to(tl.int64)
+    batch, head = o_bh // heads, o_bh % heads
+    slot = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    ok = slot < q_slots
+    o_tile = load_rows(head_base(out, batch, head), slot, out.s_row, ok, DV, DVP, True)
+    d_tile = load_rows(head_base(d_out, batch, head), slot, d_out.s_row, ok, DV, DVP, True)
+    delta = tl.sum(o_tile.to(tl.float32) * d_tile.to(tl.float32), 1)
+    if d_lse is not None:
+        delta -= tl.load(head_base(d_lse, batch, head) + slot * d_lse.s_row, mask=ok, other=0.0)
+    tl.store(p_delta + o_bh * q_slots + slot, delta, mask=ok)
+
+
+@triton.jit
+def load_queries(
+    q,
+    d_out,
+    p_lse,
+    p_delta,
+    batch,
+    head,
+    slot,
+    ok,
+    heads,
+    q_slots,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+):
+    """q [R, DP] and dO [R, DVP], zero where not `ok`; LSE in base 2, +inf where no key counts; delta [R]."""
+    o_row = (batch * heads + head) * q_slots + slot
+    o_d, o_dv = tl.arange(0, DP), tl.arange(0, DVP)
+    p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head + slot * q.s_row
+    p_d = d_out.p + batch * d_out.s_batch + head.to(tl.int64) * d_out.s_head + slot * d_out.s_row
+    q_tile = tl.load(p_q[:, None] + o_d[None, :], mask=ok[:, None] & (o_d < D)[None, :], other=0.0)
+    d_tile = tl.load(p_d[:, None] + o_dv[None, :], mask=ok[:, None] & (o_dv < DV)[None, :], other=0.0)
+    lse = tl.load(p_lse + o_row, mask=ok, other=-float("inf"))
+    delta = tl.load(p_delta + o_row, mask=ok, other=0.0)
+    # exp2(score - inf) = 0: rows that keep nothing and rows of no query take no part.
+    return q_tile, d_tile, tl.where(lse == -float("inf"), float("inf"), lse * LOG2E), delta
+
+
+@triton.jit
+def _add_dq(
+    dq,
+    q_tile,
+    d_tile,
+    lse2,
+    delta,
+    k,
+    v,
+    p_k,
+    p_v,
+    p_bias,
+    s_bias,
+    j,
+    ok,
+    keep,
+    scale2,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq [R, DP] += dS K over keys j."""
+    k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, MASKED)
+    v_tile = load_rows(p_v, j, v.s_row, ok, DV, DVP, MASKED)
+    s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, MASKED, False, PRECISION)
+    weights = tl.exp2(s * scale2 - lse2[:, None])
+    if MASKED:
+        weights = tl.where(keep, weights, 0.0)
+    dp = tl.dot(d_tile, tl.trans(v_tile), input_precision=PRECISION)
+    ds = weights * (dp - delta[:, None])
+    return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def dq_kernel(
+    q,
+    k,
+    v,
+    bias,
+    d_out,
+    p_lse,
+    p_delta,
+    d_q,
+    places,
+    mask,
+    tiles,
+    singles,
+    scale,
+    q_slots,
+    H: tl.constexpr,
+    OWN_MASKS: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dQ of one query tile, layout head and sequence; rows, lists and loops as in `forward_kernel`."""
+    h, i_s = tl.program_id(1), tl.program_id(2)
+    batch, q_start, first, k_start, k_len = span_of(places, i_s)
+    t = tl.cdiv(k_len, M) - 1 - tl.program_id(0)
+    if (t + 1) * M <= first or t < 0:
+        return
+    o_zh = (i_s.to(tl.int64) if OWN_MASKS else tl.cast(0, tl.int64)) * H + h
+    o_list = o_zh * mask.tiles + t
+    r = tl.arange(0, M * GP)
+    i = t * M + r % M
+    head = h + r * 0 if GP == 1 else h * G + r // M
+    kv_head = h // G if GP == 1 else h
+    heads = H if GP == 1 else H * G
+    row_ok = (i >= first) & (i < k_len) & (r // M < G)
+    slot = q_start + i - first
+    q_tile, d_tile, lse2, delta = load_queries(
+        q, d_out, p_lse, p_delta, batch, head, slot, row_ok, heads, q_slots, D, DP, DV, DVP
+    )
+    p_k = head_base(k, batch, kv_head) + k_start * k.s_row
+    p_v = head_base(v, batch, kv_head) + k_start * v.s_row
+    p_bias, s_bias = None, 0
+    if bias is not None:
+        p_bias = head_base(bias, batch, kv_head) + k_start * bias.s_row
+        s_bias = bias.s_row
+
+    dq = tl.zeros([M * GP, DP], tl.float32)
+    scale2 = scale * LOG2E
+    cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_list)
+    n_tiles, whole_tiles, n_singles, whole_singles = 0, 0, 0, 0
+    p_tiles, p_singles = mask.ends, mask.ends
+    if tiles is not None:
+        p_tiles = tiles.items + tl.load(tiles.start + o_list)
+        whole_tiles = tl.load(tiles.whole + o_list)
+        n_tiles = tl.load(tiles.count + o_list) - whole_tiles
+    if singles is not None:
+        p_singles = singles.items + tl.load(singles.start + o_list)
+        whole_singles = tl.load(singles.whole + o_list) // N * N
+        n_singles = tl.load(singles.count + o_list) - whole_singles
+
+    j = chunk_keys(tiles, singles, p_tiles, p_singles, whole_tiles, 0, N)
+    for x in tl.range(0, whole_tiles + whole_singles // N, num_stages=STAGES):
+        next_j = chunk_keys(tiles, singles, p_tiles, p_singles, whole_tiles, x + 1, N)
+        dq = _add_dq(
+            dq, q_tile, d_tile, lse2, delta, k, v, p_k, p_v, p_bias, s_bias, j, j, j, scale2, D, DP, DV, DVP, False, PRECISION
+        )
+        j = next_j
+
+    if tiles is not None:
+        p_tiles += whole_tiles
+        b = tl.load(p_tiles)
+        for x in tl.range(0, n_tiles, num_stages=STAGES):
+            j0 = b * N
+            j = j0 + tl.arange(0, N)
+            b = tl.load(p_tiles + x + 1)
+            ok = j < k_len
+            keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK)
+            dq = _add_dq(
+                dq,
+                q_tile,
+                d_tile,
+                lse2,
+                delta,
+                k,
+                v,
+                p_k,
+                p_v,
+                p_bias,
+                s_bias,
+                j,
+                ok,
+                keep,
+                scale2,
+                D,
+                DP,
+                DV,
+                DVP,
+                True,
+                PRECISION,
+            )
+
+    if singles is not None:
+        p_singles += whole_singles + tl.arange(0, N)
+        j = tl.load(p_singles)
+        for x in tl.range(0, n_singles, N, num_stages=STAGES):
+            next_j = tl.load(p_singles + x + N)
+            ok = (x + tl.arange(0, N) < n_singles) & (j < k_len)
+            j_again = tl.load(p_singles + x)
+            keep = list_keep(mask, o_zh, i[:, None], j_again[None, :], j[None, :], cut, ok[None, :], LISTED)
+            dq = _add_dq(
+                dq,
+                q_tile,
+                d_tile,
+                lse2,
+                delta,
+                k,
+                v,
+                p_k,
+                p_v,
+                p_bias,
+                s_bias,
+                j,
+                ok,
+                keep,
+                scale2,
+                D,
+                DP,
+                DV,
+                DVP,
+                True,
+                PRECISION,
+            )
+            j = next_j
+
+    o_d = tl.arange(0, DP)
+    p_dq = d_q.p + batch * d_q.s_batch + head.to(tl.int64) * d_q.s_head + slot * d_q.s_row
+    tl.store(p_dq[:, None] + o_d[None, :], (dq * scale).to(d_q.p.dtype.element_ty), mask=row_ok[:, None] & (o_d < D)[None, :])

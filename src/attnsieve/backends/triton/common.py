@@ -1,0 +1,289 @@
+"""What every kernel shares: argument bundles, where a program's rows lie, and the mask's predicate.
+
+Names: t a query tile of M positions, b a key tile of N keys, R = M * GP rows of a program (GP query heads of a KV head packed
+as rows, a power of two), z 0 or the sequence, where each has masks of its own, h a layout head, i a query position, j a key position.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnsieve.backends.call import Call
+from attnsieve.spans import Spans
+
+# Which keys may be served by lists of single keys: none, those flagged by a complemented end, or all that `end` keeps.
+LISTED_NOTHING = tl.constexpr(0)
+LISTED_FLAGGED = tl.constexpr(1)
+LISTED_ALL = tl.constexpr(2)
+# A cut above every position: lists serve all that they may.
+NO_CUT = tl.constexpr(2**31 - 1)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Rows(NamedTuple):
+    """A [B, H, T, width] tensor with contiguous last dimension: address and strides in elements."""
+
+    p: Any
+    s_batch: Any
+    s_head: Any
+    s_row: Any
+
+
+class Places(NamedTuple):
+    """The five vectors of `Spans` and their strides."""
+
+    p_batch: Any
+    p_q_start: Any
+    p_q_len: Any
+    p_k_start: Any
+    p_k_len: Any
+    s_batch: Any
+    s_q_start: Any
+    s_q_len: Any
+    s_k_start: Any
+    s_k_len: Any
+
+
+class Mask(NamedTuple):
+    """The vectors of a layout as the predicate reads them; see `attnsieve.layout.Layout` and `schedule.Schedule`.
+
+    ends int32 [Z, H, n]; words int32 [Z, H, n_words] or None; corner uint8 [H, L, L_bytes] and corner_rows int32 [H] or None;
+    block_bits int32 [Z, H, blocks, block_words] or None; cut int32 [Z, H, T] or None.
+    """
+
+    ends: Any
+    words: Any
+    corner: Any
+    corner_rows: Any
+    block_bits: Any
+    cut: Any
+    n: Any
+    n_words: Any
+    corner_side: Any
+    corner_bytes: Any
+    n_blocks: Any
+    block_words: Any
+    tiles: Any
+
+
+class Lists(NamedTuple):
+    """One list per (z, h, tile): items[start : start + count], the first `whole` of which need no predicate."""
+
+    start: Any
+    whole: Any
+    count: Any
+    items: Any
+
+
+def rows_of(tensor: Tensor) -> Rows:
+    """The bundle of a tensor, copied first if its last dimension is not contiguous."""
+    if tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
+    return Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
+
+
+def bias_of(call: Call) -> Rows | None:
+    """Key bias over scale as [B, Hkv, Tk, 16] columns that `scores` adds up, or None."""
+    bias = call.key_bias
+    if bias is None:
+        return None
+    batch, heads, slots = bias.shape
+    dtype = torch.float32 if call.q.dtype == torch.float32 else torch.bfloat16
+    columns = bias.new_empty(batch, heads, slots, 16, dtype=dtype)
+    grid = (triton.cdiv(slots, 128), batch * heads)
+    split_bias_kernel[grid](Rows(bias, *bias.stride()), columns, call.scale, heads, slots, STEP=128)
+    return rows_of(columns)
+
+
+def places_of(spans: Spans) -> Places:
+    vectors = (spans.batch, spans.q_start, spans.q_len, spans.k_start, spans.k_len)
+    return Places(*vectors, *(vector.stride(0) for vector in vectors))
+
+
+@triton.jit
+def span_of(places, i_s):
+    """Batch row, first query slot, first query position, first key slot and number of positions of sequence i_s."""
+    batch = tl.load(places.p_batch + i_s * places.s_batch)
+    q_start = tl.load(places.p_q_start + i_s * places.s_q_start)
+    k_start = tl.load(places.p_k_start + i_s * places.s_k_start)
+    k_len = tl.load(places.p_k_len + i_s * places.s_k_len).to(tl.int32)
+    first = k_len - tl.load(places.p_q_len + i_s * places.s_q_len).to(tl.int32)
+    return batch, q_start, first, k_start, k_len
+
+
+@triton.jit
+def head_base(x, batch, head):
+    return x.p + batch.to(tl.int64) * x.s_batch + head.to(tl.int64) * x.s_head
+
+
+@triton.jit
+def load_rows(p_base, slots, s_row, ok, DIM: tl.constexpr, WIDTH: tl.constexpr, GUARD: tl.constexpr):
+    """[slots, WIDTH] of a [slots, DIM] tensor, zero beyond DIM and, with GUARD, where `ok` is false."""
+    o_d = tl.arange(0, WIDTH)
+    p_x = p_base + slots.to(tl.int64)[:, None] * s_row + o_d[None, :]
+    if GUARD and DIM != WIDTH:
+        return tl.load(p_x, mask=ok[:, None] & (o_d < DIM)[None, :], other=0.0)
+    elif GUARD:
+        return tl.load(p_x, mask=ok[:, None], other=0.0)
+    elif DIM != WIDTH:
+        return tl.load(p_x, mask=(o_d < DIM)[None, :], other=0.0)
+    else:
+        return tl.load(p_x)
+
+
+@triton.jit
+def scores(
+    q_tile,
+    k_tile,
+    p_bias,
+    s_bias,
+    j,
+    ok,
+    GUARD: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """q k^T + bias / scale, [R, N], or [N, R] when TRANSPOSED.
+
+    The bias enters as one more product, with ones: summed by the matrix unit it needs no vector in the layout of the scores.
+    """
+    if TRANSPOSED:
+        if p_bias is None:
+            return tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        else:
+            b_tile = load_rows(p_bias, j, s_bias, ok, 16, 16, GUARD)
+            ones = tl.full([16, q_tile.shape[0]], 1.0, b_tile.dtype)
+            s = tl.dot(b_tile, ones, input_precision=PRECISION)
+            return tl.dot(k_tile, tl.trans(q_tile), s, input_precision=PRECISION)
+    else:
+        if p_bias is None:
+            return tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        else:
+            b_tile = load_rows(p_bias, j, s_bias, ok, 16, 16, GUARD)
+            ones = tl.full([q_tile.shape[0], 16], 1.0, b_tile.dtype)
+            s = tl.dot(ones, tl.trans(b_tile), input_precision=PRECISION)
+            return tl.dot(q_tile, tl.trans(k_tile), s, input_precision=PRECISION)
+
+
+@triton.jit
+def split_bias_kernel(bias, p_out, scale, heads, slots, STEP: tl.constexpr):
+    """bias / scale [B, H, T] as columns [B, H, T, 16] whose sum it is: three bfloat16 hold a float32."""
+    o_bh = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    ok = slot < slots
+    p_bias = bias.p + (o_bh // heads) * bias.s_batch + (o_bh % heads) * bias.s_head + slot * bias.s_row
+    rest = tl.load(p_bias, mask=ok, other=0.0).to(tl.float32) / scale
+    column = tl.arange(0, 16)
+    parts = tl.zeros([STEP, 16], tl.float32)
+    for x in tl.static_range(3):
+        part = rest.to(p_out.dtype.element_ty).to(tl.float32)
+        parts += tl.where(column == x, 1.0, 0.0)[None, :] * part[:, None]
+        rest -= part
+    p_part = p_out + (o_bh * slots + slot)[:, None] * 16 + column[None, :]
+    tl.store(p_part, parts.to(p_out.dtype.element_ty), mask=ok[:, None])
+
+
+@triton.jit
+def chunk_keys(tiles, singles, p_tiles, p_singles, n_tiles, x, N: tl.constexpr):
+    """Keys [N] of chunk x of a query tile: its n_tiles key tiles come first, then its listed keys."""
+    if singles is None:
+        return tl.load(p_tiles + x) * N + tl.arange(0, N)
+    elif tiles is None:
+        return tl.load(p_singles + x * N + tl.arange(0, N))
+    else:
+        is_tile = x < n_tiles
+        j0 = tl.load(p_tiles + x, mask=is_tile, other=0) * N
+        listed = tl.load(p_singles + (x - n_tiles) * N + tl.arange(0, N), mask=x >= n_tiles, other=0)
+        return tl.where(is_tile, j0 + tl.arange(0, N), listed)
+
+
+@triton.jit
+def offset_words(mask, o_zh, i, j0):
+    """Two words per row: bit c of the pair says whether distance i - (j0 + c) is kept.
+
+    `mask.words` holds the bits in descending order of distance, so the bits of a row and a key tile are consecutive.
+    """
+    at = mask.n_words * 32 - 512 - i + j0
+    p_word = mask.words + o_zh * mask.n_words + (at >> 5)
+    shift = (at & 31).to(tl.uint64)
+    first = tl.load(p_word).to(tl.uint32, bitcast=True).to(tl.uint64)
+    second = tl.load(p_word + 1).to(tl.uint32, bitcast=True).to(tl.uint64)
+    third = tl.load(p_word + 2).to(tl.uint32, bitcast=True).to(tl.uint64)
+    low = (((second << 32) | first) >> shift).to(tl.uint32)
+    high = (((third << 32) | second) >> shift).to(tl.uint32)
+    return low, high
+
+
+@triton.jit
+def word_bits(low, high, c):
+    """Bit c of each pair of words. The bit is moved to the sign: one shift and one comparison a pair."""
+    return (tl.where(c < 32, low, high) << (31 - (c & 31)).to(tl.uint32)).to(tl.int32, bitcast=True) < 0
+
+
+@triton.jit
+def block_words(mask, o_zh, i, j0, j, N: tl.constexpr, SIZE: tl.constexpr):
+    """The words that say which blocks of key tile j0 are listed for rows i: one per row where the tile lies in one block."""
+    key = j0 // SIZE if SIZE % N == 0 else j // SIZE
+    row = tl.minimum(i // SIZE, mask.n_blocks - 1)
+    p_word = mask.block_bits + o_zh * mask.n_blocks * mask.block_words + row * mask.block_words
+    return tl.load(p_word + tl.minimum(key >> 5, mask.block_words - 1)) >> (key & 31)
+
+
+@triton.jit
+def corner_bits(mask, h, i, j, ok):
+    """Bits of the captured corner."""
+    p_byte = mask.corner + (h * mask.corner_side + i).to(tl.int64) * mask.corner_bytes + (j >> 3)
+    byte = tl.load(p_byte, mask=ok, other=0).to(tl.int32)
+    return ((byte >> (j & 7)) & 1) != 0
+
+
+@triton.jit
+def tile_keep(mask, o_zh, h, i, j, j0, ok, cut, N: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr):
+    """The pairs that key tile j0 serves: all that the layout keeps, less those that a list serves (see `Schedule`).
+
+    i and j broadcast against each other, as everywhere here: rows by keys, or keys by rows in the backward pass.
+    """
+    end = tl.load(mask.ends + o_zh * mask.n + j, mask=ok, other=0)
+    other_end = end * 0
+    if LISTED == LISTED_FLAGGED:
+        leave = (end < 0) & (j0 < cut)
+        end = tl.where(end < 0, ~end, end)
+        other_end = tl.where(leave, end, 0)
+        end = tl.where(leave, 0, end)
+    if LISTED == LISTED_ALL:
+        other_end = tl.where(j0 < cut, end, 0)
+        end = tl.where(j0 < cut, 0, end)
+    keep = i < end
+    if mask.words is not None or mask.block_bits is not None:
+        extra = i < 0
+        if mask.words is not None:
+            low, high = offset_words(mask, o_zh, i, j0)
+            extra = extra | word_bits(low, high, j - j0)
+        if mask.block_bits is not None:
+            extra = extra | ((block_words(mask, o_zh, i, j0, j, N, BLOCK) & 1) != 0)
+        if LISTED != LISTED_NOTHING:
+            extra = extra & (i >= other_end)
+        keep = keep | extra
+    keep = keep & (j <= i)
+    if mask.corner is not None:
+        inside = i < tl.load(mask.corner_rows + h)
+        keep = tl.where(inside, corner_bits(mask, h, i, j, inside & (j <= i)) & (j <= i), keep)
+    return keep
+
+
+@triton.jit
+def list_keep(mask, o_zh, i, j, j_load, cut, ok, LISTED: tl.constexpr):
+    """The pairs that listed keys j serve: what `end` keeps, before the cut. `j_load` equals j; ends are loaded at it."""
+    end = tl.load(mask.ends + o_zh * mask.n + j_load, mask=ok, other=0)
+    if LISTED == LISTED_FLAGGED:
+        end = tl.where(end < 0, ~end, end)
+    if mask.cut is not None:
+        end = tl.where(j_load < cut, end, 0)
+    return (j <= i) & (i < end)

@@ -1,0 +1,233 @@
+"""Prefill: one program per query tile, layout head and sequence; online softmax over its key tiles, then its listed keys."""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnsieve.backends.call import Call
+from attnsieve.backends.triton.common import (
+    LN2,
+    LOG2E,
+    NO_CUT,
+    bias_of,
+    chunk_keys,
+    head_base,
+    list_keep,
+    load_rows,
+    places_of,
+    rows_of,
+    scores,
+    span_of,
+    tile_keep,
+)
+from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
+from attnsieve.backends.triton.schedule import schedule
+
+
+@triton.jit
+def _absorb(
+    acc,
+    total,
+    peak,
+    s,
+    scale,
+    v,
+    p_v,
+    j,
+    ok,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    GUARD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One step of the online softmax in base 2 over scores s * scale [R, N]: acc [R, DVP], total and peak [R]."""
+    new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
+    # A row that has kept nothing so far has peak -inf; subtracting 0 instead keeps its weights 0, not NaN.
+    base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+    weights = tl.exp2(s * scale - base[:, None])
+    fade = tl.exp2(peak - base)
+    v_tile = load_rows(p_v, j, v.s_row, ok, DV, DVP, GUARD)
+    acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * fade[:, None], input_precision=PRECISION)
+    return acc, total * fade + tl.sum(weights, 1), new_peak
+
+
+@triton.jit
+def forward_kernel(
+    q,
+    k,
+    v,
+    bias,
+    out,
+    p_lse,
+    places,
+    mask,
+    tiles,
+    singles,
+    scale,
+    q_slots,
+    H: tl.constexpr,
+    OWN_MASKS: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """q [B, Hq, Tq, D], k, v [B, Hkv, Tk, D | Dv], bias [B, Hkv, Tk] or None -> out, p_lse [B, Hq, Tq].
+
+    Rows of a program: GP heads of M positions each. G query heads share a KV head; GP is 1 where each has a mask of its own.
+    """
+    h, i_s = tl.program_id(1), tl.program_id(2)
+    batch, q_start, first, k_start, k_len = span_of(places, i_s)
+    # The longest lists belong to the last tiles: start with them.
+    t = tl.cdiv(k_len, M) - 1 - tl.program_id(0)
+    if (t + 1) * M <= first or t < 0:
+        return
+    o_zh = (i_s.to(tl.int64) if OWN_MASKS else tl.cast(0, tl.int64)) * H + h
+    o_list = o_zh * mask.tiles + t
+    r = tl.arange(0, M * GP)
+    i = t * M + r % M
+    head = h if GP == 1 else h * G + r // M
+    kv_head = h // G if GP == 1 else h
+    row_ok = (i >= first) & (i < k_len) & (r // M < G)
+    slot = q_start + i - first
+
+    o_d = tl.arange(0, DP)
+    p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head + slot * q.s_row
+    q_tile = tl.load(p_q[:, None] + o_d[None, :], mask=row_ok[:, None] & (o_d < D)[None, :], other=0.0)
+    p_k = head_base(k, batch, kv_head) + k_start * k.s_row
+    p_v = head_base(v, batch, kv_head) + k_start * v.s_row
+    p_bias, s_bias = None, 0
+    if bias is not None:
+        p_bias = head_base(bias, batch, kv_head) + k_start * bias.s_row
+        s_bias = bias.s_row
+
+    acc = tl.zeros([M * GP, DVP], tl.float32)
+    total = tl.zeros([M * GP], tl.float32)
+    peak = tl.full([M * GP], -float("inf"), tl.float32)
+    scale2 = scale * LOG2E
+    cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_list)
+    n_tiles, whole_tiles, n_singles, whole_singles = 0, 0, 0, 0
+    p_tiles, p_singles = mask.ends, mask.ends
+    if tiles is not None:
+        p_tiles = tiles.items + tl.load(tiles.start + o_list)
+        whole_tiles = tl.load(tiles.whole + o_list)
+        n_tiles = tl.load(tiles.count + o_list) - whole_tiles
+    if singles is not None:
+        p_singles = singles.items + tl.load(singles.start + o_list)
+        whole_singles = tl.load(singles.whole + o_list) // N * N
+        n_singles = tl.load(singles.count + o_list) - whole_singles
+
+    # Keys are looked up one step ahead, so that the loads of K and V depend on no load in flight; lists end with spare entries.
+    j = chunk_keys(tiles, singles, p_tiles, p_singles, whole_tiles, 0, N)
+    for x in tl.range(0, whole_tiles + whole_singles // N, num_stages=STAGES):
+        next_j = chunk_keys(tiles, singles, p_tiles, p_singles, whole_tiles, x + 1, N)
+        k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
+        s = scores(q_tile, k_tile, p_bias, s_bias, j, j, False, False, PRECISION)
+        acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)
+        j = next_j
+
+    if tiles is not None:
+        p_tiles += whole_tiles
+        b = tl.load(p_tiles)
+        for x in tl.range(0, n_tiles, num_stages=STAGES):
+            j0 = b * N
+            j = j0 + tl.arange(0, N)
+            b = tl.load(p_tiles + x + 1)
+            ok = j < k_len
+            keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK)
+            k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
+            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, False, PRECISION), -float("inf"))
+            acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
+
+    if singles is not None:
+        p_singles += whole_singles + tl.arange(0, N)
+        j = tl.load(p_singles)
+        for x in tl.range(0, n_singles, N, num_stages=STAGES):
+            next_j = tl.load(p_singles + x + N)
+            ok = (x + tl.arange(0, N) < n_singles) & (j < k_len)
+            # Loaded again, so that the predicate is computed in the layout of the scores.
+            j_again = tl.load(p_singles + x)
+            keep = list_keep(mask, o_zh, i[:, None], j_again[None, :], j[None, :], cut, ok[None, :], LISTED)
+            k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
+            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, False, PRECISION), -float("inf"))
+            acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
+            j = next_j
+
+    kept = total > 0
+    acc = acc / tl.where(kept, total, 1.0)[:, None]
+    lse = tl.where(kept, (peak + tl.log2(total)) * LN2, -float("inf"))
+    o_dv = tl.arange(0, DVP)
+    p_out = out.p + batch * out.s_batch + head.to(tl.int64) * out.s_head + slot * out.s_row
+    tl.store(p_out[:, None] + o_dv[None, :], acc.to(out.p.dtype.element_ty), mask=row_ok[:, None] & (o_dv < DV)[None, :])
+    heads = H if GP == 1 else H * G
+    tl.store(p_lse + (batch * heads + head) * q_slots + slot, lse, mask=row_ok)
+
+
+@triton.jit
+def uncovered_kernel(out, p_lse, places, n_spans, heads, q_slots, DV: tl.constexpr, DVP: tl.constexpr, STEP: tl.constexpr):
+    """Output 0 and LSE -inf for the query slots of no sequence; one program per batch row and STEP slots."""
+    batch = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    covered = slot >= q_slots
+    for i_s in range(n_spans):
+        row, q_start, first, _, k_len = span_of(places, i_s)
+        covered = covered | ((row == batch) & (slot >= q_start) & (slot < q_start + k_len - first))
+    if tl.min(covered.to(tl.int32), 0) == 0:
+        o_d = tl.arange(0, DVP)
+        empty = covered == 0
+        for head in range(heads):
+            p_out = out.p + batch * out.s_batch + head * out.s_head + slot.to(tl.int64) * out.s_row
+            nothing = tl.zeros([STEP, DVP], out.p.dtype.element_ty)
+            tl.store(p_out[:, None] + o_d[None, :], nothing, mask=empty[:, None] & (o_d < DV)[None, :])
+            if p_lse is not None:
+                tl.store(p_lse + (batch * heads + head) * q_slots + slot, -float("inf"), mask=empty)
+
+
+def forward(call: Call, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Tq, Dv] in q's dtype and LSE [B, Hq, Tq] in float32."""
+    geometry = Geometry(call, tiles)
+    built = schedule(call.layout, geometry.positions, tiles.keys)
+    out = call.q.new_empty(*call.q.shape[:3], call.v.shape[-1])
+    lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
+    clear_uncovered(call, out, lse)
+    places = places_of(call.spans)
+    forward_kernel[(geometry.query_tiles, call.layout.heads, len(call.spans))](
+        rows_of(call.q),
+        rows_of(call.k),
+        rows_of(call.v),
+        bias_of(call),
+        rows_of(out),
+        lse,
+        places,
+        built.mask,
+        built.tiles,
+        built.singles,
+        call.scale,
+        call.q.shape[2],
+        **geometry.constants(),
+        LISTED=built.listed,
+        BLOCK=built.block,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
+    )
+    return out, lse
+
+
+def clear_uncovered(call: Call, out: Tensor, lse: Tensor | None) -> None:
+    """Output 0 and LSE -inf where no sequence has a query; touches no other slot."""
+    batch, heads, slots, width = out.shape
+    uncovered_kernel[(triton.cdiv(slots, 64), batch)](
+        rows_of(out), lse, places_of(call.spans), len(call.spans), heads, slots, width, padded(width), STEP=64
+    )

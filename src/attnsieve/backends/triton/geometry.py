@@ -1,0 +1,76 @@
+"""Tile shapes: what a program holds, and the compile-time constants that follow from a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton import next_power_of_2
+
+from attnsieve.backends.call import Call
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """rows x keys scores per program, in `warps` warps and with `stages` tiles of keys in flight."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the heads and positions of a call fill the rows of a program.
+
+    Where the heads of a KV group share a mask they are packed into the rows of one program, so that keys and values are read
+    once for all of them; else a program serves one query head.
+    """
+
+    call: Call
+    tiles: Tiles
+
+    @property
+    def packed(self) -> int:
+        """Query heads in a program, padded to a power of two."""
+        shared = self.call.layout.heads == self.call.k.shape[1]
+        return int(next_power_of_2(self.call.group)) if shared else 1
+
+    @property
+    def rows(self) -> int:
+        return max(self.tiles.rows, self.packed)
+
+    @property
+    def positions(self) -> int:
+        """Positions of a query tile."""
+        return self.rows // self.packed
+
+    @property
+    def query_tiles(self) -> int:
+        """The most query tiles that a sequence's queries can touch."""
+        return -(-self.call.q.shape[2] // self.positions) + 1
+
+    def constants(self) -> dict[str, Any]:
+        """What every kernel is specialised on."""
+        call, width, v_width = self.call, self.call.q.shape[-1], self.call.v.shape[-1]
+        return {
+            "H": call.layout.heads,
+            "OWN_MASKS": call.layout.sequences > 1,
+            "G": call.group,
+            "GP": self.packed,
+            "M": self.positions,
+            "N": self.tiles.keys,
+            "D": width,
+            "DP": padded(width),
+            "DV": v_width,
+            "DVP": padded(v_width),
+            # float32 inputs are multiplied in float32, not in tf32.
+            "PRECISION": "ieee" if call.q.dtype == torch.float32 else "tf32",
+        }
+
+
+def padded(width: int) -> int:
+    """The next power of two from 16: sides that the matrix units take."""
+    return max(16, int(next_power_of_2(width)))

@@ -1,0 +1,122 @@
+"""Gradients of a call, from its output and LSE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from attnsieve.backends.call import Call
+from attnsieve.backends.triton.backward_keys import dkv_singles_kernel, dkv_tiles_kernel
+from attnsieve.backends.triton.backward_queries import delta_kernel, dq_kernel
+from attnsieve.backends.triton.common import bias_of, places_of, rows_of
+from attnsieve.backends.triton.forward import clear_uncovered
+from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
+from attnsieve.backends.triton.schedule import schedule, stretches, tiles_by_key
+from attnsieve.backends.triton.tuning import STRETCH_ROWS, key_tiles, query_tiles
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of q, k, v and key_bias, in their shapes and dtypes."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_bias: Tensor | None
+
+
+def gradients(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
+    """out [B, Hq, Tq, Dv], lse [B, Hq, Tq] and the gradients of both -> the gradients of the inputs.
+
+    Sums over queries are float32 atomic additions, whose order varies between runs. Under
+    `torch.use_deterministic_algorithms(True)` every key tile is owned by one program per head instead.
+    """
+    delta = torch.empty_like(lse)
+    heads, slots, width = call.q.shape[1], call.q.shape[2], call.v.shape[-1]
+    delta_kernel[(triton.cdiv(slots, 64), call.q.shape[0] * heads)](
+        rows_of(out),
+        rows_of(d_out),
+        None if d_lse is None else rows_of(d_lse.unsqueeze(-1))._replace(s_row=d_lse.stride(2)),
+        delta,
+        heads,
+        slots,
+        width,
+        padded(width),
+        STEP=64,
+    )
+    saved = (d_out, lse, delta)
+    return Gradients(query_gradient(call, *saved, query_tiles(call)), *key_gradients(call, *saved, key_tiles(call)))
+
+
+def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, tiles: Tiles) -> Tensor:
+    """dQ in q's dtype."""
+    geometry = Geometry(call, tiles)
+    built = schedule(call.layout, geometry.positions, tiles.keys, listing=_listing())
+    d_q = torch.empty_like(call.q, memory_format=torch.contiguous_format)
+    clear_uncovered(call, d_q, None)
+    dq_kernel[(geometry.query_tiles, call.layout.heads, len(call.spans))](
+        *_inputs(call),
+        rows_of(d_out),
+        lse,
+        delta,
+        rows_of(d_q),
+        places_of(call.spans),
+        built.mask,
+        built.tiles,
+        built.singles,
+        call.scale,
+        call.q.shape[2],
+        **geometry.constants(),
+        LISTED=built.listed,
+        BLOCK=built.block,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
+    )
+    return d_q
+
+
+def key_gradients(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dK, dV and d key_bias in their inputs' dtypes."""
+    geometry = Geometry(call, tiles)
+    built = schedule(call.layout, geometry.positions, tiles.keys, listing=_listing())
+    heads = call.layout.heads if _deterministic() else call.k.shape[1]
+    zeros = lambda like: like.new_zeros(like.shape[0], heads, *like.shape[2:], dtype=torch.float32)  # noqa: E731
+    d_k, d_v = zeros(call.k), zeros(call.v)
+    d_bias = None if call.key_bias is None else zeros(call.key_bias)
+    common = (*_inputs(call), rows_of(d_out), lse, delta, rows_of(d_k), rows_of(d_v), d_bias, places_of(call.spans), built.mask)
+    sizes = (call.scale, call.q.shape[2], call.k.shape[2])
+    options = {**geometry.constants(), "LISTED": built.listed, "BLOCK": built.block, "STAGES": tiles.stages}
+    if built.tiles is not None:
+        grid = (triton.cdiv(call.k.shape[2], tiles.keys), call.layout.heads, len(call.spans))
+        by_key = tiles_by_key(call.layout, built)
+        dkv_tiles_kernel[grid](*common, by_key, *sizes, _deterministic(), **options, num_warps=tiles.warps)
+    if built.singles is not None:
+        rows = max(STRETCH_ROWS, geometry.positions)
+        lists, longest = stretches(call.layout, built, rows)
+        per_head = triton.cdiv(call.q.shape[2], rows) + 1
+        grid = (triton.cdiv(longest, tiles.keys), per_head * call.layout.heads, len(call.spans))
+        dkv_singles_kernel[grid](*common, lists, *sizes, rows, **options, num_warps=tiles.warps)
+    summed = (_sum_heads(grad, like) for grad, like in ((d_k, call.k), (d_v, call.v), (d_bias, call.key_bias)))
+    d_k, d_v, d_bias = summed
+    return d_k, d_v, d_bias
+
+
+def _sum_heads(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+    if grad is None or like is None:
+        return None
+    return grad.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype) if grad.shape != like.shape else grad.to(like.dtype)
+
+
+def _inputs(call: Call) -> tuple[object, ...]:
+    return rows_of(call.q), rows_of(call.k), rows_of(call.v), bias_of(call)
+
+
+def _deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def _listing() -> bool:
+    return not _deterministic()

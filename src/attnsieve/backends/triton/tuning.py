@@ -1,0 +1,34 @@
+"""Which tile shapes a call gets; measured by benchmarks/tune.py on an H100."""
+
+from __future__ import annotations
+
+from attnsieve.backends.call import Call
+from attnsieve.backends.triton.geometry import Tiles, padded
+
+# Rows over which the gradients of listed keys are summed before they are added to memory.
+STRETCH_ROWS = 256
+
+
+def forward_tiles(call: Call) -> Tiles:
+    """Tiles of the prefill kernel."""
+    if call.q.element_size() == 4:
+        return Tiles(64, 32, 4, 2) if _widest(call) <= 128 else Tiles(32, 16, 4, 2)
+    return Tiles(128, 64, 8, 3) if _widest(call) <= 128 else Tiles(64, 32, 4, 2)
+
+
+def query_tiles(call: Call) -> Tiles:
+    """Tiles of the dQ kernel."""
+    if call.q.element_size() == 4:
+        return Tiles(32, 32, 4, 1) if _widest(call) <= 128 else Tiles(32, 16, 4, 1)
+    return Tiles(128, 64, 8, 2) if _widest(call) <= 128 else Tiles(64, 32, 4, 1)
+
+
+def key_tiles(call: Call) -> Tiles:
+    """Tiles of the dK and dV kernels, which hold `keys` keys and go through `rows` rows at a time."""
+    if call.q.element_size() == 4:
+        return Tiles(32, 32, 4, 1) if _widest(call) <= 128 else Tiles(16, 16, 4, 1)
+    return Tiles(64, 64, 4, 2) if _widest(call) <= 128 else Tiles(32, 32, 4, 1)
+
+
+def _widest(call: Call) -> int:
+    return max(padded(call.q.shape[-1]), padded(call.v.shape[-1]))

@@ -1,0 +1,1 @@
+"""Kernel benchmarks: named masks, timing, and rows that are only written once the oracle agrees."""

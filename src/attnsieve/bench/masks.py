@@ -1,0 +1,95 @@
+"""The masks that kernels are measured on: name -> Layout for n positions, the same for the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attnsieve.errors import require
+from attnsieve.layout import Blocks, Layout
+from attnsieve.nn.selection import SelectionRule
+from attnsieve.patterns import FOREVER
+
+
+def blocks(n: int, heads: int, device: torch.device | str, density: float, size: int = 128) -> Layout:
+    """Random causal blocks of `size` tokens per head, the diagonal one always; `density` of each row of blocks."""
+    rows = -(-n // size)
+    generator = _generator(device)
+    score = torch.rand(heads, rows, rows, generator=generator, device=device)
+    row = torch.arange(rows, device=device)
+    score = score.masked_fill(row[None, :] > row[:, None], 2.0).masked_fill(
+        torch.eye(rows, dtype=torch.bool, device=device), -1
+    )
+    count = ((row + 1) * density).round().clamp_min(1).to(torch.int32).expand(1, heads, -1).contiguous()
+    widest = int(count.max())
+    index = score.argsort(-1)[..., :widest]
+    index = torch.where(torch.arange(widest, device=device) < count[0, :, :, None], index, rows).sort(-1).values
+    index = torch.where(index == rows, -1, index).to(torch.int32)[None].contiguous()
+    return Layout(n, torch.zeros(1, heads, n, dtype=torch.int32, device=device), blocks=Blocks(size, count, index))
+
+
+def columns_and_window(n: int, heads: int, device: torch.device | str, columns: int, window: int) -> Layout:
+    """`columns` random kept columns per head and a sliding window."""
+    end = torch.arange(n, dtype=torch.int32, device=device).expand(1, heads, n) + window
+    return Layout(n, torch.where(_random_keys(n, heads, columns, device), FOREVER, end))
+
+
+def clusters_and_bands(n: int, heads: int, device: torch.device | str) -> Layout:
+    """64 sinks, 39 clusters of 24 columns, a band of 256 diagonals and 4 random bands of 61 diagonals per head."""
+    position = torch.arange(n, device=device)
+    starts = torch.randint(0, n, (heads, 39, 1), generator=_generator(device), device=device)
+    kept = (position < 64).expand(heads, n).clone()
+    kept.scatter_(1, ((starts + torch.arange(24, device=device)) % n).flatten(1), True)
+    end = torch.where(kept, FOREVER, position + 256).to(torch.int32)[None]
+    first = torch.randint(256, n - 61, (heads, 4, 1), generator=_generator(device, 1), device=device)
+    offset = torch.zeros(heads, n, dtype=torch.bool, device=device)
+    offset.scatter_(1, (first + torch.arange(61, device=device)).flatten(1), True)
+    return Layout(n, end, offset[None])
+
+
+def columns_and_diagonals(n: int, heads: int, device: torch.device | str, columns: int, diagonals: int) -> Layout:
+    """Random kept columns, random single diagonals and a window of 128 per head: the worst case for tiles."""
+    layout = columns_and_window(n, heads, device, columns, 128)
+    return Layout(n, layout.end, _random_keys(n, heads, diagonals, device, 1)[None])
+
+
+def selected(n: int, heads: int, device: torch.device | str, budget: int) -> Layout:
+    """DMA: the `budget` best keys of each row's prefix by independent scores, for each of `heads` KV heads."""
+    score = torch.randn(1, heads, n, generator=_generator(device), device=device)
+    rule = SelectionRule(budget)
+    return Layout(n, rule.ends(score), most_keys=rule.slots)
+
+
+MASKS: dict[str, Callable[[int, int, torch.device | str], Layout]] = {
+    "blocks-50": lambda n, heads, device: blocks(n, heads, device, 0.50),
+    "blocks-25": lambda n, heads, device: blocks(n, heads, device, 0.25),
+    "blocks-10": lambda n, heads, device: blocks(n, heads, device, 0.10),
+    "blocks-5": lambda n, heads, device: blocks(n, heads, device, 0.05),
+    "A": lambda n, heads, device: columns_and_diagonals(n, heads, device, n // 32, n // 64),
+    "B": clusters_and_bands,
+    "C": lambda n, heads, device: columns_and_window(n, heads, device, 1000, 1024),
+    "columns-10": lambda n, heads, device: columns_and_window(n, heads, device, n // 11, 256),
+    "columns-5": lambda n, heads, device: columns_and_window(n, heads, device, n // 22, 256),
+    "columns-2": lambda n, heads, device: columns_and_window(n, heads, device, n // 60, 256),
+    "dma-512": lambda n, heads, device: selected(n, heads, device, 512),
+    "dma-1024": lambda n, heads, device: selected(n, heads, device, 1024),
+    "dma-2048": lambda n, heads, device: selected(n, heads, device, 2048),
+}
+
+
+def mask(name: str, n: int, heads: int, device: torch.device | str) -> Layout:
+    """The mask `name` for `heads` heads and n positions. Raises UserError for an unknown name."""
+    require(name in MASKS, f"unknown mask {name!r}; choose from {', '.join(MASKS)}")
+    return MASKS[name](n, heads, device)
+
+
+def _generator(device: torch.device | str, seed: int = 0) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def _random_keys(n: int, heads: int, count: int, device: torch.device | str, seed: int = 0) -> Tensor:
+    """bool [heads, n] with `count` True in every row."""
+    score = torch.rand(heads, n, generator=_generator(device, seed), device=device)
+    return torch.zeros(heads, n, dtype=torch.bool, device=device).scatter_(1, score.topk(count, dim=-1).indices, True)
