@@ -16,6 +16,7 @@ from attnsieve.evaluation.scoring import log_probs_at, spread
 from attnsieve.evaluation.tasks import Item, Query, QuestionTask
 from attnsieve.evaluation.tasks.questions import forced_measures
 from attnsieve.hf import apply, fingerprint
+from attnsieve.hf.loading import load_model
 from tests.evaluation_tiny import model, tokenizer
 
 FIELDS = (
@@ -237,3 +238,14 @@ def test_density_is_counted_over_all_heads():
 def test_digests_name_the_rule_not_its_origin():
     assert plan_digest(plan("window(5)")) == plan_digest(Plan(fingerprint(model()), plan("window(5)").patterns, {"x": 1}))
     assert plan_digest(plan("window(5)")) != plan_digest(plan("window(6)"))
+
+
+@pytest.mark.model
+def test_a_narrow_window_loses_the_keys_of_a_real_model():
+    network, tokens = load_model("smollm2-135m")
+    narrow = Plan.uniform(fingerprint(network), "sink(4) | window(64)")
+    rows = evaluate(network, tokens, {"narrow": narrow}, [make_task("kv")], [384], 1, progress=False)
+    found = {(row.plan, row.metric): row for row in rows}
+    assert found["dense", "answer_nll"].model == "smollm2-135m"
+    assert found["dense", "exact_match"].value >= 0.25
+    assert found["narrow", "answer_nll"].paired_difference > 0.3

@@ -83,6 +83,7 @@ def test_gguf_is_converted_once(tiny_gguf, tmp_path, monkeypatch, capsys):
     logits = model(ids).logits
     assert logits.isfinite().all()
     assert not model.training
+    assert model.config._name_or_path == "tiny"
     assert again.dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(logits.flatten(), again(ids).logits.float().flatten(), dim=0) > 0.99
 

@@ -49,6 +49,8 @@ def load_model(
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load a model from {str(source)!r}: {_first_line(error)}; {_remedy(local)}") from error
+    # What results are labelled with; a conversion's folder in the cache says nothing to a reader.
+    model.config._name_or_path = Path(name_or_path).stem if str(name_or_path).endswith(".gguf") else str(name_or_path)
     return model.to(device).eval(), tokenizer
 
 
