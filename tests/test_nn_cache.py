@@ -14,7 +14,6 @@ from attnsieve.nn.cache import BoundedCache
 from attnsieve.nn.functional import dynamic_mask_attention
 from attnsieve.nn.scores import key_scores
 from attnsieve.nn.selection import SelectionRule
-from attnsieve.nn.slots import Slots
 
 KV_HEADS, WIDTH = 2, 4
 
@@ -38,10 +37,9 @@ class Text:
         size = rule.keep_window_size
         return dynamic_mask_attention(q, k, v, dt_weight=self.weight, A=self.a, keep_window_size=size, **options)
 
-    def slots(self, first: int, last: int) -> Slots:
+    def keys(self, first: int, last: int) -> tuple[torch.Tensor, ...]:
         k, v = self.k[:, :, first:last], self.v[:, :, first:last]
-        delta, sigma = key_scores(v, self.weight, None, self.a)
-        return Slots(k, v, delta, sigma, torch.zeros(sigma.shape, dtype=torch.int64))
+        return k, v, *key_scores(v, self.weight, None, self.a)
 
     def decode(self, cache: BoundedCache, cuts: list[int], real: torch.Tensor | None = None, **options) -> torch.Tensor:
         """The text in pieces that end at `cuts`."""
@@ -50,7 +48,7 @@ class Text:
 
     def piece(self, cache: BoundedCache, first: int, last: int, real: torch.Tensor | None = None, **options) -> torch.Tensor:
         mask = None if real is None else real[:, first:last]
-        return cache.attend(self.q[:, :, first:last], self.slots(first, last), real=mask, **options)
+        return cache.attend(self.q[:, :, first:last], *self.keys(first, last), real=mask, **options)
 
 
 RULES = [
@@ -100,12 +98,12 @@ def test_any_chunks_and_steps_of_a_padded_batch(rule, cuts, pads, ties, seed, ba
 def test_memory_does_not_grow():
     text, cache = Text(200), BoundedCache(SelectionRule(8, window=4, sinks=2))
     text.decode(cache, [100])
-    shapes = [tensor.shape for tensor in cache.slots._tensors()]
+    shapes = [tensor.shape for tensor in cache.slots.tensors()]
     for t in range(100, 200):
         text.piece(cache, t, t + 1)
     assert cache.seen == 200
-    assert [tensor.shape for tensor in cache.slots._tensors()] == shapes
-    assert len(cache.slots) == 14
+    assert [tensor.shape for tensor in cache.slots.tensors()] == shapes
+    assert len(cache.slots) == 15
 
 
 def test_copies_branch_and_reorder_moves_rows():
@@ -133,16 +131,16 @@ def test_reset_starts_anew():
 def test_broken_conditions_are_refused():
     text, cache = Text(12), BoundedCache(SelectionRule(4))
     weight = torch.nn.Parameter(text.weight)
-    cache.attend(text.q[:, :, :8], text.slots(0, 8), parameters=(weight,))
+    cache.attend(text.q[:, :, :8], *text.keys(0, 8), parameters=(weight,))
     with pytest.raises(UserError, match="batch rows"):
-        cache.attend(text.q[:1, :, 8:9], text.slots(8, 9))
+        cache.attend(text.q[:1, :, 8:9], *text.keys(8, 9))
     with pytest.raises(UserError, match="one query"):
-        cache.attend(text.q[:, :, 8:10], text.slots(8, 9))
+        cache.attend(text.q[:, :, 8:10], *text.keys(8, 9))
     with pytest.raises(UserError, match="left"):
-        cache.attend(text.q[:, :, 8:10], text.slots(8, 10), real=torch.tensor([[True, False]] * 2))
+        cache.attend(text.q[:, :, 8:10], *text.keys(8, 10), real=torch.tensor([[True, False]] * 2))
     with pytest.raises(UserError, match="decode step"):
-        cache.attend(text.q[:, :, 8:9], text.slots(8, 9), real=torch.tensor([[True], [False]]))
+        cache.attend(text.q[:, :, 8:9], *text.keys(8, 9), real=torch.tensor([[True], [False]]))
     with torch.no_grad():
         weight.add_(1.0)
     with pytest.raises(UserError, match="changed"):
-        cache.attend(text.q[:, :, 8:9], text.slots(8, 9), parameters=(weight,))
+        cache.attend(text.q[:, :, 8:9], *text.keys(8, 9), parameters=(weight,))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from attnsieve import Spans, UserError
 from attnsieve.nn.segments import Segments
-from attnsieve.nn.selection import SelectionRule, chunked_ends, competition_ends, ordinal, strict_key
+from attnsieve.nn.selection import SelectionRule, chunked_ends, competition_ends, ordinal, score_of, strict_key
 from attnsieve.nn.selection_oracle import brute_force_mask, heap_ends
 
 SIGMA = [4, 7, 2, 7, 5, 5, 9, 1, 5, 7, 3, 8]
@@ -172,6 +172,7 @@ def test_order_is_total_and_matches_floats():
     assert keys[8] == keys[9]
     assert len(keys.unique()) == 8
     assert strict_key(values[3], torch.tensor(1)) < strict_key(values[4], torch.tensor(2))
+    assert torch.equal(score_of(strict_key(values[:8], torch.arange(8) + 2**31)), values[:8])
 
 
 def test_nan_is_rejected_but_not_in_padding():

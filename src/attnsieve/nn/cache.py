@@ -9,17 +9,16 @@ from attnsieve.attention import attend
 from attnsieve.errors import require
 from attnsieve.layout import Layout
 from attnsieve.nn.segments import Segments
-from attnsieve.nn.selection import SelectionRule, competition_ends, strict_key
-from attnsieve.nn.slots import Slots
-
-_LOWEST = torch.iinfo(torch.int64).min
+from attnsieve.nn.selection import SelectionRule, competition_ends
+from attnsieve.nn.slots import EMPTY, Slots
 
 
 class BoundedCache:
     """Keys of one layer that a later row can still keep; attention over them equals attention over the whole text.
 
     Slots per batch row and KV head: [0, w) winners of the competition, [w, w + window) the newest keys as a ring,
-    [w + window, w + window + sinks) the first keys. A key may sit in two of them and is attended to once.
+    [w + window, w + window + sinks) the first keys, and one last slot for what is not kept. A key may sit in two of them
+    and is attended to once.
 
     Exact because a key's score depends on its own token only and is never revised, so the order is strict and a key that
     has lost never returns. Hence the conditions, checked where that costs nothing: the rule, the batch size and the
@@ -38,7 +37,10 @@ class BoundedCache:
     def attend(
         self,
         q: Tensor,
-        new: Slots,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        sigma: Tensor,
         *,
         real: Tensor | None = None,
         scale: float | None = None,
@@ -47,13 +49,22 @@ class BoundedCache:
     ) -> Tensor:
         """Attention of the next T tokens, which are then remembered: a prefill, a chunk or a step. [B, Hq, T, Dv].
 
-        q [B, Hq, T, D]; `new`: their T keys, scored (its `position` is set here). `real` bool [B, T]: False for left padding,
-        whose outputs are 0; the token of a single step after the first call is always real. Raises UserError when a
-        condition of this class is broken.
+        q [B, Hq, T, D]; k, v [B, Hkv, T, ...]; bias, sigma [B, Hkv, T] of `key_scores`. `real` bool [B, T]: False for left
+        padding, whose outputs are 0; the token of a single step after the first call is always real. `backend` computes
+        prefill and chunks. Raises UserError when a condition of this class is broken.
         """
-        self._check(q, new, real, parameters)
-        step = self.slots is not None and q.shape[2] == 1
-        out = self._step(q, new, scale, backend) if step else self._chunk(q, new, real, scale, backend)
+        self._check(q, k, real, parameters)
+        if self.length is None:
+            self.length = torch.zeros(len(q), 1, dtype=torch.int64, device=q.device)
+        if self.slots is not None and q.shape[2] == 1:
+            new = Slots.scored(k, v, bias, sigma, self.length).map(torch.Tensor.detach)
+            out = self._step(q, new, scale)
+        else:
+            count = torch.ones_like(q[:, 0, :, 0], dtype=torch.int64) if real is None else real.long()
+            position = torch.where(count > 0, self.length + count.cumsum(1) - 1, -1)
+            new = Slots.scored(k, v, bias, sigma, position)
+            out = self._chunk(q, new, self.length + count.sum(1, keepdim=True), scale, backend)
+            out = out if real is None else out.masked_fill(~real[:, None, :, None], 0.0)
         self.seen += q.shape[2]
         return out
 
@@ -67,107 +78,83 @@ class BoundedCache:
         """Forget everything."""
         self.seen, self.slots, self.length, self._versions = 0, None, None, None
 
-    def _step(self, q: Tensor, new: Slots, scale: float | None, backend: str) -> Tensor:
-        rule, slots = self.rule, self.slots
+    def _step(self, q: Tensor, new: Slots, scale: float | None) -> Tensor:
+        rule, slots, spare = self.rule, self.slots, self.rule.slots
         assert slots is not None
         assert self.length is not None
-        new = new.map(torch.Tensor.detach)
-        new.position = self.length[:, :, None].expand_as(new.sigma)
+        length = self.length[:, None].expand_as(new.order)
         candidate = new
         if rule.window:
-            ring = rule.keep_window_size + new.position % rule.window
+            ring = rule.keep_window_size + length % rule.window
             candidate = new if rule.union else slots.take(ring)
-            slots.put(ring, new, torch.ones_like(ring, dtype=torch.bool))
-        self._compete(candidate)
+            slots.put(ring, new)
+        worst, slot = slots.order[..., : rule.keep_window_size].min(dim=-1, keepdim=True)
+        slots.put(torch.where(candidate.order > worst, slot, spare), candidate)
         if rule.sinks:
-            first = rule.keep_window_size + rule.window
-            slots.put(first + new.position.clamp_max(rule.sinks - 1), new, new.position < rule.sinks)
+            slots.put(torch.where(length < rule.sinks, spare - rule.sinks + length, spare), new)
         self.length = self.length + 1
-        end = torch.where(self._once(), len(slots), 0).to(torch.int32)
-        return self._over(slots, q, end, scale, backend)
-
-    def _over(self, slots: Slots, q: Tensor, end: Tensor, scale: float | None, backend: str) -> Tensor:
-        layout = Layout(len(slots), end, most_keys=self.rule.slots)
-        out = attend(q, slots.key, slots.value, layout, scale=scale, key_bias=slots.bias, backend=backend)
-        assert isinstance(out, Tensor)
-        return out
-
-    def _compete(self, candidate: Slots) -> None:
-        """Put the candidate where the worst winner is, or where a slot is free, if it is better."""
-        assert self.slots is not None
-        winners = self.slots.part(0, self.rule.keep_window_size)
-        keys = torch.where(winners.position >= 0, strict_key(winners.sigma, winners.position), _LOWEST)
-        worst, slot = keys.min(dim=-1, keepdim=True)
-        winners.put(slot, candidate, strict_key(candidate.sigma, candidate.position) > worst)
+        return _attend_to_all(q, slots, self._once(), scale)
 
     def _once(self) -> Tensor:
         """bool [B, H, N]: filled slots, each key in one slot only."""
         assert self.slots is not None
         assert self.length is not None
-        position, rule = self.slots.position, self.rule
-        once = position >= 0
-        outside_sinks = rule.keep_window_size + rule.window
-        once[..., :outside_sinks] &= position[..., :outside_sinks] >= rule.sinks
-        if rule.union:
-            once[..., : rule.keep_window_size] &= position[..., : rule.keep_window_size] < self.length[:, :, None] - rule.window
+        rule = self.rule
+        once = self.slots.order != EMPTY
+        once[..., rule.slots] = False
+        if rule.sinks or rule.union:
+            position, winners, others = self.slots.position, rule.keep_window_size, rule.slots - rule.sinks
+            once[..., :others] &= position[..., :others] >= rule.sinks
+            if rule.union:
+                once[..., :winners] &= position[..., :winners] < self.length[:, None] - rule.window
         return once
 
-    def _chunk(self, q: Tensor, new: Slots, real: Tensor | None, scale: float | None, backend: str) -> Tensor:
+    def _chunk(self, q: Tensor, new: Slots, length: Tensor, scale: float | None, backend: str) -> Tensor:
         """Old and new keys in order of position are a short text whose last rows are the new ones."""
-        text = self._text(new, real)
-        segments = _segments(text.position >= 0)
-        sigma = text.sigma.flatten(0, 1)[:, None]
-        competition = competition_ends(sigma, self.rule.keep_window_size, segments)
-        ends = self.rule.widen(competition, segments).view_as(text.position)
-        out = self._over(text, q, ends, scale, backend)
-        self._remember(text, competition.view_as(text.position))
-        return out if real is None else out.masked_fill(~real[:, None, :, None], 0.0)
+        text = self._text(new)
+        filled = text.order != EMPTY
+        segments = Segments.of_inputs(filled.flatten(0, 1), None)  # one document per row and head, behind empty slots
+        competition = competition_ends(text.sigma.flatten(0, 1)[:, None], self.rule.keep_window_size, segments)
+        layout = Layout(len(text), self.rule.widen(competition, segments).view_as(filled), most_keys=self.rule.slots)
+        out = attend(q, text.key, text.value, layout, scale=scale, key_bias=text.bias, backend=backend)
+        assert isinstance(out, Tensor)
+        self.length = length
+        self._remember(text.map(torch.Tensor.detach), competition.view_as(filled))
+        return out
 
-    def _text(self, new: Slots, real: Tensor | None) -> Slots:
+    def _text(self, new: Slots) -> Slots:
         """Every remembered key once and the new ones, in order of position, empty slots and padding first."""
-        if self.length is None:
-            self.length = torch.zeros(len(new.sigma), 1, dtype=torch.int64, device=new.sigma.device)
-        if real is None:
-            real = torch.ones(len(new.sigma), len(new), dtype=torch.bool, device=new.sigma.device)
-        position = torch.where(real, self.length + real.cumsum(1) - 1, -1)
-        padding = ~real[:, None]
-        new = new.map(lambda tensor: tensor.masked_fill(padding[..., None] if tensor.ndim == 4 else padding, 0))
-        new.position = position[:, None].expand_as(new.sigma)
         if self.slots is not None:
             old = self.slots.map(torch.Tensor.clone)
-            old.position.masked_fill_(~self._once(), -1)
+            old.order.masked_fill_(~self._once(), EMPTY)
             new = old.join(new)
-        self.length = self.length + real.sum(1, keepdim=True)
         return new.take(new.position.argsort(dim=-1, stable=True))
 
     def _remember(self, text: Slots, competition: Tensor) -> None:
         """Refill the slots from a text whose last position is the newest."""
         assert self.length is not None
-        rule, text, n = self.rule, text.map(torch.Tensor.detach), len(text)
-        self.slots = text.empty(rule.slots)
+        rule, n, position = self.rule, len(text), text.position
+        slots, spare = text.empty(rule.slots + 1), rule.slots
         index = torch.arange(n, device=competition.device)
         entered = n if rule.union else n - rule.window  # list positions that have competed
-        won = (index < entered) & (competition >= entered) & (text.position >= 0)
-        best = won.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., : rule.keep_window_size]
-        winners = self.slots.part(0, best.shape[-1])
-        winners.put(index[: best.shape[-1]].expand_as(best), text.take(best), won.gather(-1, best))
+        won = (index < entered) & (competition >= entered) & (position >= 0)
+        place = torch.where(won, won.cumsum(-1) - 1, spare)
+        slots.put(place, text)
         if rule.window:
-            newest = text.part(max(0, n - rule.window), n)
-            virtual = self.length[:, :, None] - len(newest) + index[: len(newest)]  # below 0 in empty slots: still distinct
-            ring = (rule.keep_window_size + virtual % rule.window).expand_as(newest.position)
-            self.slots.put(ring, newest, newest.position >= 0)
+            newest = (index >= n - rule.window) & (position >= 0)
+            slots.put(torch.where(newest, rule.keep_window_size + position % rule.window, spare), text)
         if rule.sinks:
-            wanted = torch.arange(rule.sinks, device=index.device).expand(*competition.shape[:2], -1).contiguous()
-            found = text.take(torch.searchsorted(text.position.contiguous(), wanted).clamp_max(n - 1))
-            self.slots.part(len(self.slots) - rule.sinks, len(self.slots)).put(wanted, found, found.position == wanted)
+            first = (position >= 0) & (position < rule.sinks)
+            slots.put(torch.where(first, spare - rule.sinks + position, spare), text)
+        self.slots = slots
 
-    def _check(self, q: Tensor, new: Slots, real: Tensor | None, parameters: tuple[Tensor, ...]) -> None:
+    def _check(self, q: Tensor, k: Tensor, real: Tensor | None, parameters: tuple[Tensor, ...]) -> None:
         if self.length is not None:
             require(
                 len(q) == len(self.length),
                 f"the cache holds {len(self.length)} batch rows, got {len(q)}: use reorder, or a new cache per batch",
             )
-        require(q.shape[2] == len(new), f"each new token has one query and one key, got {q.shape[2]} and {len(new)}")
+        require(q.shape[2] == k.shape[2], f"each new token has one query and one key, got {q.shape[2]} and {k.shape[2]}")
         if real is not None and real.device.type == "cpu":
             require(
                 bool((real[:, 1:] >= real[:, :-1]).all()),
@@ -184,6 +171,11 @@ class BoundedCache:
             self._versions = versions
 
 
-def _segments(filled: Tensor) -> Segments:
-    """One document per (batch row, head), behind its empty slots; bool [B, H, N] to segments [B * H, N]."""
-    return Segments.of_inputs(filled.flatten(0, 1), None)
+def _attend_to_all(q: Tensor, slots: Slots, filled: Tensor, scale: float | None) -> Tensor:
+    """One query per head over every filled slot: a short dense row, for which a few library calls are the fastest way."""
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    grouped = q.unflatten(1, (slots.key.shape[1], -1)).squeeze(3).to(work)
+    scores = grouped @ slots.key.to(work).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (scores + slots.bias.to(work)[:, :, None]).masked_fill(~filled[:, :, None], -torch.inf)
+    out: Tensor = scores.softmax(-1) @ slots.value.to(work)
+    return out.flatten(1, 2)[:, :, None].to(q.dtype)

@@ -12,7 +12,6 @@ from attnsieve.nn.cache import BoundedCache
 from attnsieve.nn.scores import key_scores
 from attnsieve.nn.segments import Segments
 from attnsieve.nn.selection import SelectionRule
-from attnsieve.nn.slots import Slots
 from attnsieve.spans import Spans
 
 
@@ -52,9 +51,9 @@ def dynamic_mask_attention(
     delta, sigma = key_scores(v, dt_weight, dt_bias, A)
     if cache is not None:
         require(cache.rule == rule, f"the cache was made for {cache.rule}, the layer asks for {rule}: start a new cache")
-        new = Slots(k, v, delta, sigma, torch.empty_like(sigma, dtype=torch.int64))
         real = None if segments is None else _left_padded(segments)
-        return cache.attend(q, new, real=real, scale=scale, backend=backend, parameters=(dt_weight, A))
+        parameters = (dt_weight, A)
+        return cache.attend(q, k, v, delta, sigma, real=real, scale=scale, backend=backend, parameters=parameters)
     layout = Layout(k.shape[2], rule.ends(sigma, segments), most_keys=rule.slots)
     out = attend(q, k, v, layout, scale=scale, key_bias=delta, backend=backend)
     assert isinstance(out, Tensor)

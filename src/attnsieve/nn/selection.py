@@ -121,9 +121,18 @@ def strict_key(sigma: Tensor, position: Tensor) -> Tensor:
 
 def ordinal(sigma: Tensor) -> Tensor:
     """int32 in the order of float32(sigma); -0.0 equals 0.0, NaN is above every number."""
-    bits = (sigma.float() + 0.0).view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    ordered = _flip_negatives((sigma.float() + 0.0).view(torch.int32))
     return ordered.masked_fill(sigma.isnan(), 0x7FFFFFFF)
+
+
+def score_of(key: Tensor) -> Tensor:
+    """float32: the score that `strict_key` packed."""
+    return _flip_negatives((key >> 32).to(torch.int32)).view(torch.float32)
+
+
+def _flip_negatives(bits: Tensor) -> Tensor:
+    """float32 bits read as int32 to integers in the same order, and back: the order of negative floats is reversed."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _check(sigma: Tensor, segments: Segments | None, check_nan: bool | None) -> None:
