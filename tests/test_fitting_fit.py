@@ -106,7 +106,7 @@ def test_expectations_are_those_of_the_patterns(options):
 
 def test_mass_is_exact_where_columns_and_offsets_do_not_meet():
     whole = random_whole()
-    observed = Observed.of(profile_of(whole, 12), 0)
+    observed = Observed.of([profile_of(whole, 12)], 0)
     columns, offsets = torch.arange(48).expand(6, 48) < 2, torch.arange(48).expand(6, 48) < 10
     found = expect(observed, torch.ones(6, 12, 12).tril().bool(), columns, offsets)
     for head in range(6):
@@ -179,9 +179,41 @@ def test_plans_are_saved_with_their_origin(tmp_path):
     assert loaded == plan
     origin = loaded.provenance
     assert origin["settings"] == PRESETS["robust"].to_json() | {"floor": 0.8}
-    assert (origin["measured_at"], origin["pcl"], origin["profile"]["data"]) == (48, 12, "toy")
-    assert origin["profile"]["documents"] == 3
+    assert (origin["measured_at"], origin["pcl"], origin["profiles"][0]["data"]) == (48, 12, "toy")
+    assert origin["profiles"][0]["documents"] == 3
     assert "preset robust, pcl 12" in str(loaded)
+
+
+def test_every_profile_must_meet_the_floor():
+    local, sinks, diffuse, _ = special_heads()
+    text, code = (profile_of(torch.stack(heads)[None], 128) for heads in ([local, sinks, local], [local, diffuse, sinks]))
+    apart = [fit(profile, floor=0.95).row(0) for profile in (text, code)]
+    assert apart == [(sink(4) | window(16),) * 3, (sink(4) | window(16), dense(), sink(4) | window(16))]
+    for order in ([text, code], [code, text]):
+        together = fit(order, floor=0.95)
+        assert together.row(0) == apart[1]
+        assert [profile["data"] for profile in together.provenance["profiles"]] == ["toy", "toy"]
+    assert fit([text, text], floor=0.95).patterns == fit(text, floor=0.95).patterns
+    mixed = fit([text, code], preset="paper", tau=0.05)
+    assert (
+        mixed.patterns
+        == fit(
+            profile_of(torch.stack([local, (sinks + diffuse) / 2, (local + sinks) / 2])[None], 128), preset="paper", tau=0.05
+        ).patterns
+    )
+    assert mixed.retained[0, 2] < fit(text, preset="paper", tau=0.05).retained[0, 2]
+
+
+def test_profiles_that_do_not_fit_together_are_refused():
+    one = profile_of(random_whole(), 12)
+    for others, message in (
+        ([], "at least one profile"),
+        ([one, profile_of(random_whole(), 13)], r"got \(12, 48\) and \(13, 48\)"),
+        ([one, profile_of(random_whole(n=49), 12)], r"got \(12, 48\) and \(12, 49\)"),
+        ([one, profile_of(random_whole(heads=5), 12)], "heads: made for 6, the model has 5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit(others)
 
 
 def test_maps_alone_serve_the_paper_but_not_a_floor():

@@ -20,27 +20,32 @@ from attnsieve.plan import Plan
 from attnsieve.profiling import Profile
 
 
-def fit(profile: Profile, *, preset: str = "robust", **overrides: Any) -> Plan:
+def fit(profile: Profile | Sequence[Profile], *, preset: str = "robust", **overrides: Any) -> Plan:
     """Choose one pattern per layer and query head.
 
     preset "paper": DAM as published (arXiv 2506.11104), its edge artefacts included. preset "robust": true masks by mass,
     patterns with enough support only, self key and sinks always kept; of that and sink | window each head takes the cheaper one
     that keeps enough mass, and is dense if neither does. `overrides`: fields of `Settings`, such as tau=0.1.
 
-    Raises UserError for unknown settings, a profile without maps, a floor without statistics beyond the capture length, and
-    if a head would keep no key in any row.
+    Several profiles, one per kind of text, count alike in DAM's mean maps, and each must meet the floor. That keeps a head that
+    one kind of text needs; in one mixed profile the others would outvote it. A plan's retained mass is that of the worst kind.
+
+    Raises UserError for unknown settings, profiles without maps or of different models or lengths, a floor without statistics
+    beyond the capture length, and if a head would keep no key in any row.
     """
     settings = resolve(preset, overrides)
-    pcl = _capture_length(profile, settings)
+    profiles = [profile] if isinstance(profile, Profile) else list(profile)
+    pcl = _capture_length(profiles, settings)
+    model = profiles[0].fingerprint
     layers = []
-    for layer in range(profile.fingerprint.layers):
-        observed = Observed.of(profile, layer)
+    for layer in range(model.layers):
+        observed = Observed.of(profiles, layer)
         layers.append(_select(candidates(observed, settings, pcl), settings.floor))
     density, retained = (
         torch.stack([getattr(layer, name) for layer in layers]).clamp(0, 1).float() for name in ("density", "retained")
     )
-    provenance = _provenance(profile, preset, settings, pcl, layers)
-    return Plan(profile.fingerprint, tuple(layer.patterns for layer in layers), provenance, density, retained)
+    provenance = _provenance(profiles, preset, settings, pcl, layers)
+    return Plan(model, tuple(layer.patterns for layer in layers), provenance, density, retained)
 
 
 def candidates(observed: Observed, settings: Settings, pcl: int) -> list[Candidate]:
@@ -83,23 +88,37 @@ def _select(rules: Sequence[Candidate], floor: float) -> _Chosen:
     )
 
 
-def _capture_length(profile: Profile, settings: Settings) -> int:
-    if profile.maps is None:
-        raise UserError("this profile has no maps, which fitting starts from: profile again with maps=True")
-    pcl = profile.pcl if settings.pcl is None else settings.pcl
+def _capture_length(profiles: list[Profile], settings: Settings) -> int:
+    require(bool(profiles), "fit needs at least one profile")
+    first = profiles[0]
+    for other in profiles:
+        first.check(other.fingerprint)
+        if other.maps is None:
+            raise UserError("this profile has no maps, which fitting starts from: profile again with maps=True")
+        require(
+            (other.pcl, _longest(other)) == (first.pcl, _longest(first)),
+            f"profiles must agree in capture length and longest probed length, got {(first.pcl, _longest(first))} and "
+            f"{(other.pcl, _longest(other))}: profile all texts with the same pcl and lengths",
+        )
+    pcl = first.pcl if settings.pcl is None else settings.pcl
     require(
-        type(pcl) is int and 0 < pcl <= profile.pcl,
-        f"pcl must be from 1 to the profile's {profile.pcl}, got {pcl!r}: profile again for a longer one",
+        type(pcl) is int and 0 < pcl <= first.pcl,
+        f"pcl must be from 1 to the profile's {first.pcl}, got {pcl!r}: profile again for a longer one",
     )
     require(
-        settings.floor == 0 or bool(profile.long),
+        settings.floor == 0 or bool(first.long),
         f"a floor of {settings.floor} must hold beyond the capture length too, where this profile has no statistics: profile "
-        f"with lengths=({4 * profile.pcl},), or fit with floor=0 and local=False",
+        f"with lengths=({4 * first.pcl},), or fit with floor=0 and local=False",
     )
     return pcl
 
 
-def _provenance(profile: Profile, preset: str, settings: Settings, pcl: int, layers: list[_Chosen]) -> dict[str, Any]:
+def _longest(profile: Profile) -> int:
+    """The length up to which a profile knows anything."""
+    return profile.long[-1].length if profile.long else profile.pcl
+
+
+def _provenance(profiles: list[Profile], preset: str, settings: Settings, pcl: int, layers: list[_Chosen]) -> dict[str, Any]:
     """JSON. reach: positions before a late query that it can know of, the sum over layers of how far each looks; None where
     nothing bounds it. reach_bound: layers (L - 1), which holds for any DAM mask of capture length L (first L columns apart).
     """
@@ -110,16 +129,17 @@ def _provenance(profile: Profile, preset: str, settings: Settings, pcl: int, lay
         "preset": preset,
         "pcl": pcl,
         "settings": settings.to_json(),
-        "measured_at": profile.long[-1].length if profile.long else profile.pcl,
+        "measured_at": _longest(profiles[0]),
         "heads": dict(Counter(name for layer in layers for name in layer.names)),
         "choice": [layer.names for layer in layers],
         "forced_cells": sum(sum(layer.forced) for layer in layers),
         "forced_per_head": [layer.forced for layer in layers],
         "reach": sum(max(distance or 0 for distance in row) for row in reaches) if bounded else None,
         "reach_bound": dam.reach(len(layers), pcl - 1),
-        "profile": {
-            "documents": int(profile.rows_seen[0]) if profile.rows_seen is not None else 0,
-            "lengths": [statistics.length for statistics in profile.long],
-            **profile.provenance,
-        },
+        "profiles": [_origin(profile) for profile in profiles],
     }
+
+
+def _origin(profile: Profile) -> dict[str, Any]:
+    documents = 0 if profile.rows_seen is None else int(profile.rows_seen[0])
+    return {"documents": documents, "lengths": [statistics.length for statistics in profile.long], **profile.provenance}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,9 @@ from attnsieve.profiling import Profile
 
 @dataclass(frozen=True)
 class Observed:
-    """One layer of a profile. P: the profile's capture length; n: the longest probed length, or P where there is none.
+    """One layer, as S profiles saw it. P: their capture length; n: the longest length they probed, P where there is none.
 
-    maps: float32 [H, P, P]. column_mass, offset_mass: float64 [H, n], mass per row over rows P .. n - 1.
+    maps: float32 [S, H, P, P]. column_mass, offset_mass: float64 [S, H, n], mass per row over rows P .. n - 1.
     """
 
     maps: Tensor
@@ -22,15 +23,22 @@ class Observed:
     offset_mass: Tensor
 
     @classmethod
-    def of(cls, profile: Profile, layer: int) -> Observed:
-        """Needs a profile with maps."""
-        assert profile.maps is not None
-        maps = profile.maps[layer]
-        if not profile.long:
-            nothing = torch.zeros(maps.shape[0], profile.pcl, dtype=torch.float64)
+    def of(cls, profiles: Sequence[Profile], layer: int) -> Observed:
+        """Needs profiles with maps, of equal capture lengths and longest lengths."""
+        maps = torch.stack([profile.maps[layer] for profile in profiles if profile.maps is not None])
+        if not profiles[0].long:
+            nothing = torch.zeros(maps.shape[:-1], dtype=torch.float64)
             return cls(maps, nothing, nothing)
-        long = profile.long[-1]
-        return cls(maps, long.column_mass[layer].double() / long.rows, long.offset_mass[layer].double() / long.rows)
+        longest = [profile.long[-1] for profile in profiles]
+        columns, offsets = (
+            torch.stack([getattr(long, name)[layer].double() / long.rows for long in longest])
+            for name in ("column_mass", "offset_mass")
+        )
+        return cls(maps, columns, offsets)
+
+    @property
+    def heads(self) -> int:
+        return self.maps.shape[1]
 
     @property
     def pcl(self) -> int:
@@ -51,7 +59,7 @@ class Observed:
         return columns.double() @ cells + offsets.double() @ cells - twice
 
     def mass(self, columns: Tensor, offsets: Tensor) -> Tensor:
-        """float64 [H]: share of mass that columns and offsets (bool [H, n]) keep in rows from P on.
+        """float64 [S, H]: share of mass that columns and offsets (bool [H, n]) keep in rows from P on.
 
         Exact where no pair is both. The profile holds no joint masses, so pairs that are both are taken to hold the mean mass
         of their column, which is right for sinks, or of their distances, right near the diagonal, whichever is more.
@@ -64,7 +72,7 @@ class Observed:
         return (kept + torch.where(offsets, self.offset_mass, 0.0).sum(-1)).clamp(0, 1)
 
     def _of_column(self, per_offset: Tensor) -> Tensor:
-        """[H, n]: for each column c, `per_offset` summed over the distances of its rows P <= i < n."""
+        """[..., n]: for each column c, `per_offset` summed over the distances of its rows P <= i < n."""
         total = torch.nn.functional.pad(per_offset.cumsum(-1), (1, 0))
         columns = torch.arange(self.length)
         return total[..., self.length - columns] - total[..., (self.pcl - columns).clamp_min(0)]
@@ -72,7 +80,10 @@ class Observed:
 
 @dataclass(frozen=True)
 class Expectation:
-    """float64 [H]: share of causal pairs kept at n positions; share of mass kept in rows below P, from P on, and in all."""
+    """float64 [H]: share of causal pairs kept at n positions; share of mass kept in rows below P, from P on, and in all.
+
+    Masses are those in the profile that a head's rule serves least.
+    """
 
     density: Tensor
     below: Tensor
@@ -90,4 +101,5 @@ def expect(observed: Observed, mask: Tensor, columns: Tensor, offsets: Tensor) -
     below = ((observed.maps * mask).sum((-2, -1), dtype=torch.float64) / pcl).clamp_max(1)
     beyond = observed.mass(columns, offsets) if n > pcl else torch.ones_like(below)
     pairs = mask.sum((-2, -1)).double() + observed.pairs(columns, offsets)
-    return Expectation(pairs / (n * (n + 1) / 2), below, beyond, (below * pcl + beyond * (n - pcl)) / n)
+    retained = (below * pcl + beyond * (n - pcl)) / n
+    return Expectation(pairs / (n * (n + 1) / 2), below.amin(0), beyond.amin(0), retained.amin(0))

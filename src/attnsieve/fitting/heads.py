@@ -36,8 +36,11 @@ class Candidate:
 
 
 def dam_heads(observed: Observed, settings: Settings, pcl: int) -> Candidate:
-    """The paper's steps for every head. `pcl` may be below the profile's; forced: int64 [H], cells forced into true masks."""
-    maps = observed.maps[:, :pcl, :pcl]
+    """The paper's steps for every head, on the mean map of all profiles, up to `pcl` rows of it.
+
+    forced: int64 [H], cells forced into true masks.
+    """
+    maps = observed.maps.mean(0)[:, :pcl, :pcl]
     mask, forced = dam.force(true_mask(maps, settings), self_key=settings.force_self, sinks=min(settings.force_sink, pcl))
     support = max(1, pcl // 4) if settings.min_support is None else settings.min_support
     diagonal = dam.matched(dam.diagonal_sums(mask), mu=settings.mu, min_support=support)
@@ -66,13 +69,13 @@ def true_mask(maps: Tensor, settings: Settings) -> Tensor:
 
 
 def local_heads(observed: Observed, floor: float, sinks: int) -> Candidate:
-    """sink(sinks) | window(w) with the smallest w per head that keeps `floor` of the mass both below and beyond P.
+    """sink(sinks) | window(w) with the smallest w per head that keeps `floor` of every profile's mass, below and beyond P.
 
     w is a multiple of WINDOW_STEP. A head that needs more than a quarter of the probed length is not local: it gets that
     window here, and fails the floor.
     """
     most = max(1, observed.length // 4 // WINDOW_STEP)
-    columns = (torch.arange(observed.length) < sinks).expand_as(observed.column_mass)
+    columns = (torch.arange(observed.length) < sinks).expand(observed.heads, -1)
     beside = observed.maps.clone()
     beside[..., :sinks] = 0
     sums = dam.diagonal_sums(beside).double().cumsum(-1)
@@ -80,10 +83,11 @@ def local_heads(observed: Observed, floor: float, sinks: int) -> Candidate:
 
     def enough(steps: Tensor) -> Tensor:
         width = steps[:, None] * WINDOW_STEP
-        below = sums.gather(1, (width - 1).clamp_max(observed.pcl - 1))[:, 0] >= short
-        return below & (observed.mass(columns, torch.arange(observed.length) < width) >= floor)
+        last = (width - 1).clamp_max(observed.pcl - 1).expand(*sums.shape[:-1], 1)
+        below = sums.gather(-1, last)[..., 0] >= short
+        return (below & (observed.mass(columns, torch.arange(observed.length) < width) >= floor)).all(0)
 
-    width = _least(enough, most, len(observed.maps)) * WINDOW_STEP
+    width = _least(enough, most, observed.heads) * WINDOW_STEP
     offsets = torch.arange(observed.length) < width[:, None]
     expected = expect(observed, _rule_rows(columns, offsets, observed.pcl), columns, offsets)
     patterns = tuple(sink(sinks) | window(tokens) for tokens in width.tolist())
@@ -92,9 +96,8 @@ def local_heads(observed: Observed, floor: float, sinks: int) -> Candidate:
 
 def dense_heads(observed: Observed) -> Candidate:
     """Every key for every head."""
-    heads = len(observed.maps)
-    ones = torch.ones(heads, dtype=torch.float64)
-    return Candidate("dense", (dense(),) * heads, Expectation(ones, ones, ones, ones), (None,) * heads)
+    ones = torch.ones(observed.heads, dtype=torch.float64)
+    return Candidate("dense", (dense(),) * observed.heads, Expectation(ones, ones, ones, ones), (None,) * observed.heads)
 
 
 def _least(enough: Callable[[Tensor], Tensor], most: int, heads: int) -> Tensor:
