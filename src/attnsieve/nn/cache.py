@@ -9,7 +9,7 @@ from attnsieve.attention import attend
 from attnsieve.errors import require
 from attnsieve.layout import Layout
 from attnsieve.nn.segments import Segments
-from attnsieve.nn.selection import SelectionRule, competition_ends
+from attnsieve.nn.selection import SelectionRule, competition_ends, strict_key
 from attnsieve.nn.slots import EMPTY, Slots
 
 
@@ -57,7 +57,7 @@ class BoundedCache:
         if self.length is None:
             self.length = torch.zeros(len(q), 1, dtype=torch.int64, device=q.device)
         if self.slots is not None and q.shape[2] == 1:
-            new = Slots.scored(k, v, bias, sigma, self.length).map(torch.Tensor.detach)
+            new = Slots(k, v, bias, strict_key(sigma, self.length[:, None])).map(torch.Tensor.detach)
             out = self._step(q, new, scale)
         else:
             count = torch.ones_like(q[:, 0, :, 0], dtype=torch.int64) if real is None else real.long()

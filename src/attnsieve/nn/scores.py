@@ -33,7 +33,7 @@ def key_scores(v: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, a: Tensor) 
 
 def _project(tokens: Tensor, weight: Tensor) -> Tensor:
     """tokens [B, n, C] times weight [Hkv, C] in the precision of `weight`: [B, n, Hkv]."""
-    if tokens.is_cuda and tokens.dtype == torch.bfloat16:
+    if tokens.is_cuda and tokens.dtype == torch.bfloat16 and tokens.shape[1] > 1:
         out: Tensor = _ProjectBfloat16.apply(tokens, weight)
         return out
     return F.linear(tokens.to(weight.dtype), weight)
