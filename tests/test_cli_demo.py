@@ -43,7 +43,7 @@ def test_the_demo_prints_what_it_measured(told):
     line = next(line for line in printed.split("4. Measure")[1].splitlines() if line.startswith("| paper"))
     assert f" {nll:.3g} ± " in line
     assert f" {100 * float(Plan.from_pretrained(out / 'paper').density.mean()):.1f} | " in line
-    for part in ("1. Profile", "2. Fit", "3. Run", "Right answer: ", "5. Look", "Try next:"):
+    for part in ("1. Profile", "2. Fit", "3. Run", "The right answer is ", "5. Look", "Try next:"):
         assert part in printed
         assert part in (out / "summary.txt").read_text()
 

@@ -43,23 +43,24 @@ def demo(
     ] = 2048,
     items: Annotated[int, typer.Option(help="Documents with eight questions each that every plan answers.", min=2)] = 4,
 ) -> None:
-    """Profile a small model, fit two plans, run and measure them beside dense attention, and draw what was found."""
+    """Profile a small model, fit two plans, run and measure them beside dense attention, and draw it all.
+
+    Example: attnsieve demo --out runs/demo
+    """
     options.new_folder(out)
     require(find_spec("matplotlib") is not None, "the demo draws figures with matplotlib; run: pip install 'attnsieve[viz]'")
     start = time.perf_counter()
-    story = Story()
     network, tokenizer = options.load(model, "auto", "auto")
     lab = Lab(network, tokenizer, model, length, out)
-    story.title(f"{model}: {type(network).__name__} on {network.device}, {str(network.dtype).removeprefix('torch.')}")
-
-    profile = lab.calibrate(story)
-    plans = lab.fit(profile, story)
-    lab.generate(plans, story)
-    rows = lab.measure(plans, items, story)
-    lab.draw(profile, plans, rows, story)
-    story.show(next_steps(model, out))
-    story.say(f"Done in {time.perf_counter() - start:.0f} s.")
-    (out / "summary.txt").write_text(story.text(), encoding="utf-8")
+    lab.story.title(f"{model}: {type(network).__name__} on {network.device}, {str(network.dtype).removeprefix('torch.')}")
+    profile = lab.calibrate()
+    plans = lab.fit(profile)
+    lab.generate(plans)
+    rows = lab.measure(plans, items)
+    lab.draw(profile, plans, rows)
+    lab.story.show(next_steps(model, out))
+    lab.story.say(f"Done in {time.perf_counter() - start:.0f} s.")
+    (out / "summary.txt").write_text(lab.story.text(), encoding="utf-8")
 
 
 @dataclass
@@ -96,14 +97,15 @@ class Lab:
     name: str
     length: int
     out: Path
+    story: Story = field(default_factory=Story)
 
-    def calibrate(self, story: Story) -> Profile:
+    def calibrate(self) -> Profile:
         """Observe the model on both kinds of text."""
         from attnsieve.evaluation import text_source, token_windows
         from attnsieve.hf import profile
 
         pcl = self.length // 4
-        story.title("1. Profile: what does every head attend to?")
+        self.story.title("1. Profile: what does every head attend to?")
         sources = [halves(TEXT)[0], text_source("synthetic")]
         texts = [
             window
@@ -111,7 +113,7 @@ class Lab:
             for source in sources
             for window in token_windows(source, self.tokenizer, tokens, count // 2, seed)
         ]
-        story.say(
+        self.story.say(
             f"{LONG_DOCUMENTS} texts of {self.length} tokens and {SHORT_DOCUMENTS} of {pcl}: half from the Python reference, "
             f"half synthetic records and stories. Mean maps up to {pcl} tokens, sums by column and by distance up to "
             f"{self.length}."
@@ -120,37 +122,40 @@ class Lab:
         found.save_pretrained(self.out / "profile")
         return found
 
-    def fit(self, profile: Profile, story: Story) -> dict[str, Plan]:
+    def fit(self, profile: Profile) -> dict[str, Plan]:
         """Fit both presets, save them, and go on with what was read back."""
         from attnsieve.fitting import fit
 
-        story.title("2. Fit: one pattern per head")
+        self.story.title("2. Fit: one pattern per head")
         plans = {}
         for preset in tqdm(PRESETS, desc="fit", unit="plan"):
             fit(profile, preset=preset).save_pretrained(self.out / preset)
             plans[preset] = Plan.from_pretrained(self.out / preset)
-        story.say(
+        self.story.say(
             "paper: DAM as published. robust: masks by mass, and dense where no fixed mask keeps enough. Percent of causal "
             f"pairs kept and of attention mass inside them, mean over the heads of a layer, at {self.length} tokens:"
         )
-        story.show(layer_table(plans))
+        self.story.show(layer_table(plans))
         return plans
 
-    def generate(self, plans: Mapping[str, Plan], story: Story) -> None:
+    def generate(self, plans: Mapping[str, Plan]) -> None:
         """Answer one question about a long prompt, dense and under every plan."""
         from attnsieve.evaluation import make_task
         from attnsieve.evaluation.tokens import encode
 
-        story.title("3. Run: dense and sparse generation on a long prompt")
+        self.story.title("3. Run: dense and sparse generation on a long prompt")
         (item,) = make_task("kv").items(self.tokenizer, self.length + self.length // 8, 1, 1)
         query = item.queries[len(item.queries) // 2]
         ids = encode(self.tokenizer, query.prompt)
         question = query.prompt.splitlines()[-1]
-        story.say(f'A list of {len(ids)} tokens such as "{query.prompt.splitlines()[0]}" ends with "{question}".')
+        self.story.say(f'A list of {len(ids)} tokens such as "{query.prompt.splitlines()[0]}" ends with "{question}".')
         runs: dict[str, Plan | None] = {"dense": None, **plans}
         lines = [self._answer(name, plan, ids) for name, plan in tqdm(runs.items(), desc="generate", unit="run")]
-        story.say(f"Right answer: {query.answers[0]}")
-        story.show(markdown(["attention", "answer", "seconds", "calls that ran sparse"], lines, left=[0, 1]))
+        self.story.say(
+            f"The right answer is {query.answers[0]}. Seconds include compiling the masks, once for each plan; a model this "
+            "small spends most of its time outside attention."
+        )
+        self.story.show(markdown(["attention", "answer", "seconds", "calls that ran sparse"], lines, left=[0, 1]))
 
     def _answer(self, name: str, plan: Plan | None, ids: list[int]) -> list[str]:
         from attnsieve.cli.run import generate
@@ -163,35 +168,35 @@ class Lab:
         text = self.tokenizer.decode(new, skip_special_tokens=True).split("\n")[0].strip()
         return [name, text, f"{seconds:.1f}", str(handle.report().sparse_calls if handle else 0)]
 
-    def measure(self, plans: Mapping[str, Plan], items: int, story: Story) -> list[dict[str, Any]]:
+    def measure(self, plans: Mapping[str, Plan], items: int) -> list[dict[str, Any]]:
         """Key-value retrieval and fidelity of both plans, each beside dense attention on the same items."""
         from attnsieve.evaluation import evaluate, make_task
         from attnsieve.evaluation.tasks.language import Fidelity
 
-        story.title("4. Measure: what does it cost?")
+        self.story.title("4. Measure: what does it cost?")
         path = self.out / "rows.jsonl"
         path.unlink(missing_ok=True)
         lengths = [self.length]
         rows: list[Row] = evaluate(self.network, self.tokenizer, plans, [make_task("kv")], lengths, items, out=path)
         rows += evaluate(self.network, self.tokenizer, plans, [Fidelity(halves(TEXT)[1])], lengths, FIDELITY_ITEMS, out=path)
         found = [asdict(row) for row in rows]
-        story.say(
+        self.story.say(
             f"Key-value retrieval: {items} lists of {self.length} tokens, 8 questions each, answers teacher-forced. KL, "
             f"agreement and retained mass: {FIDELITY_ITEMS} texts of {self.length} tokens from chapters that calibration did "
             "not see. Means with their standard errors."
         )
-        story.show(cost_table(found, ["dense", *plans]))
+        self.story.show(cost_table(found, ["dense", *plans]))
         return found
 
-    def draw(self, profile: Profile, plans: Mapping[str, Plan], rows: Sequence[Mapping[str, Any]], story: Story) -> None:
+    def draw(self, profile: Profile, plans: Mapping[str, Plan], rows: Sequence[Mapping[str, Any]]) -> None:
         """Write all figures, and say where they are."""
-        story.title("5. Look")
+        self.story.title("5. Look")
         folder = self.out / "figures"
         paths = draw_results(folder / "results", rows)
         for name, plan in tqdm(plans.items(), desc="figures", unit="plan"):
             paths += draw_all(folder / name, profile=profile, plan=plan)
         (self.out / "rows.md").write_text(result_table(rows) + "\n", encoding="utf-8")
-        story.show("\n".join(str(path) for path in paths))
+        self.story.show("\n".join(str(path) for path in paths))
 
 
 def layer_table(plans: Mapping[str, Plan]) -> str:
