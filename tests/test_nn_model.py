@@ -28,6 +28,9 @@ CONFIGS = [
 def test_doge_checkpoints_load_and_give_its_logits_and_gradients(changes, dtype, implementation, tolerance, tmp_path):
     theirs = doge(dtype, **changes)
     theirs.set_attn_implementation(implementation)
+    ids = distinct_tokens(1, 12)
+    if not torch.allclose(theirs(ids[:, :6]).logits, theirs(ids).logits[:, :6], atol=1e-3):
+        pytest.skip("this transformers' Doge sees the future (transformers issue 48821)")
     theirs.save_pretrained(tmp_path)
     ours = DmaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert set(ours.state_dict()) == set(theirs.state_dict())
