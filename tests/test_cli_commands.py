@@ -1,10 +1,12 @@
 """The commands on a tiny model: what they write, what a program reads on stdout, and how they refuse."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+from transformers import LlamaForCausalLM
 
 import attnsieve as package
 from attnsieve.cli.fit import named_values
@@ -173,6 +175,19 @@ def test_eval_writes_rows_that_show_reads(work, tmp_path):
 )
 def test_what_a_user_can_get_wrong_is_one_sentence(work, arguments, message):
     assert message in refused(*(str(argument).replace("{}", str(work)) for argument in arguments))
+
+
+def test_a_model_that_computes_nan_is_refused(work):
+    broken = LlamaForCausalLM.from_pretrained(work / "model")
+    broken.model.layers[1].self_attn.q_proj.weight.data[0, 0] = float("nan")
+    broken.save_pretrained(work / "broken")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(work / "model" / name, work / "broken" / name)
+    arguments = ["--data", work / "text.txt", "--pcl", 16, "--lengths", "32", "--documents", 1, "--out", work / "x"]
+    done = attnsieve("profile", work / "broken", *arguments)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "layer 1 has NaN or infinite attention scores" in done.stderr
+    assert not (work / "x").exists()
 
 
 def test_a_plan_for_another_model_is_refused(work):

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 # The plan's name in rows of dense attention.
 DENSE = "dense"
+METRIC_NAMES = {
+    "answer_nll": "answer NLL, nats per token",
+    "nll": "NLL, nats per token",
+    "kl": "KL to dense, nats",
+    "top1_agreement": "same most likely token",
+    "output_error": "relative output error",
+}
 PANEL_WIDTH, PANEL_HEIGHT = 3.4, 2.7
 MOST_PANELS = 24
 
@@ -70,7 +77,7 @@ def result_figure(rows: Sequence[Row], metric: str) -> Figure:
         for length, axes in zip(lengths, line, strict=True):
             _panel(axes, [row for row in chosen if task_name(row) == task and row["length"] == length], plans)
             axes.set_title(f"{task}, {length} tokens", fontsize=9, loc="left")
-        line[0].set_ylabel(metric.replace("_", " "), fontsize=9)
+        line[0].set_ylabel(METRIC_NAMES.get(metric, metric.replace("_", " ")), fontsize=9)
     grid[0, 0].set_xlim(min(0.4, *(70 * row["density"] for row in chosen)), 130)
     for axes in grid[-1]:
         axes.set_xlabel("density, % of causal pairs kept", fontsize=9)
