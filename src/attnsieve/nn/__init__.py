@@ -6,6 +6,7 @@ from typing import Any
 from attnsieve.nn.cache import BoundedCache
 from attnsieve.nn.functional import dynamic_mask_attention
 from attnsieve.nn.module import DynamicMaskAttention
+from attnsieve.nn.mqar import RecallTask
 from attnsieve.nn.selection import SelectionRule
 
 # These import transformers.
@@ -14,9 +15,12 @@ _LAZY = {
     "DmaConfig": "attnsieve.nn.configuration",
     "DmaForCausalLM": "attnsieve.nn.modeling",
     "DmaModel": "attnsieve.nn.modeling",
+    "TrainingSettings": "attnsieve.nn.training",
+    "convert": "attnsieve.nn.conversion",
+    "train": "attnsieve.nn.training",
 }
 
-__all__ = ["BoundedCache", "DynamicMaskAttention", "SelectionRule", "dynamic_mask_attention", *_LAZY]
+__all__ = ["BoundedCache", "DynamicMaskAttention", "RecallTask", "SelectionRule", "dynamic_mask_attention", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import torch
 import transformers as tr
 
 from attnsieve import UserError
-from attnsieve.nn.convert import convert
+from attnsieve.nn import convert
 from tests.nn_tiny import SIZES, distinct_tokens, shake
 
 FAMILIES = {
