@@ -203,6 +203,12 @@ def test_mass_mask_is_the_smallest_that_reaches_the_share(share, seed):
     ).all()
 
 
+def test_mass_mask_stops_at_the_share_and_takes_the_earliest_of_equals():
+    quarter = torch.full((4, 4), 0.25).tril()
+    assert mass(quarter, share=0.5)[3].tolist() == [True, True, False, False]
+    assert mass(quarter, share=0.51)[3].tolist() == [True, True, True, False]
+
+
 def test_relative_mask_does_not_tighten_with_length():
     for size in (8, 64, 256):
         uniform = torch.ones(size, size, dtype=torch.float64).tril()

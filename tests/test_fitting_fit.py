@@ -204,6 +204,24 @@ def test_every_profile_must_meet_the_floor():
     assert mixed.retained[0, 2] < fit(text, preset="paper", tau=0.05).retained[0, 2]
 
 
+def test_a_window_is_as_wide_as_the_widest_profile_needs():
+    distance = torch.arange(256)[:, None] - torch.arange(256)
+    narrow, wide = (profile_of(normalised((distance < w) * 1.0)[None, None], 64) for w in (6, 40))
+    assert fit([narrow, wide], floor=0.99).row(0)[0] == sink(4) | window(48)
+
+
+@pytest.mark.parametrize("early", ["diffuse", "local"])
+def test_the_floor_holds_below_and_beyond_the_capture_length(early):
+    local, _, diffuse, _ = special_heads()
+    whole = torch.stack([local, diffuse] if early == "local" else [diffuse, local])
+    whole = torch.cat([whole[0, :256], whole[1, 256:]])[None, None]
+    assert fit(profile_of(whole, 256), floor=0.95).row(0)[0] == dense()
+    assert fit(profile_of(whole, 256), floor=0.95, share=0.5, local=False).row(0)[0] == dense()
+    same = [profile_of(head[None, None], 256) for head in (local, whole[0, 0])]
+    for order in (same, same[::-1]):
+        assert fit(order, floor=0.95).row(0)[0] == dense()
+
+
 def test_profiles_that_do_not_fit_together_are_refused():
     one = profile_of(random_whole(), 12)
     for others, message in (

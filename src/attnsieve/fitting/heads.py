@@ -49,11 +49,8 @@ def dam_heads(observed: Observed, settings: Settings, pcl: int) -> Candidate:
     patterns = tuple(make(*head) for head in zip(mask, diagonal, column, strict=True))
     columns, offsets = _widen(column, observed.length), _widen(diagonal, observed.length)
     below = _rule_rows(columns, offsets, observed.pcl)
-    if settings.join:
-        below[:, :pcl, :pcl] |= mask
-    else:
-        below[:, :pcl] = False
-        below[:, :pcl, :pcl] = mask
+    corner = below[:, :pcl, :pcl]
+    corner.copy_(corner | mask if settings.join else mask)
     reach = tuple(max(head.nonzero().flatten().tolist(), default=0) for head in diagonal)
     overhead = 2 * TILE / (observed.length + 1)
     return Candidate("dam", patterns, expect(observed, below, columns, offsets), reach, forced, overhead)
