@@ -52,6 +52,8 @@ def test_classification_skips_as_the_official_loop_does():
     # "cat" is removed as a part of the answer, and the loop then skips "sat", which stays and halves the score.
     assert metrics.classification("a cat sat", "cat sat", classes) == 0.5
     assert metrics.classification("dog", "dog", classes) == 1
+    assert metrics.classification("dog cat", "dog", classes) == 0.5
+    assert metrics.classification("a b abc", "abc", ["a", "x", "b", "c", "abc"]) == 0.5
     assert metrics.classification("dog", "cat sat", classes) == 0
 
 

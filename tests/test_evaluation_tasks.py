@@ -207,3 +207,13 @@ def test_buckets_double():
 def test_unknown_tasks_are_named(name, hint):
     with pytest.raises(UserError, match=hint):
         make_task(name)
+
+
+@pytest.mark.parametrize("name", ["needle-single-1", "needle-single-2", "passkey"])
+def test_what_is_hidden_lies_at_all_depths(name):
+    hidden = "The pass key is" if name == "passkey" else "One of the special magic"
+    items = made(name).items(tokenizer(), 1600, 24, 0)
+    depths = [item.queries[0].prompt.index(hidden) / len(item.queries[0].prompt) for item in items]
+    assert min(depths) < 0.35
+    assert max(depths) > 0.6
+    assert len({round(depth, 1) for depth in depths}) > 4

@@ -41,6 +41,8 @@ def test_words_of_keys_repeat_no_more_than_they_must():
     assert len(set(adjectives)) == len(set(nouns)) == 200
     adjectives, _ = zip(*(key.split("-") for key in distinct_keys(Random(0), 3 * len(ADJECTIVES))), strict=True)
     assert set(Counter(adjectives).values()) == {3}
+    # Repeats come in no fixed distance.
+    assert len(set(adjectives[: len(ADJECTIVES)])) < len(ADJECTIVES)
 
 
 def test_synthetic_text_is_long_varied_and_repeatable():
