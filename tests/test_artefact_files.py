@@ -66,7 +66,7 @@ def test_saved_is_loaded_equal(saved):
     assert str(made).splitlines()[0] in (folder / "README.md").read_text()
     made.save_pretrained(folder)
     assert load(made, str(folder)) == made
-    assert len(list(folder.parent.iterdir())) == 1, "temporary files are left behind"
+    assert len(list(folder.iterdir())) == 3, "temporary files are left behind"
 
 
 def test_difference_shows(saved):
@@ -84,7 +84,24 @@ def test_a_failed_save_leaves_the_old_artefact(saved, monkeypatch):
         made.save_pretrained(folder)
     monkeypatch.undo()
     assert load(made, folder) == made
-    assert len(list(folder.parent.iterdir())) == 1
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_where_nothing_can_be_written_is_a_user_error(saved):
+    made, folder = saved
+    with pytest.raises(UserError, match="cannot save the"):
+        made.save_pretrained(folder / "config.json" / "below")
+    with pytest.raises(UserError, match="do not apply"):
+        made.save_pretrained(folder, config={"a": 1})
+    with pytest.raises(TypeError):
+        made.save_pretrained(folder, push_to_hub=True)
+
+
+def test_other_files_in_the_directory_stay(saved):
+    made, folder = saved
+    (folder / "notes.txt").write_text("mine")
+    made.save_pretrained(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
 
 
 edits = st.lists(

@@ -84,25 +84,33 @@ class Artefact(ModelHubMixin):
     def __repr__(self) -> str:
         return f"<{str(self).splitlines()[0]}>"
 
-    def save_pretrained(self, save_directory: str | Path, **_hub_options: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, config: None = None, model_card_kwargs: None = None
+    ) -> None:
         """Write config.json, model.safetensors and README.md into `save_directory`, each replaced in one step.
 
         A reader that comes between two replacements finds a digest that does not match, never a mixture. The mixin's own
-        method is not used because it deletes the old config.json first.
+        method is not used because it deletes the old config.json first; its `push_to_hub` passes config and
+        model_card_kwargs, which have no meaning here. Raises UserError where nothing can be written.
         """
+        require(not config and not model_card_kwargs, "config and model_card_kwargs do not apply: config.json is the artefact")
         target = Path(save_directory)
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-            fresh = Path(temporary)
-            # Through numpy, since torch's writer refuses tensors that share memory. Neither respects strides.
-            save_file({name: tensor.contiguous().cpu().numpy() for name, tensor in self.to_tensors().items()}, fresh / TENSORS)
-            head = {"kind": f"attnsieve {self.kind}", "format_version": self.format_version}
-            config = head | self.to_config()
-            config["digest"] = digest(config, fresh / TENSORS)
-            (fresh / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            (fresh / CARD).write_text(self.card(), encoding="utf-8")
-            for name in (CARD, TENSORS, CONFIG):
-                os.replace(fresh / name, target / name)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
+                self._write(Path(temporary))
+                for name in (CARD, TENSORS, CONFIG):
+                    os.replace(Path(temporary) / name, target / name)
+        except OSError as error:
+            raise UserError(f"cannot save the {self.kind} in {target}: {error.strerror or error}") from error
+
+    def _write(self, folder: Path) -> None:
+        # Through numpy, since torch's writer refuses tensors that share memory. Neither respects strides.
+        save_file({name: tensor.contiguous().cpu().numpy() for name, tensor in self.to_tensors().items()}, folder / TENSORS)
+        config = {"kind": f"attnsieve {self.kind}", "format_version": self.format_version} | self.to_config()
+        config["digest"] = digest(config, folder / TENSORS)
+        (folder / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(self.card(), encoding="utf-8")
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -121,7 +129,8 @@ class Artefact(ModelHubMixin):
         """
         folder = Path(source)
         if not folder.is_dir():
-            folder = _download(str(source), revision, token, cache_dir, local_files_only)
+            options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+            folder = _download(str(source), **options)
         config = read_config(folder / CONFIG)
         kind, version = config.pop("kind", None), config.pop("format_version", None)
         require(kind == f"attnsieve {cls.kind}", f"{folder} holds {kind!r:.80}, expected a saved {cls.kind}: check the path")
@@ -270,20 +279,9 @@ def _read(path: Path, limit: int, whole: bool = True) -> bytes:
     return data
 
 
-def _download(
-    repo: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None, local_files_only: bool
-) -> Path:
+def _download(repo: str, **options: Any) -> Path:
     try:
-        return Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                allow_patterns=[CONFIG, TENSORS],
-            )
-        )
+        return Path(snapshot_download(repo, allow_patterns=[CONFIG, TENSORS], **options))
     except (OSError, ValueError) as error:  # the hub's errors, network included, derive from these
         raise UserError(
             f"{repo!r} is neither a directory nor a hub repository that can be reached: {type(error).__name__}"
