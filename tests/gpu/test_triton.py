@@ -6,6 +6,8 @@ import torch
 from attnsieve import Spans, attend, compile_layout
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton import why_not
+from attnsieve.bench.check import check_gradients
+from attnsieve.bench.masks import selected
 from attnsieve.patterns import columns, diagonals, empty, sink, window
 from attnsieve.testing import assert_within_budget
 from tests.laws.samples import SAMPLES, dam
@@ -66,3 +68,77 @@ def test_padding_and_packing():
     pads = torch.tensor([0, 37, 300, 516, 517], device="cuda")
     check(compile_layout(MIXED, 517), batch=5, group=2, kv_heads=2, spans=Spans.left_padded(pads, 517, 517))
     check(compile_layout(MIXED, 517), batch=1, group=2, kv_heads=2, spans=Spans.packed([100, 1, 300, 80], device="cuda"))
+
+
+def gradients_of(layout, *, group=2, kv_heads=1, n=517, width=64, dtype=torch.bfloat16, bias=True):
+    q = torch.randn(1, kv_heads * group, n, width, device="cuda", dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(1, kv_heads, n, width, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+    b = torch.randn(1, kv_heads, n, device="cuda", requires_grad=True) if bias else None
+    call = Call(q, k, v, layout.to("cuda"), Spans.full(1, n, n, "cuda"), width**-0.5, b)
+    poison()
+    out = attend(q, k, v, call.layout, key_bias=b, backend="triton")
+    d_out = torch.randn_like(out)
+    leaves = [q, k, v, b] if bias else [q, k, v]
+    grads = torch.autograd.grad(out, leaves, d_out)
+    return call, d_out, (*grads, *[None] * (4 - len(grads)))
+
+
+GRADIENT_PATTERNS = [SAMPLES[0], SAMPLES[3], SAMPLES[5], SAMPLES[8], SAMPLES[11], *SAMPLES[-2:]]
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("pattern", GRADIENT_PATTERNS, ids=lambda pattern: str(pattern)[:40])
+def test_gradients(pattern, heads):
+    check_gradients(*gradients_of(compile_layout([pattern] * heads, 600)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+def test_gradients_of_selected_keys(width, dtype):
+    check_gradients(*gradients_of(selected(517, 2, "cuda", 100), group=4, kv_heads=2, width=width, dtype=dtype))
+
+
+@pytest.mark.parametrize("group", [1, 7, 8])
+def test_gradients_of_groups(group):
+    check_gradients(*gradients_of(compile_layout([MIXED[1]] * group, 517), group=group, bias=False))
+
+
+def test_deterministic_gradients_repeat_bit_for_bit():
+    layout = selected(1025, 2, "cuda", 100)
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.manual_seed(0)
+        call, d_out, first = gradients_of(layout, group=4, kv_heads=2, n=1025)
+        check_gradients(call, d_out, first)
+        torch.manual_seed(0)
+        _, _, second = gradients_of(layout, group=4, kv_heads=2, n=1025)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("pattern", SAMPLES, ids=lambda pattern: str(pattern)[:40])
+def test_decode(pattern, heads):
+    check(compile_layout([pattern] * heads, 600), q_len=2, batch=2)
+
+
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+@pytest.mark.parametrize("group", [1, 7, 8, 32])
+def test_decode_shapes(group, width):
+    check(compile_layout([MIXED[1]] * 2, 5000), q_len=1, n=4097, group=group, kv_heads=2, width=width)
+
+
+def test_decode_replays_in_a_graph():
+    n, layout = 600, compile_layout([sink(2) | window(30) | columns(100, 200, 300)], 1024, "cuda")
+    k, v = (torch.randn(1, 1, 1024, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(1, 4, 1, 64, device="cuda", dtype=torch.bfloat16)
+    spans = Spans.of([(0, 0, 1, 0, n)], "cuda")
+    attend(q, k, v, layout, spans=spans, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attend(q, k, v, layout, spans=spans, backend="triton", return_lse=True)
+    for step in range(3):
+        spans.k_len.fill_(n + step)
+        graph.replay()
+        assert_within_budget(out, lse, Call(q, k, v, layout, spans, 64**-0.5))

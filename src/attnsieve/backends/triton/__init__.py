@@ -23,6 +23,10 @@ def why_not(call: Call) -> str | None:
         return f"Triton kernels need a CUDA device, the tensors are on {call.q.device}"
     if call.q.dtype not in _DTYPES:
         return f"Triton kernels take float16, bfloat16 and float32, got {call.q.dtype}"
+    if not call.q.is_cuda and call.q.dtype == torch.bfloat16:
+        return "Triton's interpreter cannot multiply bfloat16; use float32 or float16"
+    if not call.scale > 0:
+        return f"the scale must be positive, got {call.scale}"
     if max(call.q.shape[-1], call.v.shape[-1]) > _WIDEST:
         return f"head widths are limited to {_WIDEST}, got {call.q.shape[-1]} and {call.v.shape[-1]}"
     if call.layout.blocks is not None and call.layout.blocks.size < _SMALLEST_BLOCK:

@@ -10,8 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnsieve.backends.triton.backward_queries import load_queries
-from attnsieve.backends.triton.common import LOG2E, NO_CUT, head_base, list_keep, load_rows, scores, span_of, tile_keep
+from attnsieve.backends.triton.common import (
+    DELTA_COLUMN,
+    LOG2E,
+    LSE_COLUMN,
+    NO_CUT,
+    head_base,
+    indicator,
+    list_keep,
+    load_rows,
+    span_of,
+    tile_keep,
+)
 
 
 @triton.jit
@@ -20,30 +30,46 @@ def _add_dkv(
     dv,
     d_bias,
     k_tile,
+    k_columns,
     v_tile,
-    q_tile,
-    d_tile,
-    lse2,
-    delta,
-    p_bias,
-    s_bias,
-    j,
-    ok,
+    q,
+    d_out,
+    columns,
+    batch,
+    head,
+    slot,
+    row_ok,
     keep,
     scale2,
+    BIAS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk [N, DP] += dS^T Q, dv [N, DVP] += P^T dO, d_bias [N] += column sums of dS, over the rows of a query tile."""
-    s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, True, PRECISION)
-    weights = tl.exp2(s * scale2 - lse2[None, :])
+    """dk [N, DP] += dS^T Q, dv [N, DVP] += P^T dO, d_bias [N] += column sums of dS, over rows `slot` [R].
+
+    Rows that are not `row_ok` are read as zeros: dO and delta are 0, so they add nothing.
+    """
+    p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head
+    p_d = d_out.p + batch * d_out.s_batch + head.to(tl.int64) * d_out.s_head
+    p_c = columns.p + batch * columns.s_batch + head.to(tl.int64) * columns.s_head
+    q_tile = load_rows(p_q, slot, q.s_row, row_ok, D, DP, True)
+    d_tile = load_rows(p_d, slot, d_out.s_row, row_ok, DV, DVP, True)
+    c_tile = load_rows(p_c, slot, columns.s_row, row_ok, 16, 16, True)
+    s = tl.dot(k_columns, tl.trans(c_tile), input_precision=PRECISION)
+    s = tl.dot(k_tile, tl.trans(q_tile), s, input_precision=PRECISION)
+    weights = tl.exp2(s * scale2)
     if MASKED:
         weights = tl.where(keep, weights, 0.0)
     dv = tl.dot(weights.to(d_tile.dtype), d_tile, dv, input_precision=PRECISION)
-    dp = tl.dot(v_tile, tl.trans(d_tile), input_precision=PRECISION)
-    ds = weights * (dp - delta[None, :])
+    dp = tl.dot(indicator(DELTA_COLUMN, k_tile.shape[0], c_tile.dtype), tl.trans(c_tile), input_precision=PRECISION)
+    dp = tl.dot(v_tile, tl.trans(d_tile), dp, input_precision=PRECISION)
+    ds = weights * dp
     dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
-    if p_bias is not None:
+    if BIAS:
         d_bias += tl.sum(ds, 1)
     return dk, dv, d_bias
 
@@ -98,8 +124,7 @@ def dkv_tiles_kernel(
     v,
     bias,
     d_out,
-    p_lse,
-    p_delta,
+    columns,
     d_k,
     d_v,
     p_db,
@@ -136,17 +161,17 @@ def dkv_tiles_kernel(
     o_zh = (i_s.to(tl.int64) if OWN_MASKS else tl.cast(0, tl.int64)) * H + h
     o_list = o_zh * tl.cdiv(mask.n, N) + b
     r = tl.arange(0, M * GP)
-    head = h + r * 0 if GP == 1 else h * G + r // M
+    head = h if GP == 1 else h * G + r // M
     kv_head = h // G if GP == 1 else h
-    heads = H if GP == 1 else H * G
     j = b * N + tl.arange(0, N)
     ok = j < k_len
     k_tile = load_rows(head_base(k, batch, kv_head) + k_start * k.s_row, j, k.s_row, ok, D, DP, True)
     v_tile = load_rows(head_base(v, batch, kv_head) + k_start * v.s_row, j, v.s_row, ok, DV, DVP, True)
-    p_bias, s_bias = None, 0
-    if bias is not None:
-        p_bias = head_base(bias, batch, kv_head) + k_start * bias.s_row
-        s_bias = bias.s_row
+    if bias is None:
+        k_columns = indicator(LSE_COLUMN, N, columns.p.dtype.element_ty)
+    else:
+        k_columns = load_rows(head_base(bias, batch, kv_head) + k_start * bias.s_row, j, bias.s_row, ok, 16, 16, True)
+    BIAS: tl.constexpr = bias is not None
 
     dk = tl.zeros([N, DP], tl.float32)
     dv = tl.zeros([N, DVP], tl.float32)
@@ -160,11 +185,29 @@ def dkv_tiles_kernel(
         i = t * M + r % M
         t = tl.load(p_items + x + 1)
         row_ok = (i >= first) & (i < k_len) & (r // M < G)
-        q_tile, d_tile, lse2, delta = load_queries(
-            q, d_out, p_lse, p_delta, batch, head, q_start + i - first, row_ok, heads, q_slots, D, DP, DV, DVP
-        )
         dk, dv, d_bias = _add_dkv(
-            dk, dv, d_bias, k_tile, v_tile, q_tile, d_tile, lse2, delta, p_bias, s_bias, j, ok, j, scale2, False, PRECISION
+            dk,
+            dv,
+            d_bias,
+            k_tile,
+            k_columns,
+            v_tile,
+            q,
+            d_out,
+            columns,
+            batch,
+            head,
+            q_start + i - first,
+            row_ok,
+            row_ok,
+            scale2,
+            BIAS,
+            D,
+            DP,
+            DV,
+            DVP,
+            False,
+            PRECISION,
         )
     low, high = _present(p_items, whole, tl.load(by_key.count + o_list), first, k_len, M)
     t = tl.load(p_items + low)
@@ -174,11 +217,29 @@ def dkv_tiles_kernel(
         t = tl.load(p_items + x + 1)
         row_ok = (i >= first) & (i < k_len) & (r // M < G)
         keep = tile_keep(mask, o_zh, h, i[None, :], j[:, None], b * N, ok[:, None], cut, N, LISTED, BLOCK)
-        q_tile, d_tile, lse2, delta = load_queries(
-            q, d_out, p_lse, p_delta, batch, head, q_start + i - first, row_ok, heads, q_slots, D, DP, DV, DVP
-        )
         dk, dv, d_bias = _add_dkv(
-            dk, dv, d_bias, k_tile, v_tile, q_tile, d_tile, lse2, delta, p_bias, s_bias, j, ok, keep, scale2, True, PRECISION
+            dk,
+            dv,
+            d_bias,
+            k_tile,
+            k_columns,
+            v_tile,
+            q,
+            d_out,
+            columns,
+            batch,
+            head,
+            q_start + i - first,
+            row_ok,
+            keep,
+            scale2,
+            BIAS,
+            D,
+            DP,
+            DV,
+            DVP,
+            True,
+            PRECISION,
         )
     _store_dkv(
         d_k,
@@ -208,8 +269,7 @@ def dkv_singles_kernel(
     v,
     bias,
     d_out,
-    p_lse,
-    p_delta,
+    columns,
     d_k,
     d_v,
     p_db,
@@ -247,18 +307,18 @@ def dkv_singles_kernel(
     if chunk * N >= count:
         return
     r = tl.arange(0, M * GP)
-    head = h + r * 0 if GP == 1 else h * G + r // M
+    head = h if GP == 1 else h * G + r // M
     kv_head = h // G if GP == 1 else h
-    heads = H if GP == 1 else H * G
     o_x = chunk * N + tl.arange(0, N)
     j = tl.load(singles.items + tl.load(singles.start + o_list) + o_x, mask=o_x < count, other=0)
     ok = (o_x < count) & (j < k_len)
     k_tile = load_rows(head_base(k, batch, kv_head) + k_start * k.s_row, j, k.s_row, ok, D, DP, True)
     v_tile = load_rows(head_base(v, batch, kv_head) + k_start * v.s_row, j, v.s_row, ok, DV, DVP, True)
-    p_bias, s_bias = None, 0
-    if bias is not None:
-        p_bias = head_base(bias, batch, kv_head) + k_start * bias.s_row
-        s_bias = bias.s_row
+    if bias is None:
+        k_columns = indicator(LSE_COLUMN, N, columns.p.dtype.element_ty)
+    else:
+        k_columns = load_rows(head_base(bias, batch, kv_head) + k_start * bias.s_row, j, bias.s_row, ok, 16, 16, True)
+    BIAS: tl.constexpr = bias is not None
 
     dk = tl.zeros([N, DP], tl.float32)
     dv = tl.zeros([N, DVP], tl.float32)
@@ -271,22 +331,58 @@ def dkv_singles_kernel(
     for y in tl.range(i0, tl.where(whole, i1, i0), M, num_stages=STAGES):
         i = y + r % M
         row_ok = (i >= first) & (i < k_len) & (r // M < G)
-        q_tile, d_tile, lse2, delta = load_queries(
-            q, d_out, p_lse, p_delta, batch, head, q_start + i - first, row_ok, heads, q_slots, D, DP, DV, DVP
-        )
         dk, dv, d_bias = _add_dkv(
-            dk, dv, d_bias, k_tile, v_tile, q_tile, d_tile, lse2, delta, p_bias, s_bias, j, ok, j, scale2, False, PRECISION
+            dk,
+            dv,
+            d_bias,
+            k_tile,
+            k_columns,
+            v_tile,
+            q,
+            d_out,
+            columns,
+            batch,
+            head,
+            q_start + i - first,
+            row_ok,
+            row_ok,
+            scale2,
+            BIAS,
+            D,
+            DP,
+            DV,
+            DVP,
+            False,
+            PRECISION,
         )
     for y in tl.range(tl.where(whole, i1, i0), i1, M, num_stages=STAGES):
         i = y + r % M
         row_ok = (i >= first) & (i < k_len) & (r // M < G)
         cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_zh * mask.tiles + y // M)
         keep = list_keep(mask, o_zh, i[None, :], j[:, None], j[:, None], cut, ok[:, None], LISTED)
-        q_tile, d_tile, lse2, delta = load_queries(
-            q, d_out, p_lse, p_delta, batch, head, q_start + i - first, row_ok, heads, q_slots, D, DP, DV, DVP
-        )
         dk, dv, d_bias = _add_dkv(
-            dk, dv, d_bias, k_tile, v_tile, q_tile, d_tile, lse2, delta, p_bias, s_bias, j, ok, keep, scale2, True, PRECISION
+            dk,
+            dv,
+            d_bias,
+            k_tile,
+            k_columns,
+            v_tile,
+            q,
+            d_out,
+            columns,
+            batch,
+            head,
+            q_start + i - first,
+            row_ok,
+            keep,
+            scale2,
+            BIAS,
+            D,
+            DP,
+            DV,
+            DVP,
+            True,
+            PRECISION,
         )
     k_heads = H if GP > 1 else H // G
     _store_dkv(d_k, d_v, p_db, dk, dv, d_bias, batch, kv_head, k_start + j, ok, scale, k_heads, k_slots, D, DP, DV, DVP)

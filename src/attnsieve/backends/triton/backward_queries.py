@@ -10,21 +10,39 @@ import triton
 import triton.language as tl
 
 from attnsieve.backends.triton.common import (
+    BIAS_COLUMN,
+    DELTA_COLUMN,
     LOG2E,
+    LSE_COLUMN,
     NO_CUT,
     chunk_keys,
     head_base,
+    indicator,
     list_keep,
     load_rows,
     scores,
     span_of,
+    split,
     tile_keep,
 )
 
 
 @triton.jit
-def delta_kernel(out, d_out, d_lse, p_delta, heads, q_slots, DV: tl.constexpr, DVP: tl.constexpr, STEP: tl.constexpr):
-    """delta [B, Hq, Tq] = rowsum(dO * O) - dLSE in float32."""
+def row_sums_kernel(
+    out,
+    d_out,
+    p_lse,
+    d_lse,
+    p_delta,
+    p_columns,
+    scale,
+    heads,
+    q_slots,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """delta [B, Hq, Tq] = rowsum(dO * O) - dLSE, and columns [B, Hq, Tq, 16] of -LSE / scale, ones and -delta."""
     o_bh = tl.program_id(1).to(tl.int64)
     batch, head = o_bh // heads, o_bh % heads
     slot = tl.program_id(0) * STEP + tl.arange(0, STEP)
@@ -35,36 +53,14 @@ def delta_kernel(out, d_out, d_lse, p_delta, heads, q_slots, DV: tl.constexpr, D
     if d_lse is not None:
         delta -= tl.load(head_base(d_lse, batch, head) + slot * d_lse.s_row, mask=ok, other=0.0)
     tl.store(p_delta + o_bh * q_slots + slot, delta, mask=ok)
-
-
-@triton.jit
-def load_queries(
-    q,
-    d_out,
-    p_lse,
-    p_delta,
-    batch,
-    head,
-    slot,
-    ok,
-    heads,
-    q_slots,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-):
-    """q [R, DP] and dO [R, DVP], zero where not `ok`; LSE in base 2, +inf where no key counts; delta [R]."""
-    o_row = (batch * heads + head) * q_slots + slot
-    o_d, o_dv = tl.arange(0, DP), tl.arange(0, DVP)
-    p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head + slot * q.s_row
-    p_d = d_out.p + batch * d_out.s_batch + head.to(tl.int64) * d_out.s_head + slot * d_out.s_row
-    q_tile = tl.load(p_q[:, None] + o_d[None, :], mask=ok[:, None] & (o_d < D)[None, :], other=0.0)
-    d_tile = tl.load(p_d[:, None] + o_dv[None, :], mask=ok[:, None] & (o_dv < DV)[None, :], other=0.0)
-    lse = tl.load(p_lse + o_row, mask=ok, other=-float("inf"))
-    delta = tl.load(p_delta + o_row, mask=ok, other=0.0)
-    # exp2(score - inf) = 0: rows that keep nothing and rows of no query take no part.
-    return q_tile, d_tile, tl.where(lse == -float("inf"), float("inf"), lse * LOG2E), delta
+    lse = tl.load(p_lse + o_bh * q_slots + slot, mask=ok, other=0.0)
+    # Rows that keep nothing: exp2 of a score less this is 0.
+    lse = tl.where(lse == -float("inf"), 1e30, lse)
+    DTYPE: tl.constexpr = p_columns.dtype.element_ty
+    columns = split(-lse / scale, LSE_COLUMN, DTYPE) + split(-delta, DELTA_COLUMN, DTYPE)
+    columns += indicator(BIAS_COLUMN, STEP, tl.float32)
+    p_part = p_columns + (o_bh * q_slots + slot)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(p_part, columns.to(DTYPE), mask=ok[:, None])
 
 
 @triton.jit
@@ -94,7 +90,7 @@ def _add_dq(
     """dq [R, DP] += dS K over keys j."""
     k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, MASKED)
     v_tile = load_rows(p_v, j, v.s_row, ok, DV, DVP, MASKED)
-    s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, MASKED, False, PRECISION)
+    s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, MASKED, PRECISION)
     weights = tl.exp2(s * scale2 - lse2[:, None])
     if MASKED:
         weights = tl.where(keep, weights, 0.0)
@@ -149,9 +145,16 @@ def dq_kernel(
     heads = H if GP == 1 else H * G
     row_ok = (i >= first) & (i < k_len) & (r // M < G)
     slot = q_start + i - first
-    q_tile, d_tile, lse2, delta = load_queries(
-        q, d_out, p_lse, p_delta, batch, head, slot, row_ok, heads, q_slots, D, DP, DV, DVP
-    )
+    o_d, o_dv = tl.arange(0, DP), tl.arange(0, DVP)
+    p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head + slot * q.s_row
+    p_d = d_out.p + batch * d_out.s_batch + head.to(tl.int64) * d_out.s_head + slot * d_out.s_row
+    q_tile = tl.load(p_q[:, None] + o_d[None, :], mask=row_ok[:, None] & (o_d < D)[None, :], other=0.0)
+    d_tile = tl.load(p_d[:, None] + o_dv[None, :], mask=row_ok[:, None] & (o_dv < DV)[None, :], other=0.0)
+    o_row = (batch * heads + head) * q_slots + slot
+    lse = tl.load(p_lse + o_row, mask=row_ok, other=-float("inf"))
+    delta = tl.load(p_delta + o_row, mask=row_ok, other=0.0)
+    # exp2(score - inf) = 0: rows that keep nothing and rows of no query take no part.
+    lse2 = tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
     p_k = head_base(k, batch, kv_head) + k_start * k.s_row
     p_v = head_base(v, batch, kv_head) + k_start * v.s_row
     p_bias, s_bias = None, 0
@@ -247,6 +250,5 @@ def dq_kernel(
             )
             j = next_j
 
-    o_d = tl.arange(0, DP)
     p_dq = d_q.p + batch * d_q.s_batch + head.to(tl.int64) * d_q.s_head + slot * d_q.s_row
     tl.store(p_dq[:, None] + o_d[None, :], (dq * scale).to(d_q.p.dtype.element_ty), mask=row_ok[:, None] & (o_d < D)[None, :])

@@ -23,6 +23,11 @@ LISTED_FLAGGED = tl.constexpr(1)
 LISTED_ALL = tl.constexpr(2)
 # A cut above every position: lists serve all that they may.
 NO_CUT = tl.constexpr(2**31 - 1)
+# Vectors that are added to every row or column of scores are added by the matrix unit instead, as products with ones over 16
+# more columns: a vector in the layout of the scores costs each thread many loads. Three columns hold one vector (see `split`).
+LSE_COLUMN = tl.constexpr(0)
+BIAS_COLUMN = tl.constexpr(3)
+DELTA_COLUMN = tl.constexpr(6)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -89,16 +94,20 @@ def rows_of(tensor: Tensor) -> Rows:
     return Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
 
 
+def columns_dtype(call: Call) -> torch.dtype:
+    """bfloat16 beside half-precision inputs, whatever their range; the interpreter cannot multiply it."""
+    return torch.bfloat16 if call.q.is_cuda and call.q.dtype != torch.float32 else torch.float32
+
+
 def bias_of(call: Call) -> Rows | None:
-    """Key bias over scale as [B, Hkv, Tk, 16] columns that `scores` adds up, or None."""
+    """Key bias over scale as [B, Hkv, Tk, 16] columns, or None; see BIAS_COLUMN."""
     bias = call.key_bias
     if bias is None:
         return None
     batch, heads, slots = bias.shape
-    dtype = torch.float32 if call.q.dtype == torch.float32 else torch.bfloat16
-    columns = bias.new_empty(batch, heads, slots, 16, dtype=dtype)
+    columns = bias.new_empty(batch, heads, slots, 16, dtype=columns_dtype(call))
     grid = (triton.cdiv(slots, 128), batch * heads)
-    split_bias_kernel[grid](Rows(bias, *bias.stride()), columns, call.scale, heads, slots, STEP=128)
+    bias_columns_kernel[grid](Rows(bias, *bias.stride()), columns, call.scale, heads, slots, STEP=128)
     return rows_of(columns)
 
 
@@ -127,7 +136,7 @@ def head_base(x, batch, head):
 def load_rows(p_base, slots, s_row, ok, DIM: tl.constexpr, WIDTH: tl.constexpr, GUARD: tl.constexpr):
     """[slots, WIDTH] of a [slots, DIM] tensor, zero beyond DIM and, with GUARD, where `ok` is false."""
     o_d = tl.arange(0, WIDTH)
-    p_x = p_base + slots.to(tl.int64)[:, None] * s_row + o_d[None, :]
+    p_x = (p_base + slots.to(tl.int64) * s_row)[:, None] + o_d[None, :]
     if GUARD and DIM != WIDTH:
         return tl.load(p_x, mask=ok[:, None] & (o_d < DIM)[None, :], other=0.0)
     elif GUARD:
@@ -139,6 +148,26 @@ def load_rows(p_base, slots, s_row, ok, DIM: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
+def indicator(FIRST: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    """[SIZE, 16]: ones in the three columns from FIRST on."""
+    column = tl.arange(0, 16)
+    row = tl.where((column >= FIRST) & (column < FIRST + 3), 1.0, 0.0)
+    return tl.broadcast_to(row[None, :], [SIZE, 16]).to(DTYPE)
+
+
+@triton.jit
+def split(value, FIRST: tl.constexpr, DTYPE: tl.constexpr):
+    """[T, 16] of a float32 vector [T]: three columns from FIRST on whose sum it is, as three bfloat16 hold a float32."""
+    column = tl.arange(0, 16)
+    parts = tl.zeros([value.shape[0], 16], tl.float32)
+    for x in tl.static_range(3):
+        part = value.to(DTYPE).to(tl.float32)
+        parts += tl.where(column == FIRST + x, 1.0, 0.0)[None, :] * part[:, None]
+        value -= part
+    return parts
+
+
+@triton.jit
 def scores(
     q_tile,
     k_tile,
@@ -147,47 +176,30 @@ def scores(
     j,
     ok,
     GUARD: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """q k^T + bias / scale, [R, N], or [N, R] when TRANSPOSED.
-
-    The bias enters as one more product, with ones: summed by the matrix unit it needs no vector in the layout of the scores.
-    """
-    if TRANSPOSED:
-        if p_bias is None:
-            return tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-        else:
-            b_tile = load_rows(p_bias, j, s_bias, ok, 16, 16, GUARD)
-            ones = tl.full([16, q_tile.shape[0]], 1.0, b_tile.dtype)
-            s = tl.dot(b_tile, ones, input_precision=PRECISION)
-            return tl.dot(k_tile, tl.trans(q_tile), s, input_precision=PRECISION)
+    """q k^T + bias / scale, [R, N]."""
+    if p_bias is None:
+        return tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     else:
-        if p_bias is None:
-            return tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        else:
-            b_tile = load_rows(p_bias, j, s_bias, ok, 16, 16, GUARD)
-            ones = tl.full([q_tile.shape[0], 16], 1.0, b_tile.dtype)
-            s = tl.dot(ones, tl.trans(b_tile), input_precision=PRECISION)
-            return tl.dot(q_tile, tl.trans(k_tile), s, input_precision=PRECISION)
+        b_tile = load_rows(p_bias, j, s_bias, ok, 16, 16, GUARD)
+        ones = indicator(BIAS_COLUMN, q_tile.shape[0], b_tile.dtype)
+        s = tl.dot(ones, tl.trans(b_tile), input_precision=PRECISION)
+        return tl.dot(q_tile, tl.trans(k_tile), s, input_precision=PRECISION)
 
 
 @triton.jit
-def split_bias_kernel(bias, p_out, scale, heads, slots, STEP: tl.constexpr):
-    """bias / scale [B, H, T] as columns [B, H, T, 16] whose sum it is: three bfloat16 hold a float32."""
+def bias_columns_kernel(bias, p_out, scale, heads, slots, STEP: tl.constexpr):
+    """bias / scale [B, H, T] as columns [B, H, T, 16], beside ones for the LSE."""
     o_bh = tl.program_id(1).to(tl.int64)
     slot = tl.program_id(0) * STEP + tl.arange(0, STEP)
     ok = slot < slots
     p_bias = bias.p + (o_bh // heads) * bias.s_batch + (o_bh % heads) * bias.s_head + slot * bias.s_row
-    rest = tl.load(p_bias, mask=ok, other=0.0).to(tl.float32) / scale
-    column = tl.arange(0, 16)
-    parts = tl.zeros([STEP, 16], tl.float32)
-    for x in tl.static_range(3):
-        part = rest.to(p_out.dtype.element_ty).to(tl.float32)
-        parts += tl.where(column == x, 1.0, 0.0)[None, :] * part[:, None]
-        rest -= part
-    p_part = p_out + (o_bh * slots + slot)[:, None] * 16 + column[None, :]
-    tl.store(p_part, parts.to(p_out.dtype.element_ty), mask=ok[:, None])
+    DTYPE: tl.constexpr = p_out.dtype.element_ty
+    columns = split(tl.load(p_bias, mask=ok, other=0.0).to(tl.float32) / scale, BIAS_COLUMN, DTYPE)
+    columns += indicator(LSE_COLUMN, STEP, tl.float32)
+    p_part = p_out + (o_bh * slots + slot)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(p_part, columns.to(DTYPE), mask=ok[:, None])
 
 
 @triton.jit

@@ -134,7 +134,7 @@ def forward_kernel(
     for x in tl.range(0, whole_tiles + whole_singles // N, num_stages=STAGES):
         next_j = chunk_keys(tiles, singles, p_tiles, p_singles, whole_tiles, x + 1, N)
         k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
-        s = scores(q_tile, k_tile, p_bias, s_bias, j, j, False, False, PRECISION)
+        s = scores(q_tile, k_tile, p_bias, s_bias, j, j, False, PRECISION)
         acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)
         j = next_j
 
@@ -148,7 +148,7 @@ def forward_kernel(
             ok = j < k_len
             keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK)
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, False, PRECISION), -float("inf"))
+            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION), -float("inf"))
             acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
 
     if singles is not None:
@@ -161,7 +161,7 @@ def forward_kernel(
             j_again = tl.load(p_singles + x)
             keep = list_keep(mask, o_zh, i[:, None], j_again[None, :], j[None, :], cut, ok[None, :], LISTED)
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, False, PRECISION), -float("inf"))
+            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION), -float("inf"))
             acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
             j = next_j
 

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from attnsieve.backends.call import Call
+from attnsieve.backends.triton.decode import decode
 from attnsieve.backends.triton.forward import forward
 from attnsieve.backends.triton.gradients import gradients
 from attnsieve.backends.triton.tuning import forward_tiles
+
+# Up to this many query slots every query is decoded by programs of its own.
+_DECODE_QUERIES = 8
 
 
 def attend(call: Call) -> tuple[Tensor, Tensor]:
@@ -19,6 +23,8 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and call.needs_grad:
         out, lse = _Attend.apply(call, call.q, call.k, call.v, call.key_bias)
         return out, lse
+    if call.q.shape[2] <= _DECODE_QUERIES:
+        return decode(call)
     return forward(call, forward_tiles(call))
 
 

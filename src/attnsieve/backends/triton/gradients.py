@@ -10,8 +10,8 @@ from torch import Tensor
 
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton.backward_keys import dkv_singles_kernel, dkv_tiles_kernel
-from attnsieve.backends.triton.backward_queries import delta_kernel, dq_kernel
-from attnsieve.backends.triton.common import bias_of, places_of, rows_of
+from attnsieve.backends.triton.backward_queries import dq_kernel, row_sums_kernel
+from attnsieve.backends.triton.common import Rows, bias_of, columns_dtype, places_of, rows_of
 from attnsieve.backends.triton.forward import clear_uncovered
 from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
 from attnsieve.backends.triton.schedule import schedule, stretches, tiles_by_key
@@ -34,21 +34,30 @@ def gradients(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor
     Sums over queries are float32 atomic additions, whose order varies between runs. Under
     `torch.use_deterministic_algorithms(True)` every key tile is owned by one program per head instead.
     """
-    delta = torch.empty_like(lse)
+    delta, columns = row_sums(call, out, lse, d_out, d_lse)
+    d_q = query_gradient(call, d_out, lse, delta, query_tiles(call))
+    return Gradients(d_q, *key_gradients(call, d_out, columns, key_tiles(call)))
+
+
+def row_sums(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """delta [B, Hq, Tq] and the columns [B, Hq, Tq, 16] that the kernels of dK and dV read, see `row_sums_kernel`."""
     heads, slots, width = call.q.shape[1], call.q.shape[2], call.v.shape[-1]
-    delta_kernel[(triton.cdiv(slots, 64), call.q.shape[0] * heads)](
+    delta, columns = torch.empty_like(lse), lse.new_empty(*lse.shape, 16, dtype=columns_dtype(call))
+    row_sums_kernel[(triton.cdiv(slots, 64), call.q.shape[0] * heads)](
         rows_of(out),
         rows_of(d_out),
-        None if d_lse is None else rows_of(d_lse.unsqueeze(-1))._replace(s_row=d_lse.stride(2)),
+        lse,
+        None if d_lse is None else Rows(d_lse, *d_lse.stride()),
         delta,
+        columns,
+        call.scale,
         heads,
         slots,
         width,
         padded(width),
         STEP=64,
     )
-    saved = (d_out, lse, delta)
-    return Gradients(query_gradient(call, *saved, query_tiles(call)), *key_gradients(call, *saved, key_tiles(call)))
+    return delta, columns
 
 
 def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, tiles: Tiles) -> Tensor:
@@ -78,7 +87,7 @@ def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, tiles:
     return d_q
 
 
-def key_gradients(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None]:
+def key_gradients(call: Call, d_out: Tensor, columns: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None]:
     """dK, dV and d key_bias in their inputs' dtypes."""
     geometry = Geometry(call, tiles)
     built = schedule(call.layout, geometry.positions, tiles.keys, listing=_listing())
@@ -86,7 +95,8 @@ def key_gradients(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, tiles: 
     zeros = lambda like: like.new_zeros(like.shape[0], heads, *like.shape[2:], dtype=torch.float32)  # noqa: E731
     d_k, d_v = zeros(call.k), zeros(call.v)
     d_bias = None if call.key_bias is None else zeros(call.key_bias)
-    common = (*_inputs(call), rows_of(d_out), lse, delta, rows_of(d_k), rows_of(d_v), d_bias, places_of(call.spans), built.mask)
+    outputs = (rows_of(d_k), rows_of(d_v), d_bias)
+    common = (*_inputs(call), rows_of(d_out), rows_of(columns), *outputs, places_of(call.spans), built.mask)
     sizes = (call.scale, call.q.shape[2], call.k.shape[2])
     options = {**geometry.constants(), "LISTED": built.listed, "BLOCK": built.block, "STAGES": tiles.stages}
     if built.tiles is not None:
@@ -99,14 +109,12 @@ def key_gradients(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, tiles: 
         per_head = triton.cdiv(call.q.shape[2], rows) + 1
         grid = (triton.cdiv(longest, tiles.keys), per_head * call.layout.heads, len(call.spans))
         dkv_singles_kernel[grid](*common, lists, *sizes, rows, **options, num_warps=tiles.warps)
-    summed = (_sum_heads(grad, like) for grad, like in ((d_k, call.k), (d_v, call.v), (d_bias, call.key_bias)))
-    d_k, d_v, d_bias = summed
-    return d_k, d_v, d_bias
+    bias_gradient = None if d_bias is None or call.key_bias is None else _sum_heads(d_bias, call.key_bias)
+    return _sum_heads(d_k, call.k), _sum_heads(d_v, call.v), bias_gradient
 
 
-def _sum_heads(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-    if grad is None or like is None:
-        return None
+def _sum_heads(grad: Tensor, like: Tensor) -> Tensor:
+    """The gradient in the shape and dtype of its tensor."""
     return grad.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype) if grad.shape != like.shape else grad.to(like.dtype)
 
 

@@ -145,7 +145,8 @@ def _flagged(layout: Layout, keys: int) -> Tensor:
 def _per_tile(vector: Tensor, keys: int) -> Tensor:
     """[Z, H, B, keys], zero beyond the last key."""
     pad = -vector.shape[-1] % keys
-    return torch.nn.functional.pad(vector, (0, pad)).unflatten(-1, (-1, keys))
+    tiles: Tensor = torch.nn.functional.pad(vector, (0, pad)).unflatten(-1, (-1, keys))
+    return tiles
 
 
 def _mask(layout: Layout, flags: Tensor | None, positions: int) -> Mask:
