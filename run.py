@@ -60,7 +60,16 @@ def torch_index() -> list[str]:
 
 def pip(*arguments: str) -> None:
     """Run pip in .venv under the pinned versions; stop with its message if it fails."""
-    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", str(ROOT / "constraints.txt")]
+    command = [
+        str(PYTHON),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--constraint",
+        str(ROOT / "constraints.txt"),
+    ]
     if subprocess.run([*command, *arguments]).returncode:
         sys.exit(f"setup failed at: pip install {' '.join(arguments)}")
 

@@ -9,7 +9,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "attnsieve"
 FILES = sorted(PACKAGE.rglob("*.py"))
-HEAVY = {"transformers": {"hf", "nn", "evaluation", "cli"}, "triton": {"backends", "nn"}, "matplotlib": {"show"}, "lm_eval": {"evaluation"}}
+HEAVY = {
+    "transformers": {"hf", "nn", "evaluation", "cli"},
+    "triton": {"backends", "nn"},
+    "matplotlib": {"show"},
+    "lm_eval": {"evaluation"},
+}
 MOST_LINES = 500
 
 

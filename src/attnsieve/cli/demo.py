@@ -30,8 +30,8 @@ PRESETS = ("paper", "robust")
 TEXT = "python-docs"
 WIDTH = 100
 # Short documents steady the mean maps, which end at the capture length; a few long ones show what lies beyond.
-LONG_DOCUMENTS, SHORT_DOCUMENTS = 2, 8
-FIDELITY_ITEMS = 2
+LONG_DOCUMENTS, SHORT_DOCUMENTS = 2, 4
+FIDELITY_ITEMS = 1
 ANSWER_TOKENS = 6
 
 
@@ -41,7 +41,7 @@ def demo(
     length: Annotated[
         int, typer.Option(help="Length of the long texts in tokens; maps are captured for a quarter.", min=128)
     ] = 2048,
-    items: Annotated[int, typer.Option(help="Documents with eight questions each that every plan answers.", min=2)] = 4,
+    items: Annotated[int, typer.Option(help="Documents with eight questions each that every plan answers.", min=2)] = 3,
 ) -> None:
     """Profile a small model, fit two plans, run and measure them beside dense attention, and draw it all.
 

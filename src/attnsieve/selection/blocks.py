@@ -17,7 +17,7 @@ def probed_blocks(atom: ProbedBlocks, sequence: SequenceQK) -> Chosen:
     """Exact attention of a few rows of every query block, summed over key blocks."""
     rows = _sampled_rows(sequence, atom.block, atom.rows)
     blocks = -(-sequence.k.shape[1] // atom.block)
-    mass = sequence.q.new_zeros(sequence.q.shape[0], blocks, blocks, dtype=torch.float32)
+    mass = torch.zeros(sequence.q.shape[0], blocks, blocks, device=sequence.q.device)
     for part in rows.split(ROWS_AT_ONCE):
         by_block = _sum_keys(sequence.attention(part), atom.block)
         mass.index_add_(1, part // atom.block, by_block)
@@ -30,7 +30,8 @@ def _sampled_rows(sequence: SequenceQK, block: int, count: int) -> Tensor:
     n, first = sequence.k.shape[1], sequence.first_row
     starts = torch.arange(first // block, -(-n // block), device=picks.device) * block
     rows = (starts[:, None] + picks.clamp_min(0)).clamp(first, n - 1)
-    return torch.unique(rows)
+    distinct: Tensor = torch.unique(rows)
+    return distinct
 
 
 def antidiagonal_blocks(atom: AntidiagonalBlocks, sequence: SequenceQK) -> Chosen:
@@ -88,5 +89,5 @@ def _pool(x: Tensor, block: int, first: int) -> tuple[Tensor, Tensor]:
 def _sum_keys(attention: Tensor, block: int) -> Tensor:
     """[H, R, nk] -> [H, R, nb]: attention summed over key blocks."""
     short = -attention.shape[-1] % block
-    padded: Tensor = F.pad(attention, (0, short))
-    return padded.unflatten(-1, (-1, block)).sum(-1)
+    by_block: Tensor = F.pad(attention, (0, short)).unflatten(-1, (-1, block)).sum(-1)
+    return by_block
