@@ -15,6 +15,7 @@ from attnsieve.backends.triton.common import (
     LOG2E,
     LSE_COLUMN,
     NO_CUT,
+    dot_and_add,
     head_base,
     indicator,
     list_keep,
@@ -59,14 +60,13 @@ def _add_dkv(
     q_tile = load_rows(p_q, slot, q.s_row, row_ok, D, DP, True)
     d_tile = load_rows(p_d, slot, d_out.s_row, row_ok, DV, DVP, True)
     c_tile = load_rows(p_c, slot, columns.s_row, row_ok, 16, 16, True)
-    s = tl.dot(k_columns, tl.trans(c_tile), input_precision=PRECISION)
-    s = tl.dot(k_tile, tl.trans(q_tile), s, input_precision=PRECISION)
+    s = dot_and_add(k_tile, tl.trans(q_tile), k_columns, tl.trans(c_tile), PRECISION)
     weights = tl.exp2(s * scale2)
     if MASKED:
         weights = tl.where(keep, weights, 0.0)
     dv = tl.dot(weights.to(d_tile.dtype), d_tile, dv, input_precision=PRECISION)
-    dp = tl.dot(indicator(DELTA_COLUMN, k_tile.shape[0], c_tile.dtype), tl.trans(c_tile), input_precision=PRECISION)
-    dp = tl.dot(v_tile, tl.trans(d_tile), dp, input_precision=PRECISION)
+    ones = indicator(DELTA_COLUMN, k_tile.shape[0], c_tile.dtype)
+    dp = dot_and_add(v_tile, tl.trans(d_tile), ones, tl.trans(c_tile), PRECISION)
     ds = weights * dp
     dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     if BIAS:

@@ -80,6 +80,7 @@ def _add_dq(
     ok,
     keep,
     scale2,
+    one,
     D: tl.constexpr,
     DP: tl.constexpr,
     DV: tl.constexpr,
@@ -90,7 +91,7 @@ def _add_dq(
     """dq [R, DP] += dS K over keys j."""
     k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, MASKED)
     v_tile = load_rows(p_v, j, v.s_row, ok, DV, DVP, MASKED)
-    s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, MASKED, PRECISION)
+    s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, MASKED, PRECISION)
     weights = tl.exp2(s * scale2 - lse2[:, None])
     if MASKED:
         weights = tl.where(keep, weights, 0.0)
@@ -164,6 +165,7 @@ def dq_kernel(
 
     dq = tl.zeros([M * GP, DP], tl.float32)
     scale2 = scale * LOG2E
+    one = scale / scale
     cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_list)
     n_tiles, whole_tiles, n_singles, whole_singles = 0, 0, 0, 0
     p_tiles, p_singles = mask.ends, mask.ends
@@ -180,7 +182,28 @@ def dq_kernel(
     for x in tl.range(0, whole_tiles + whole_singles // N, num_stages=STAGES):
         next_j = chunk_keys(tiles, singles, p_tiles, p_singles, whole_tiles, x + 1, N)
         dq = _add_dq(
-            dq, q_tile, d_tile, lse2, delta, k, v, p_k, p_v, p_bias, s_bias, j, j, j, scale2, D, DP, DV, DVP, False, PRECISION
+            dq,
+            q_tile,
+            d_tile,
+            lse2,
+            delta,
+            k,
+            v,
+            p_k,
+            p_v,
+            p_bias,
+            s_bias,
+            j,
+            j,
+            j,
+            scale2,
+            one,
+            D,
+            DP,
+            DV,
+            DVP,
+            False,
+            PRECISION,
         )
         j = next_j
 
@@ -209,6 +232,7 @@ def dq_kernel(
                 ok,
                 keep,
                 scale2,
+                one,
                 D,
                 DP,
                 DV,
@@ -241,6 +265,7 @@ def dq_kernel(
                 ok,
                 keep,
                 scale2,
+                one,
                 D,
                 DP,
                 DV,

@@ -148,10 +148,13 @@ def load_rows(p_base, slots, s_row, ok, DIM: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
-def indicator(FIRST: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """[SIZE, 16]: ones in the three columns from FIRST on."""
+def indicator(FIRST: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr, one=1.0):
+    """[SIZE, 16]: ones in the three columns from FIRST on.
+
+    A product with constants makes the matrix unit wait for each instruction; `one` computed at run time avoids that.
+    """
     column = tl.arange(0, 16)
-    row = tl.where((column >= FIRST) & (column < FIRST + 3), 1.0, 0.0)
+    row = tl.where((column >= FIRST) & (column < FIRST + 3), one, 0.0)
     return tl.broadcast_to(row[None, :], [SIZE, 16]).to(DTYPE)
 
 
@@ -168,6 +171,18 @@ def split(value, FIRST: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def dot_and_add(a, b, few_a, few_b, PRECISION: tl.constexpr):
+    """a b + few_a few_b. In float32 the few come last: they can be large and would cost the products their low bits.
+
+    In half precision that does not show, and first they let the matrix unit run on (else it waits for each instruction).
+    """
+    if PRECISION == "ieee":
+        return tl.dot(few_a, few_b, tl.dot(a, b, input_precision=PRECISION), input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, tl.dot(few_a, few_b))
+
+
+@triton.jit
 def scores(
     q_tile,
     k_tile,
@@ -175,6 +190,7 @@ def scores(
     s_bias,
     j,
     ok,
+    one,
     GUARD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -183,9 +199,8 @@ def scores(
         return tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     else:
         b_tile = load_rows(p_bias, j, s_bias, ok, 16, 16, GUARD)
-        ones = indicator(BIAS_COLUMN, q_tile.shape[0], b_tile.dtype)
-        s = tl.dot(ones, tl.trans(b_tile), input_precision=PRECISION)
-        return tl.dot(q_tile, tl.trans(k_tile), s, input_precision=PRECISION)
+        ones = indicator(BIAS_COLUMN, q_tile.shape[0], b_tile.dtype, one)
+        return dot_and_add(q_tile, tl.trans(k_tile), ones, tl.trans(b_tile), PRECISION)
 
 
 @triton.jit

@@ -24,16 +24,16 @@ from torch import Tensor
 
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton.common import LN2, LOG2E, Rows, head_base, load_rows, places_of, rows_of, span_of
-from attnsieve.backends.triton.forward import clear_uncovered
+from attnsieve.backends.triton.forward import clear_slots
 from attnsieve.backends.triton.geometry import padded
 from attnsieve.layout import Layout
 from attnsieve.patterns import FOREVER
 
-_KEYS = 64
+# Small chunks: several programs fit on a multiprocessor, each with two chunks in flight.
+_KEYS = 32
 _WARPS = 4
 _STAGES = 3
-# Programs per multiprocessor that saturate memory.
-_WAVES = 4
+_PROGRAMS_PER_PROCESSOR = 4
 
 
 class Sections(NamedTuple):
@@ -158,8 +158,8 @@ def _place_keys(sections, o_zh, h, p, k_len, u, BLOCK: tl.constexpr):
         u_corner = u_block
         in_blocks = u < 0
     inside = (j >= 0) & (j <= p) & ok & plain
-    by_end = p < tl.load(sections.end + o_zh * sections.n + j, mask=inside, other=0)
-    ok = inside & (by_end == (in_columns | in_window))
+    by_end = p < tl.load(sections.end + o_zh * sections.n + j, mask=inside & (in_columns == 0), other=0)
+    ok = inside & (in_columns | (by_end == in_window))
     if sections.offset is not None:
         by_offset = tl.load(sections.offset + o_zh * sections.n + (p - j), mask=ok & (in_offsets | in_blocks), other=0) != 0
         ok = ok & (in_columns | in_window | (by_offset == in_offsets))
@@ -248,10 +248,24 @@ def decode_kernel(
 
 @triton.jit
 def combine_kernel(
-    p_acc, p_sum, out, p_lse, places, q_slots, heads, splits, DV: tl.constexpr, DVP: tl.constexpr, SPLITS: tl.constexpr
+    p_acc,
+    p_sum,
+    out,
+    p_lse,
+    places,
+    n_spans,
+    n_slots,
+    q_slots,
+    heads,
+    splits,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """Weigh the shares of one query and head by their sums."""
+    """Weigh the shares of one query and head by their sums; and clear slots that no sequence covers, of B * Tq in all."""
     head, o_query = tl.program_id(0), tl.program_id(1)
+    for o_slot in range(o_query, n_slots, tl.num_programs(1)):
+        clear_slots(out, p_lse, places, n_spans, o_slot // q_slots, head, heads, o_slot % q_slots, 1, q_slots, DV, DVP)
     batch, q_start, first, _, k_len = span_of(places, o_query // q_slots)
     p = first + o_query % q_slots
     if p >= k_len:
@@ -282,7 +296,6 @@ def decode(call: Call) -> tuple[Tensor, Tensor]:
     sums = call.q.new_empty(queries, heads, splits, dtype=torch.float32)
     out = call.q.new_empty(*call.q.shape[:3], v_width)
     lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
-    clear_uncovered(call, out, lse)
     places = places_of(call.spans)
     decode_kernel[(splits, call.layout.heads, queries)](
         rows_of(call.q),
@@ -301,7 +314,7 @@ def decode(call: Call) -> tuple[Tensor, Tensor]:
         call.group,
         padded(call.group) if packed else 16,
         packed,
-        _KEYS if max(width, v_width) <= 128 else _KEYS // 2,
+        _KEYS,
         width,
         padded(width),
         v_width,
@@ -312,7 +325,19 @@ def decode(call: Call) -> tuple[Tensor, Tensor]:
         num_warps=_WARPS,
     )
     combine_kernel[(heads, queries)](
-        acc, sums, rows_of(out), lse, places, q_slots, heads, splits, v_width, padded(v_width), triton.next_power_of_2(splits)
+        acc,
+        sums,
+        rows_of(out),
+        lse,
+        places,
+        len(call.spans),
+        call.q.shape[0] * q_slots,
+        q_slots,
+        heads,
+        splits,
+        v_width,
+        padded(v_width),
+        triton.next_power_of_2(splits),
     )
     return out, lse
 
@@ -320,4 +345,4 @@ def decode(call: Call) -> tuple[Tensor, Tensor]:
 def _splits(call: Call, places: int, programs: int) -> int:
     """Shares per query: enough programs to saturate memory, none without a chunk."""
     processors = torch.cuda.get_device_properties(call.q.device).multi_processor_count if call.q.is_cuda else 2
-    return max(1, min(-(-places // _KEYS), -(-processors * _WAVES // programs), 256))
+    return max(1, min(-(-places // _KEYS), -(-processors * _PROGRAMS_PER_PROCESSOR // programs), 256))

@@ -117,51 +117,53 @@ def forward_kernel(
     total = tl.zeros([M * GP], tl.float32)
     peak = tl.full([M * GP], -float("inf"), tl.float32)
     scale2 = scale * LOG2E
+    one = scale / scale
     cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_list)
-    n_tiles, whole_tiles, n_singles, whole_singles = 0, 0, 0, 0
-    p_tiles, p_singles = mask.ends, mask.ends
+
+    # The next tile or keys are looked up one step ahead, so that the loads of K and V depend on no load in flight; lists end
+    # with spare entries. Four loops, not fewer: a loop that serves two kinds of chunks needs more registers than there are.
     if tiles is not None:
         p_tiles = tiles.items + tl.load(tiles.start + o_list)
-        whole_tiles = tl.load(tiles.whole + o_list)
-        n_tiles = tl.load(tiles.count + o_list) - whole_tiles
-    if singles is not None:
-        p_singles = singles.items + tl.load(singles.start + o_list)
-        whole_singles = tl.load(singles.whole + o_list) // N * N
-        n_singles = tl.load(singles.count + o_list) - whole_singles
-
-    # Keys are looked up one step ahead, so that the loads of K and V depend on no load in flight; lists end with spare entries.
-    j = chunk_keys(tiles, singles, p_tiles, p_singles, whole_tiles, 0, N)
-    for x in tl.range(0, whole_tiles + whole_singles // N, num_stages=STAGES):
-        next_j = chunk_keys(tiles, singles, p_tiles, p_singles, whole_tiles, x + 1, N)
-        k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
-        s = scores(q_tile, k_tile, p_bias, s_bias, j, j, False, PRECISION)
-        acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)
-        j = next_j
-
-    if tiles is not None:
-        p_tiles += whole_tiles
+        n_whole = tl.load(tiles.whole + o_list)
+        n_tiles = tl.load(tiles.count + o_list)
         b = tl.load(p_tiles)
-        for x in tl.range(0, n_tiles, num_stages=STAGES):
+        for x in tl.range(0, n_whole, num_stages=STAGES):
+            j = b * N + tl.arange(0, N)
+            b = tl.load(p_tiles + x + 1)
+            k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, one, False, PRECISION)
+            acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)
+        for x in tl.range(n_whole, n_tiles, num_stages=STAGES):
             j0 = b * N
             j = j0 + tl.arange(0, N)
             b = tl.load(p_tiles + x + 1)
             ok = j < k_len
             keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK)
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION), -float("inf"))
+            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION), -float("inf"))
             acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
 
     if singles is not None:
-        p_singles += whole_singles + tl.arange(0, N)
+        p_singles = singles.items + tl.load(singles.start + o_list) + tl.arange(0, N)
+        n_whole = tl.load(singles.whole + o_list) // N
+        n_rest = tl.load(singles.count + o_list) - n_whole * N
         j = tl.load(p_singles)
-        for x in tl.range(0, n_singles, N, num_stages=STAGES):
+        for x in tl.range(0, n_whole, num_stages=STAGES):
+            next_j = tl.load(p_singles + (x + 1) * N)
+            k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, one, False, PRECISION)
+            acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)
+            j = next_j
+        p_singles += n_whole * N
+        j = tl.load(p_singles)
+        for x in tl.range(0, n_rest, N, num_stages=STAGES):
             next_j = tl.load(p_singles + x + N)
-            ok = (x + tl.arange(0, N) < n_singles) & (j < k_len)
+            ok = (x + tl.arange(0, N) < n_rest) & (j < k_len)
             # Loaded again, so that the predicate is computed in the layout of the scores.
             j_again = tl.load(p_singles + x)
             keep = list_keep(mask, o_zh, i[:, None], j_again[None, :], j[None, :], cut, ok[None, :], LISTED)
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION), -float("inf"))
+            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION), -float("inf"))
             acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
             j = next_j
 
@@ -176,23 +178,46 @@ def forward_kernel(
 
 
 @triton.jit
-def uncovered_kernel(out, p_lse, places, n_spans, heads, q_slots, DV: tl.constexpr, DVP: tl.constexpr, STEP: tl.constexpr):
-    """Output 0 and LSE -inf for the query slots of no sequence; one program per batch row and STEP slots."""
-    batch = tl.program_id(1).to(tl.int64)
-    slot = tl.program_id(0) * STEP + tl.arange(0, STEP)
+def clear_slots(
+    out,
+    p_lse,
+    places,
+    n_spans,
+    batch,
+    head,
+    heads,
+    slot0,
+    STEP: tl.constexpr,
+    q_slots,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+):
+    """Output 0 and LSE -inf for those of STEP query slots from slot0 on that are in no sequence."""
+    slot = slot0 + tl.arange(0, STEP)
     covered = slot >= q_slots
-    for i_s in range(n_spans):
-        row, q_start, first, _, k_len = span_of(places, i_s)
-        covered = covered | ((row == batch) & (slot >= q_start) & (slot < q_start + k_len - first))
+    for x0 in range(0, n_spans, 16):
+        x = x0 + tl.arange(0, 16)
+        ok = x < n_spans
+        row = tl.load(places.p_batch + x * places.s_batch, mask=ok, other=-1)
+        start = tl.load(places.p_q_start + x * places.s_q_start, mask=ok, other=0)
+        stop = start + tl.load(places.p_q_len + x * places.s_q_len, mask=ok, other=0)
+        inside = (slot[:, None] >= start[None, :]) & (slot[:, None] < stop[None, :]) & (row == batch)[None, :]
+        covered = covered | (tl.max(inside.to(tl.int32), 1) > 0)
     if tl.min(covered.to(tl.int32), 0) == 0:
         o_d = tl.arange(0, DVP)
+        p_out = out.p + batch.to(tl.int64) * out.s_batch + head.to(tl.int64) * out.s_head + slot.to(tl.int64) * out.s_row
         empty = covered == 0
-        for head in range(heads):
-            p_out = out.p + batch * out.s_batch + head * out.s_head + slot.to(tl.int64) * out.s_row
-            nothing = tl.zeros([STEP, DVP], out.p.dtype.element_ty)
-            tl.store(p_out[:, None] + o_d[None, :], nothing, mask=empty[:, None] & (o_d < DV)[None, :])
-            if p_lse is not None:
-                tl.store(p_lse + (batch * heads + head) * q_slots + slot, -float("inf"), mask=empty)
+        nothing = tl.zeros([STEP, DVP], out.p.dtype.element_ty)
+        tl.store(p_out[:, None] + o_d[None, :], nothing, mask=empty[:, None] & (o_d < DV)[None, :])
+        if p_lse is not None:
+            tl.store(p_lse + (batch.to(tl.int64) * heads + head) * q_slots + slot, -float("inf"), mask=empty)
+
+
+@triton.jit
+def uncovered_kernel(out, p_lse, places, n_spans, heads, q_slots, STEP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr):
+    """`clear_slots` for all slots of a batch row and head."""
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    clear_slots(out, p_lse, places, n_spans, batch, head, heads, tl.program_id(0) * STEP, STEP, q_slots, DV, DVP)
 
 
 def forward(call: Call, tiles: Tiles) -> tuple[Tensor, Tensor]:
@@ -228,6 +253,5 @@ def forward(call: Call, tiles: Tiles) -> tuple[Tensor, Tensor]:
 def clear_uncovered(call: Call, out: Tensor, lse: Tensor | None) -> None:
     """Output 0 and LSE -inf where no sequence has a query; touches no other slot."""
     batch, heads, slots, width = out.shape
-    uncovered_kernel[(triton.cdiv(slots, 64), batch)](
-        rows_of(out), lse, places_of(call.spans), len(call.spans), heads, slots, width, padded(width), STEP=64
-    )
+    grid = (triton.cdiv(slots, 128), batch * heads)
+    uncovered_kernel[grid](rows_of(out), lse, places_of(call.spans), len(call.spans), heads, slots, 128, width, padded(width))
