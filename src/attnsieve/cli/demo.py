@@ -41,7 +41,7 @@ def demo(
     length: Annotated[
         int, typer.Option(help="Length of the long texts in tokens; maps are captured for a quarter.", min=128)
     ] = 2048,
-    items: Annotated[int, typer.Option(help="Documents with eight questions each that every plan answers.", min=2)] = 3,
+    items: Annotated[int, typer.Option(help="Lists with eight questions each that every plan answers.", min=2)] = 4,
 ) -> None:
     """Profile a small model, fit two plans, run and measure them beside dense attention, and draw it all.
 
@@ -176,14 +176,15 @@ class Lab:
         self.story.title("4. Measure: what does it cost?")
         path = self.out / "rows.jsonl"
         path.unlink(missing_ok=True)
-        lengths = [self.length]
-        rows: list[Row] = evaluate(self.network, self.tokenizer, plans, [make_task("kv")], lengths, items, out=path)
-        rows += evaluate(self.network, self.tokenizer, plans, [Fidelity(halves(TEXT)[1])], lengths, FIDELITY_ITEMS, out=path)
+        half = self.length // 2
+        rows: list[Row] = evaluate(self.network, self.tokenizer, plans, [make_task("kv")], [half], items, out=path)
+        fidelity = Fidelity(halves(TEXT)[1])
+        rows += evaluate(self.network, self.tokenizer, plans, [fidelity], [self.length], FIDELITY_ITEMS, out=path)
         found = [asdict(row) for row in rows]
         self.story.say(
-            f"Key-value retrieval: {items} lists of {self.length} tokens, 8 questions each, answers teacher-forced. KL, "
-            f"agreement and retained mass: {FIDELITY_ITEMS} texts of {self.length} tokens from chapters that calibration did "
-            "not see. Means with their standard errors."
+            f"Key-value retrieval: {items} lists of {half} tokens, 8 questions each, answers teacher-forced. KL, agreement and "
+            f"retained mass: {FIDELITY_ITEMS} text of {self.length} tokens from chapters that calibration did not see. Means "
+            f"with their standard errors; density at {self.length} tokens."
         )
         self.story.show(cost_table(found, ["dense", *plans]))
         return found
@@ -230,7 +231,7 @@ def cost_table(rows: Sequence[Mapping[str, Any]], plans: Sequence[str]) -> str:
     cells = [
         [
             plan,
-            percent(found[plan, "answer_nll"]["density"]),
+            percent(found[plan, "kl"]["density"]),
             *(with_error(found[plan, metric]["value"], found[plan, metric]["stderr"]) for metric in metrics),
         ]
         for plan in plans

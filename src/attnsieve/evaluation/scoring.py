@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,15 +32,19 @@ def score_answers(model: Any, tokenizer: Any, questions: Sequence[tuple[str, str
     """Teacher-forced scores of (prompt, answer) pairs. What all prompts have in common is computed once.
 
     Answers are fed token by token, as in generation: masks chosen from the input must not see answer tokens ahead of time.
+    Prompts of equal length go through the model as one batch.
     Raises UserError if the model returns NaN or infinite likelihoods.
     """
     parts = [split_answer(tokenizer, prompt, answer) for prompt, answer in questions]
     shared, cache = _prefill(model, [prompt for prompt, _ in parts])
-    scores = []
-    for prompt, answer in parts:
-        logits = _answer_logits(model, prompt[shared:], answer, fork(cache))
-        scores.append(_answer_score(logits.float(), torch.tensor(answer, device=model.device)))
-    return scores
+    scores: dict[int, AnswerScore] = {}
+    for length in sorted({len(prompt) for prompt, _ in parts}):
+        batch = [index for index, (prompt, _) in enumerate(parts) if len(prompt) == length]
+        answers = [parts[index][1] for index in batch]
+        logits = _answer_logits(model, [parts[index][0][shared:] for index in batch], answers, fork(cache, len(batch)))
+        for index, answer, row in zip(batch, answers, logits, strict=True):
+            scores[index] = _answer_score(row[: len(answer)].float(), torch.tensor(answer, device=model.device))
+    return [scores[index] for index in range(len(parts))]
 
 
 @torch.inference_mode()
@@ -75,12 +80,14 @@ def spread(length: int, most: int) -> Tensor:
     return length - 1 - torch.arange(count - 1, -1, -1) * length // count
 
 
-def fork(cache: Any) -> Any:
-    """A cache that can grow without changing `cache`; None stays None."""
+def fork(cache: Any, copies: int = 1) -> Any:
+    """A cache that can grow without changing `cache`, its batch repeated `copies` times; None stays None."""
     if cache is None:
         return None
     fresh = copy.copy(cache)
     fresh.layers = [copy.copy(layer) if type(layer).__name__ in APPENDING else copy.deepcopy(layer) for layer in cache.layers]
+    if copies > 1:
+        fresh.batch_repeat_interleave(copies)
     return fresh
 
 
@@ -96,15 +103,18 @@ def _prefill(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[int, Any]:
     return shared, model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
-def _answer_logits(model: Any, prompt: Sequence[int], answer: Sequence[int], cache: Any) -> Tensor:
-    """[answer, vocabulary]: logits before each answer token, given the prompt's rest and the answer tokens before it."""
+def _answer_logits(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], cache: Any) -> Tensor:
+    """[question, longest answer, vocabulary]: logits before each answer token, given the rest of the prompt and the answer
+    tokens before it. Prompts of one length; a shorter answer is followed by copies of its last token, which nothing reads."""
+    longest = max(map(len, answers))
+    ids = [[*prompt, *answer, *[answer[-1]] * (longest - len(answer))] for prompt, answer in zip(prompts, answers, strict=True)]
+    tokens, start = torch.tensor(ids, device=model.device), len(prompts[0])
     steps = []
-    for tokens in ([*prompt], *([token] for token in answer[:-1])):
-        ids = torch.tensor([tokens], device=model.device)
-        seen = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for seen_tokens, upto in pairwise([0, *range(start, start + longest)]):
+        seen = model(tokens[:, seen_tokens:upto], past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = seen.past_key_values
-        steps.append(seen.logits[0, -1])
-    return torch.stack(steps)
+        steps.append(seen.logits[:, -1])
+    return torch.stack(steps, dim=1)
 
 
 def _answer_score(logits: Tensor, answer: Tensor) -> AnswerScore:
