@@ -13,7 +13,7 @@ from attnsieve.cli.fit import named_values
 from attnsieve.cli.options import lengths_of
 from attnsieve.errors import UserError
 from attnsieve.plan import Plan
-from attnsieve.profiling import Profile
+from attnsieve.profiling import Measurement, Profile
 from tests.cli_tiny import attnsieve, save_tiny_model
 
 
@@ -60,6 +60,40 @@ def test_fit_passes_settings_on(work, tmp_path):
     printed = json.loads(done.stdout)
     assert printed["out"] == str(tmp_path / "p")
     assert printed["provenance"]["settings"] | {"min_support": 4, "mu": "4/5"} == printed["provenance"]["settings"]
+
+
+def test_fit_takes_several_profiles(work, tmp_path):
+    arguments = ["--set", "local=false", "--set", "floor=0", "--out", tmp_path / "p", "--json"]
+    done = attnsieve("fit", work / "profile", work / "profile", *arguments)
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.stdout)["provenance"]["profiles"]) == 2
+
+
+def test_measure_and_fit_within_a_budget(work, tmp_path):
+    candidates = ["--candidates", "sink(1) | window(8)", "--candidates", "window(4) | top_blocks(1, block=8)"]
+    arguments = ["--data", work / "text.txt", "--lengths", "64,128", *candidates, "--out", tmp_path / "measured"]
+    done = attnsieve("measure", work / "model", *arguments, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["candidates"] == ["sink(1) | window(8)", "top_blocks(1, block=8) | window(4)", "dense()"]
+    assert Measurement.from_pretrained(tmp_path / "measured").lengths == (64, 128)
+    done = attnsieve("fit", tmp_path / "measured", "--density", 0.5, "--share", "kv", "--out", tmp_path / "plan")
+    assert done.exit_code == 0, done.output
+    plan = Plan.from_pretrained(tmp_path / "plan")
+    assert plan.provenance["budget"] == {"density": 0.5}
+    assert float(plan.density.mean()) <= 0.5
+    assert "the least they reach is" in refused("fit", tmp_path / "measured", "--density", 0.01, "--out", tmp_path / "x")
+    assert "give a budget" in refused("fit", tmp_path / "measured", "--out", tmp_path / "x")
+    both = refused("fit", tmp_path / "measured", "--mass", 0.9, "--tau", 0.1, "--out", tmp_path / "x")
+    assert "tau: choose by a preset" in both
+
+
+def test_measure_takes_the_documents_of_tasks(work, tmp_path):
+    arguments = ["--data", work / "text.txt", "--tasks", "kv", "--lengths", "256", "--candidates", "window(8)"]
+    done = attnsieve("measure", work / "model", *arguments, "--documents", 1, "--out", tmp_path / "m")
+    assert done.exit_code == 0, done.output
+    found = Measurement.from_pretrained(tmp_path / "m")
+    assert found.provenance["documents"] == [2]
+    assert 200 < found.lengths[0] <= 256
 
 
 def test_run_prints_the_text_and_nothing_else(work):
@@ -146,6 +180,10 @@ def test_eval_writes_rows_that_show_reads(work, tmp_path):
         (["fit", "{}/profile", "--set", "tua=1", "--out", "{}/x"], "did you mean tau?"),
         (["fit", "{}/profile", "--set", "tau", "--out", "{}/x"], "NAME=VALUE"),
         (["fit", "{}/profile", "--preset", "paper", "--tau", "9", "--out", "{}/x"], "keep no key in any row"),
+        (["fit", "{}/profile", "--density", ".5", "--out", "{}/x"], "expected a saved measurement"),
+        (["fit", "{}/profile", "{}/profile", "--mass", ".5", "--out", "{}/x"], "fitted to one measurement, got 2 paths"),
+        (["measure", "{}/model", "--out", "{}/x"], "say what to measure on"),
+        (["measure", "{}/model", "--data", "synthetic", "--candidates", "windw(3)", "--out", "{}/x"], "did you mean window?"),
         (["show", "{}/nowhere"], "is not there: give the directory"),
         (["show", "{}/model"], "expected a saved plan or profile"),
         (["show", "{}/plan", "{}/plan"], "a second plan"),
@@ -211,7 +249,7 @@ def test_our_own_mistakes_keep_their_traceback(work, monkeypatch):
 
 def test_version_and_help():
     assert attnsieve("--version").stdout == f"attnsieve {package.__version__}\n"
-    for command in ("profile", "fit", "show", "run", "eval"):
+    for command in ("profile", "measure", "fit", "show", "run", "eval"):
         done = attnsieve(command, "--help")
         assert done.exit_code == 0
         assert "Example: attnsieve" in done.stdout or command == "show"

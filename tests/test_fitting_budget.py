@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from attnsieve import Pattern, UserError
 from attnsieve.fingerprint import Fingerprint
-from attnsieve.fitting import fit_budget
+from attnsieve.fitting import default_candidates, fit_budget
 from attnsieve.fitting.allocate import with_mass, within_density, within_error
 from attnsieve.hf import fingerprint, measure
 from attnsieve.profiling import Measurement
@@ -128,3 +128,19 @@ def test_bad_budgets_are_refused():
         fit_budget(found)
     with pytest.raises(UserError, match="share"):
         fit_budget(found, density=1.0, share="all")
+
+
+def test_the_usual_candidates_keep_sinks_and_the_newest_keys():
+    rules = default_candidates(1000, sinks=3, local=20)
+    rows = torch.arange(1000)
+    guard = Pattern.parse("sink(3) | window(20)").keep(rows[:, None], rows[None, :])
+    for rule in rules:
+        static = Pattern.of(*(atom for atom in rule if not atom.dynamic))
+        assert (static.keep(rows[:, None], rows[None, :]) >= guard).all()
+    kinds = [("dynamic" if rule.dynamic else "static") for rule in rules]
+    assert kinds.count("dynamic") > 5
+    assert str(rules[-1]) == "dense()"
+    assert [atom.tokens for rule in rules[:5] for atom in rule if atom.name == "window"] == [20, 40, 80, 160, 320]
+    assert len(set(rules)) == len(rules)
+    with pytest.raises(UserError, match="at least 40 tokens, got 39"):
+        default_candidates(39, local=20)

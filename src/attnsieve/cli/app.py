@@ -11,6 +11,7 @@ import attnsieve
 from attnsieve.cli.demo import demo
 from attnsieve.cli.evaluate import evaluate
 from attnsieve.cli.fit import fit
+from attnsieve.cli.measure import measure
 from attnsieve.cli.profile import profile
 from attnsieve.cli.run import run
 from attnsieve.cli.show import show
@@ -44,6 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("profile")(profile)
+app.command("measure")(measure)
 app.command("fit")(fit)
 app.command("show")(show)
 app.command("run")(run)

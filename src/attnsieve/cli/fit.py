@@ -1,4 +1,4 @@
-"""attnsieve fit: choose one pattern per layer and head from a profile, and save the plan."""
+"""attnsieve fit: choose one pattern per layer and head, from profiles or within a budget, and save the plan."""
 
 from __future__ import annotations
 
@@ -7,40 +7,63 @@ from typing import Annotated, Any
 
 import typer
 
+from attnsieve.artefact import CONFIG, read_config
 from attnsieve.cli import options, output
 from attnsieve.errors import require
+from attnsieve.plan import Plan
 
 WORDS = {"true": True, "false": False, "none": None}
 
 
 def fit(
-    profile: Annotated[str, typer.Argument(help="A saved profile: a directory or a hub id.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Saved profiles, one per kind of text, or one measurement: directories or hub ids."),
+    ],
     out: Annotated[Path, typer.Option(help="Directory for the plan.")],
-    preset: Annotated[str, typer.Option(help="paper: DAM as published. robust: made to keep what each head does.")] = "robust",
+    preset: Annotated[
+        str | None,
+        typer.Option(help="For profiles. paper: DAM as published. robust (default): made to keep what each head does."),
+    ] = None,
     tau: Annotated[float | None, typer.Option(help="Threshold on the Box-Cox map; 0.3 in the paper.")] = None,
     mu: Annotated[str | None, typer.Option(help="Share of a diagonal or column that must be kept, as 0.8 or 4/5.")] = None,
-    share: Annotated[float | None, typer.Option(help="Share of each row's mass kept where the threshold is by mass.")] = None,
     floor: Annotated[float | None, typer.Option(help="A head that would keep less mass than this stays dense.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any other setting as NAME=VALUE, such as min_support=8; repeat for several."),
+        typer.Option("--set", help="Any other setting of a preset as NAME=VALUE, such as min_support=8; repeat for several."),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Budget: mean share of causal pairs kept, with the least error.")
+    ] = None,
+    mass: Annotated[float | None, typer.Option(help="Budget: every head keeps this share of its mass, most cheaply.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Budget: output error per layer, at the least density.")] = None,
+    share: Annotated[
+        str | None, typer.Option(help="With a budget: kv gives the query heads of a KV group one pattern, none does not.")
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Choose one pattern per layer and head from a profile, and save the plan.
+    """Choose one pattern per layer and head, and save the plan.
 
-    Settings that are not given come from the preset.
+    From profiles by a preset, of which the worst kind of text decides; settings that are not given come from the preset. Or
+    from a measurement (attnsieve measure) within exactly one budget: --density, --mass or --max-error.
 
     Example: attnsieve fit profiles/book --preset robust --floor 0.95 --out plans/book
+
+    Example: attnsieve fit measured/book --density 0.25 --out plans/quarter
     """
-    from attnsieve.fitting import fit as choose
-    from attnsieve.profiling import Profile
     from attnsieve.show import plan_summary
 
     options.new_folder(out)
-    given = {"tau": tau, "mu": mu, "share": share, "floor": floor}
-    overrides = {name: value for name, value in given.items() if value is not None} | named_values(settings or [])
-    plan = choose(Profile.from_pretrained(profile), preset=preset, **overrides)
+    budgets = _given(density=density, mass=mass, max_error=max_error)
+    overrides = _given(tau=tau, mu=mu, floor=floor) | named_values(settings or [])
+    if budgets or share is not None:
+        _refuse(
+            sorted(overrides) + ([] if preset is None else ["preset"]),
+            "choose by a preset; a budget chooses among measured candidates",
+        )
+        plan = _within_budget(sources, budgets | _given(share=share))
+    else:
+        plan = _by_preset(sources, preset or "robust", overrides)
     plan.save_pretrained(out)
     output.note(
         f"saved in {out}; next: attnsieve show {out}, attnsieve run MODEL --plan {out}, attnsieve eval MODEL --plan {out}"
@@ -49,6 +72,34 @@ def fit(
         output.result_json({"out": str(out)} | plan_summary(plan))
     else:
         output.result(str(plan))
+
+
+def _within_budget(sources: list[str], settings: dict[str, Any]) -> Plan:
+    from attnsieve.fitting import fit_budget
+    from attnsieve.profiling import Measurement
+
+    require(len(sources) == 1, f"a budget is fitted to one measurement, got {len(sources)} paths: measure all texts together")
+    return fit_budget(Measurement.from_pretrained(sources[0]), **settings)
+
+
+def _by_preset(sources: list[str], preset: str, overrides: dict[str, Any]) -> Plan:
+    from attnsieve.fitting import fit as choose
+    from attnsieve.profiling import Profile
+
+    for source in sources:
+        config = Path(source) / CONFIG
+        measured = config.is_file() and read_config(config).get("kind") == "attnsieve measurement"
+        require(not measured, f"{source} is a measurement: give a budget, one of --density, --mass and --max-error")
+    return choose([Profile.from_pretrained(source) for source in sources], preset=preset, **overrides)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse(names: list[str], why: str) -> None:
+    require(not names, f"{', '.join(names)}: {why}")
 
 
 def named_values(settings: list[str]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Fitting: from a Profile, or from measured candidates and a budget, to a Plan; on the CPU, in seconds."""
 
 from attnsieve.fitting.budget import fit_budget
+from attnsieve.fitting.candidates import default_candidates
 from attnsieve.fitting.choose import fit
 from attnsieve.fitting.settings import PRESETS, Settings
 
-__all__ = ["PRESETS", "Settings", "fit", "fit_budget"]
+__all__ = ["PRESETS", "Settings", "default_candidates", "fit", "fit_budget"]

@@ -1,0 +1,81 @@
+"""attnsieve measure: try candidate patterns on every head of a model, and save what they keep and cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from attnsieve.cli import options, output
+from attnsieve.cli.profile import text_windows
+from attnsieve.errors import require
+from attnsieve.patterns import Pattern
+
+
+def measure(
+    model: options.Model,
+    out: Annotated[Path, typer.Option(help="Directory for the measurement.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to measure on: a file, synthetic, python-docs, bible, essays. Repeat for several."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks whose documents to measure on as well, such as kv: what retrieval needs.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Lengths of the texts in tokens, such as 1024,4K.")] = "1024",
+    documents: Annotated[int, typer.Option(help="Texts of every source and length.", min=1)] = 2,
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A pattern to try, such as 'sink(4) | window(256)'; repeat for several. Without any, the usual ones."
+        ),
+    ] = None,
+    backend: options.Backend = "auto",
+    seed: options.Seed = 1_000_003,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    json: options.Json = False,
+) -> None:
+    """Try candidate patterns on every head of MODEL beside its own attention: density, retained mass, output error.
+
+    Then `attnsieve fit` chooses one per head within a budget. Use texts that are not scored later; the seed differs from the
+    one that eval takes by default.
+
+    Example: attnsieve measure smollm2-135m --data book.txt --tasks kv --lengths 1024,2048 --out measured/book
+    """
+    from attnsieve.fitting import default_candidates
+    from attnsieve.hf import measure as compare
+
+    options.new_folder(out)
+    wanted = options.lengths_of(lengths)
+    require(bool(data or tasks), "say what to measure on: --data FILE, --tasks kv, or both")
+    rules: list[Pattern] = [Pattern.parse(text) for text in candidates or []] or default_candidates(max(wanted))
+    read = text_reader(data or [], tasks)
+    network, tokenizer = options.load(model, device, dtype)
+    texts = [text for length in sorted(set(wanted)) for text in read(tokenizer, length, documents, seed)]
+    found = compare(network, texts, rules, backend=backend)
+    found.save_pretrained(out)
+    output.note(f"saved in {out}; next: attnsieve fit {out} --density 0.25 --out PLAN, or --mass 0.95, or --max-error 0.1")
+    if json:
+        output.result_json({"out": str(out), **found.to_config()})
+    else:
+        output.result(str(found))
+
+
+def text_reader(data: list[str], tasks: str | None):  # type: ignore[no-untyped-def]  # a function of tokenizer, length, count, seed
+    """What gives `count` texts of every source at a length. Raises UserError for unknown sources before any model is loaded."""
+    from attnsieve.evaluation import make_task
+    from attnsieve.evaluation.text import text_source
+
+    sources = [text_source(name) for name in data]
+    chosen = [make_task(name.strip()) for name in tasks.split(",")] if tasks else []
+
+    def read(tokenizer: Any, length: int, count: int, seed: int) -> list[list[int]]:
+        items = [task.ids(tokenizer, item) for task in chosen for item in task.items(tokenizer, length, count, seed)]
+        # Measurements are kept per length, and items of a task are as long as they happen to be: the shortest decides.
+        shortest = min(map(len, items), default=length)
+        windows = text_windows(sources, tokenizer, shortest, count * len(sources), seed) if sources else []
+        return [ids[-shortest:] for ids in items] + windows
+
+    return read

@@ -1,0 +1,30 @@
+"""The candidates that budgets choose from where nobody names others: static, chosen from the input, and dense."""
+
+from __future__ import annotations
+
+from attnsieve.errors import require
+from attnsieve.patterns import Pattern, dense, probed_blocks, sink, vertical_slash, window
+
+BLOCK_MASSES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+SLASH_MASSES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+BLOCK, ROWS = 16, 4
+
+
+def default_candidates(length: int, *, sinks: int = 4, local: int = 32) -> list[Pattern]:
+    """Rules for one head, to be measured on texts of `length` tokens: cheap and static ones first, dense() last.
+
+    The first `sinks` and the `local` newest keys are kept by every rule: guard rails, without which a choice that misjudges
+    a text can leave a row next to nothing. Static rules double their window up to half the length.
+
+    Raises UserError where the guard rails alone are no shorter than half the length.
+    """
+    require(sinks >= 1 and local >= 1, f"guard rails keep at least one sink and one local key, got {sinks} and {local}")
+    require(
+        2 * local <= length, f"candidates with {local} local keys are for texts of at least {2 * local} tokens, got {length}"
+    )
+    guard = sink(sinks) | window(local)
+    widths = [local << step for step in range((length // (2 * local)).bit_length())]
+    static = [sink(sinks) | window(width) for width in widths]
+    blocks = [guard | probed_blocks(mass=mass, block=BLOCK, rows=ROWS) for mass in BLOCK_MASSES]
+    slashes = [guard | vertical_slash(mass=mass) for mass in SLASH_MASSES]
+    return [*static, *blocks, *slashes, dense()]
