@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from attnsieve.backends import cost
 from attnsieve.backends.call import Call
 from attnsieve.errors import UserError, require
 from attnsieve.layout import Layout
@@ -17,7 +18,12 @@ BACKENDS = {
     "reference": "attnsieve.backends.reference",
     "portable": "attnsieve.backends.portable",
     "triton": "attnsieve.backends.triton",
+    "fa4": "attnsieve.backends.fa4",
+    "dense": "attnsieve.backends.dense",
 }
+# Who "auto" compares on each kind of device: the first one serves where nothing was measured, the last one serves everything.
+_ON_GPU = ("triton", "fa4", "dense", "portable")
+_ON_CPU = ("portable", "dense")
 
 
 def attend(
@@ -40,7 +46,8 @@ def attend(
     1 / sqrt(D). Returns out [B, Hq, Tq, Dv] in q's dtype and, with `return_lse`, the LSE [B, Hq, Tq] in float32 (float64
     for float64 inputs; -inf for rows that keep no key, whose output is 0). Differentiable in q, k, v and key_bias.
 
-    `backend` is "auto" or a name in `BACKENDS`; a named backend that cannot serve raises UserError with the reason.
+    `backend` is "auto" (see `choose`) or a name in `BACKENDS`; a named backend that cannot serve raises UserError with the
+    reason. Every backend computes exactly the kept pairs: "dense" serves layouts that keep all of them, no others.
     """
     spans = Spans.full(q.shape[0], q.shape[2], k.shape[2], q.device) if spans is None else spans
     call = Call(q, k, v, layout, spans, q.shape[-1] ** -0.5 if scale is None else scale, key_bias)
@@ -50,10 +57,16 @@ def attend(
 
 
 def choose(call: Call) -> str:
-    """The backend that "auto" takes for this call: Triton on a GPU where it can serve, else portable."""
-    if call.q.is_cuda and _module("triton").why_not(call) is None:
-        return "triton"
-    return "portable"
+    """The backend that "auto" takes: of those that can serve this call the one that `cost.predict` finds the fastest.
+
+    On a device that nothing was measured on, the first that can serve of Triton, FA4, dense and portable on a GPU; portable
+    on a CPU.
+    """
+    if not call.q.is_cuda:
+        serving = [name for name in _ON_CPU if _module(name).why_not(call) is None]
+        return cost.cheapest(call, serving)
+    serving = [name for name in _ON_GPU[:-1] if _module(name).why_not(call) is None]
+    return cost.cheapest(call, serving) if serving else _ON_GPU[-1]
 
 
 def _named(backend: str, call: Call) -> str:

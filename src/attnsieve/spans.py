@@ -17,7 +17,8 @@ class Spans:
 
     Sequence s lives in batch row `batch[s]`, in key slots [k_start, k_start + k_len) and query slots
     [q_start, q_start + q_len); its queries are the last `q_len` of its `k_len` positions. Slots in no span are padding.
-    Values on a GPU are not read back by kernels, so building spans there costs no synchronisation.
+    Values on a GPU are not read back by kernels, so building spans there costs no synchronisation. `whole` is what the host
+    knows without reading: every one of `batch` rows is one sequence, with (batch, queries, keys) of this size.
     """
 
     batch: Tensor
@@ -25,19 +26,21 @@ class Spans:
     q_len: Tensor
     k_start: Tensor
     k_len: Tensor
+    whole: tuple[int, int, int] | None = None
 
     @classmethod
     def of(cls, rows: Sequence[tuple[int, int, int, int, int]], device: torch.device | str = "cpu") -> Spans:
         """From (batch, q_start, q_len, k_start, k_len) rows."""
         table = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 5)
-        return cls(*table.unbind(1))
+        batch, q_start, q_len, k_start, k_len = table.unbind(1)
+        return cls(batch, q_start, q_len, k_start, k_len)
 
     @classmethod
     def full(cls, batch: int, q_len: int, k_len: int, device: torch.device | str = "cpu") -> Spans:
         """Every batch row is one sequence: its keys fill all slots, its queries are the last `q_len` positions."""
         # Made on the device: copying a list there would wait for it.
         first, queries, keys = (torch.full((batch,), value, device=device) for value in (0, q_len, k_len))
-        return cls(torch.arange(batch, device=device), first, queries, first, keys)
+        return cls(torch.arange(batch, device=device), first, queries, first, keys, whole=(batch, q_len, k_len))
 
     @classmethod
     def left_padded(cls, pads: Tensor, q_len: int, k_len: int) -> Spans:

@@ -28,6 +28,11 @@ class Call:
         return self.q.shape[1] // self.k.shape[1]
 
     @property
+    def whole(self) -> bool:
+        """Whether the host knows that every batch row is one sequence which fills all slots."""
+        return self.spans.whole == (self.q.shape[0], self.q.shape[2], self.k.shape[2])
+
+    @property
     def needs_grad(self) -> bool:
         tensors = (self.q, self.k, self.v, self.key_bias)
         return any(tensor is not None and tensor.requires_grad for tensor in tensors)

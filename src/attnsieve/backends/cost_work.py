@@ -1,0 +1,135 @@
+"""How much work a call is for each backend, in the units that its measured constants are per.
+
+"call": 1. "bytes": gigabytes of K and V read. Everything else: 1e9 scores (query x key pairs as computed, padding included) at
+the width of 128, or for "part" on the CPU: pieces of work that plain torch handles one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnsieve.backends.call import Call
+from attnsieve.backends.facts import facts
+
+Work = dict[str, float]
+
+# Up to this many queries a call reads keys rather than computes (the Triton backend's own border).
+_DECODE_QUERIES = 8
+_GIGA = 1e9
+# What a score costs at width 0 and at width 128: measured for FA4, cuDNN and Triton, width 64 takes .58 to .65 of width 128.
+_AT_ZERO, _PER_WIDTH = 0.2, 0.8 / 128
+_QUERY_TILE = 128
+
+
+def phase(call: Call) -> str:
+    """ "decode" or "prefill"."""
+    return "decode" if call.q.shape[2] <= _DECODE_QUERIES else "prefill"
+
+
+def work(call: Call, backend: str) -> Work | None:
+    """The work of `call` on `backend`, or None where it is not modelled."""
+    if phase(call) == "decode":
+        return _reading(call) if backend in ("dense", "triton") and facts(call.layout).dense else None
+    count = _COUNTS.get(backend)
+    return None if count is None else count(call)
+
+
+def _reading(call: Call) -> Work:
+    return {"call": 1.0, "bytes": (call.k.numel() + call.v.numel()) * call.k.element_size() / _GIGA}
+
+
+def _dense(call: Call) -> Work:
+    return _scores(call, {"whole": float(_pairs(call) * call.q.shape[1])})
+
+
+def _fa4(call: Call) -> Work | None:
+    from attnsieve.backends.fa4.kernel import tile_counts
+
+    if facts(call.layout).dense:
+        return _scores(call, {"whole": float(_pairs(call) * call.q.shape[1]), "partial": 0.0})
+    whole, partial = tile_counts(call)
+    cells = _QUERY_TILE * _QUERY_TILE
+    return _scores(call, {"whole": float(whole * cells), "partial": float(partial * cells)})
+
+
+def _triton(call: Call) -> Work:
+    from attnsieve.backends.triton.geometry import Geometry
+    from attnsieve.backends.triton.schedule import schedule
+    from attnsieve.backends.triton.tuning import forward_tiles
+
+    tiles = forward_tiles(call)
+    geometry = Geometry(call, tiles)
+    built = schedule(call.layout, geometry.positions, tiles.keys)
+    first, stop = _tile_range(call, geometry.positions)
+    in_tiles = [_sums(built.tiles, first, stop)] if built.tiles is not None else []
+    alone = [_sums(built.singles, first, stop)] if built.singles is not None else []
+    sums = torch.stack([part for pair in in_tiles + alone for part in pair]).tolist() if in_tiles or alone else []
+    whole, listed = sums[:2] if in_tiles else (0, 0)
+    singles = sums[-1] if alone else 0
+    cells = geometry.rows * tiles.keys
+    query_rows = (stop - first) * geometry.rows * call.layout.heads
+    return _scores(
+        call,
+        {
+            "whole": float(whole * cells),
+            "partial": float((listed - whole) * cells),
+            "single": float(singles * geometry.rows),
+            "rows": float(query_rows),
+        },
+    )
+
+
+def _portable(call: Call) -> Work | None:
+    if call.layout.sequences > 1 or call.q.is_cuda:
+        return None
+    from attnsieve.backends.portable.parts import parts_of, slots_of
+
+    cells = scattered = pieces = 0
+    for slots in slots_of(call):
+        for kv_head in range(call.k.shape[1]):
+            for part in parts_of(call, slots, kv_head):
+                rows = len(part.rows) * len(part.heads) * len(slots.batch)
+                cells += rows * len(part.keys)
+                scattered += 0 if part.row_keys is None else rows * part.row_keys.shape[1]
+                pieces += 1
+    amounts = _scores(call, {"whole": float(cells), "single": float(scattered)}, batch=1)
+    return amounts | {"part": float(pieces)}
+
+
+_COUNTS: dict[str, Callable[[Call], Work | None]] = {"dense": _dense, "fa4": _fa4, "triton": _triton, "portable": _portable}
+
+
+def _sums(lists: Any, first: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Entries of the lists of query tiles first to stop - 1: those that need no predicate, and all."""
+    return tuple(part.reshape(*lists.count.shape)[..., first:stop].sum() for part in (lists.whole, lists.count))  # type: ignore
+
+
+def _tile_range(call: Call, positions: int) -> tuple[int, int]:
+    return (call.k.shape[2] - call.q.shape[2]) // positions, -(-call.k.shape[2] // positions)
+
+
+def _pairs(call: Call) -> float:
+    """Causal pairs of one head."""
+    queries, keys = call.q.shape[2], call.k.shape[2]
+    return queries * (keys - queries) + queries * (queries + 1) / 2
+
+
+def _scores(call: Call, scores: dict[str, float], batch: int | None = None) -> Work:
+    """Scores of one batch row in units, made dearer by processors that find no query tile to work on."""
+    batch = call.q.shape[0] if batch is None else batch
+    width = (call.q.shape[-1] + call.v.shape[-1]) / 2
+    unit = batch * (_AT_ZERO + _PER_WIDTH * width) * _idle(call) / _GIGA
+    return {"call": 1.0} | {kind: amount * unit for kind, amount in scores.items()}
+
+
+def _idle(call: Call) -> float:
+    """Processors of the GPU per program, at least 1."""
+    if not call.q.is_cuda:
+        return 1.0
+    processors = torch.cuda.get_device_properties(call.q.device).multi_processor_count
+    programs = call.q.shape[0] * call.q.shape[1] * -(-call.q.shape[2] // _QUERY_TILE)
+    return max(1.0, float(processors) / programs)
