@@ -50,6 +50,7 @@ def test_the_loss_falls_and_everything_is_logged_and_saved(text, tmp_path):
     assert 12 / 48 < row["selection/admitted"] < 1
     assert [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] == log
     assert (out / "model.safetensors").exists()
+    assert not (out / "training_args.bin").exists()
     loaded = tr.AutoModelForCausalLM.from_pretrained(out)
     assert loaded.model.layers[0].self_attn.A[0] != 0.1
     assert tr.AutoTokenizer.from_pretrained(out)("to the").input_ids == characters()("to the").input_ids
@@ -59,7 +60,14 @@ def test_a_resumed_run_ends_as_an_unbroken_one(text, tmp_path):
     whole = fresh()
     log = train(whole, characters(), text, tmp_path / "whole", settings(save_every=3))
     out = tmp_path / "broken"
-    (tmp_path / "whole" / "checkpoint-3").rename(out.mkdir() or out / "checkpoint-3")
+    out.mkdir()
+    for name in ("checkpoint-3", "run.json"):
+        (tmp_path / "whole" / name).rename(out / name)
+    for changes, word in (({"length": 40}, "length 40"), ({"steps": 7}, "steps 7")):
+        with pytest.raises(UserError, match=word):
+            train(fresh(), characters(), text, out, settings(save_every=3, **changes), resume=True)
+    with pytest.raises(UserError, match="keep_window_size 11"):
+        train(fresh(keep_window_size=11), characters(), text, out, settings(save_every=3), resume=True)
     resumed = fresh()
     again = train(resumed, characters(), text, out, settings(save_every=3), resume=True)
     for (name, expected), actual in zip(whole.named_parameters(), resumed.parameters(), strict=True):

@@ -15,6 +15,7 @@ from attnsieve.cli.measure import measure
 from attnsieve.cli.profile import profile
 from attnsieve.cli.run import run
 from attnsieve.cli.show import show
+from attnsieve.cli.train import train
 from attnsieve.errors import UserError
 
 USER_ERROR = 2
@@ -50,6 +51,7 @@ app.command("fit")(fit)
 app.command("show")(show)
 app.command("run")(run)
 app.command("eval")(evaluate)
+app.command("train")(train)
 app.command("demo")(demo)
 
 
@@ -68,5 +70,6 @@ def attnsieve_command(
     """Attention that computes only the entries that matter, chosen per layer and per head.
 
     Observe a frozen model (profile), choose a pattern per head (fit), run it sparse (run), measure what that costs (eval),
-    look at it (show). `attnsieve demo` does all of it on a small model.
+    look at it (show). `attnsieve demo` does all of it on a small model. `attnsieve train` trains models that are sparse by
+    design (DMA).
     """

@@ -63,6 +63,7 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 
 def load(model: str, device: str, dtype: str):  # type: ignore[no-untyped-def]  # transformers' classes would be imported here
     """The model and its tokenizer."""
+    import attnsieve.nn.modeling  # noqa: F401  # lets transformers know models trained here
     from attnsieve.hf.loading import load_model
 
     where = device_of(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,28 +34,30 @@ def run(
     dtype: options.Dtype = "auto",
     json: options.Json = False,
 ) -> None:
-    """Generate text with MODEL under a plan, greedily, and report what ran sparse.
+    """Generate text with MODEL under a plan, greedily, and report what ran sparse. Without one the model runs as it is.
 
     Example: attnsieve run smollm2-135m --plan plans/book --prompt-file question.txt --max-new-tokens 64
     """
     from attnsieve.hf import apply, fingerprint
 
     text = read_prompt(prompt, prompt_file)
-    wanted = options.read_plan(plan, pattern)
+    wanted = options.read_plan(plan, pattern) if plan or pattern else None
     network, tokenizer = options.load(model, device, dtype)
-    chosen = options.plan_for(wanted, fingerprint(network))
+    chosen = None if wanted is None else options.plan_for(wanted, fingerprint(network))
     ids = prompt_ids(tokenizer, text, chat)
     check_room(network, len(ids), max_new_tokens)
-    with apply(network, chosen, backend=backend, strict=strict) as handle:
+    with nullcontext() if chosen is None else apply(network, chosen, backend=backend, strict=strict) as handle:
         start = time.perf_counter()
         new = generate(network, tokenizer, ids, max_new_tokens, stream=not json)
         seconds = time.perf_counter() - start
-    report = handle.report()
+    report = None if handle is None else handle.report()
     if json:
         written = tokenizer.decode(new, skip_special_tokens=True)
         counts = {"prompt_tokens": len(ids), "new_tokens": len(new), "seconds": seconds}
-        output.result_json({"text": written, **counts, "report": report.to_json()})
-    output.note(f"{len(ids)} prompt tokens, {len(new)} new tokens, {seconds:.1f} s\n{report}")
+        output.result_json({"text": written, **counts, "report": report and report.to_json()})
+    output.note(
+        f"{len(ids)} prompt tokens, {len(new)} new tokens, {seconds:.1f} s\n{report or 'attention as the model has it'}"
+    )
 
 
 def read_prompt(prompt: str | None, path: str | None) -> str:

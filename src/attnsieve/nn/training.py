@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -69,11 +72,11 @@ def train(
 
     Returns the log: rows with step, loss, grad_norm, learning_rate and, for "dma" layers, the statistics of
     `selection_statistics` and the mean, least and largest A. Weights are safetensors. Checkpoints for `resume=True`, which
-    continues the newest one with the same settings and text, lie in `out`/checkpoint-STEP; their optimizer state is
-    read with weights_only. Text that runs out is read again.
+    continues the newest one, lie in `out`/checkpoint-STEP; their optimizer state is read with weights_only. run.json holds
+    the settings and the model's configuration. Text that runs out is read again.
 
-    Raises UserError for text shorter than a block, blocks longer than the model's positions, and a folder that already
-    holds a run (or none, to resume).
+    Raises UserError for text shorter than a block, blocks longer than the model's positions, a folder that already holds a
+    run (or none, to resume), and a resumed run whose settings or configuration differ.
     """
     most = getattr(model.config, "max_position_embeddings", settings.length)
     require(
@@ -84,6 +87,9 @@ def train(
     require(not resume or newest is not None, f"{str(out)!r} holds no checkpoint to resume from")
     require(resume or newest is None, f"{str(out)!r} already holds a run: resume it, or choose another folder")
     blocks = TokenBlocks(open_text(text), tokenizer, settings.length)
+    _same_run(out / "run.json", asdict(settings), model.config.to_diff_dict(), resume)
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     with SelectionMonitor(model) as monitor:
         trainer = _MonitoredTrainer(
             model,
@@ -93,12 +99,33 @@ def train(
             processing_class=tokenizer,
         )
         trainer.watch(monitor)
+        # Trainer's own callbacks print every logged row on stdout.
+        trainer.remove_callback(ProgressCallback if settings.progress else PrinterCallback)
+        if settings.progress:
+            trainer.add_callback(_Progress())
         trainer.train(resume_from_checkpoint=newest)
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
+        (out / "training_args.bin").unlink()  # a pickle that nobody needs
         rows = "".join(json.dumps(row) + "\n" for row in trainer.state.log_history)
         (out / "log.jsonl").write_text(rows, encoding="utf-8")
     return trainer.state.log_history
+
+
+def _same_run(path: Path, settings: dict[str, Any], model: dict[str, Any], resume: bool) -> None:
+    """Write down what a run is; raise UserError where a resumed one is another."""
+    now = json.loads(json.dumps(settings | {f"model.{name}": value for name, value in model.items()}))
+    for irrelevant in ("progress", "model.transformers_version"):
+        now.pop(irrelevant, None)
+    if not resume:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        return
+    require(path.exists(), f"{path} is missing: without it nobody knows whether this is the run to be resumed")
+    then = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name in {**then, **now} if now.get(name) != then.get(name)]
+    told = ", ".join(f"{name} {now.get(name)!r} (was {then.get(name)!r})" for name in changed)
+    require(not changed, f"cannot resume with {told}: use the first settings, or another folder")
 
 
 def _arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
@@ -115,7 +142,6 @@ def _arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
         adam_beta2=0.95,
         max_grad_norm=1.0,
         bf16=settings.precision == "bfloat16",
-        gradient_checkpointing=settings.checkpointing,
         logging_steps=settings.log_every,
         save_steps=settings.save_every,
         save_total_limit=2,
@@ -158,3 +184,21 @@ class _WatchLoggedSteps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.monitor.active = False
+
+
+class _Progress(TrainerCallback):
+    """A bar on stderr with the last loss."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        hidden = not state.is_world_process_zero
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=hidden)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
