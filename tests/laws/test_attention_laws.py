@@ -11,12 +11,22 @@ from attnsieve import Spans, attend, compile_layout
 from attnsieve.backends.call import Call
 from attnsieve.patterns import columns, dense, diagonals, empty, sink, window
 from attnsieve.testing import assert_within_budget, relative_error
+from tests.interpreter import needs_interpreter
 from tests.laws.samples import SAMPLES, dam, patterns
 
-BACKENDS = ["reference", "portable"]
+# Triton's own tests of exactness (tests/test_triton_*.py) are cheaper: it is interpreted here.
+IN_FLOAT64 = ["reference", "portable"]
+BACKENDS = [*IN_FLOAT64, pytest.param("triton", marks=needs_interpreter)]
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+# The widest type of each backend.
+WIDEST = {"reference": torch.float64, "portable": torch.float64, "triton": torch.float32}
 MIXED = [sink(2) | window(9), dam(20, (0, 7), (0, 1, 6)), diagonals(0, 40, 90), empty()]
-# Rounding of float64 sums in another order; inputs are of order one.
-CLOSE = 1e-13
+# What sums of some hundred terms of order one may differ by in another order, in roundings of their type.
+ROUNDINGS = 100
+
+
+def equal_but_for_rounding(value, expected):
+    return relative_error(value, expected) < ROUNDINGS * torch.finfo(value.dtype).eps
 
 
 def inputs(batch, heads, kv_heads, q_len, k_len, width=16, v_width=None, dtype=torch.float64):
@@ -41,7 +51,7 @@ def check(call, backend):
     assert_within_budget(out, lse, call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FLOAT64)
 @pytest.mark.parametrize("pattern", SAMPLES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_equals_the_oracle(pattern, dtype, backend):
@@ -50,7 +60,7 @@ def test_equals_the_oracle(pattern, dtype, backend):
     check(Call(q, k, v, layout, Spans.full(1, 261, 261), 24**-0.5), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FLOAT64)
 @given(data=st.data())
 def test_equals_the_oracle_for_any_shape(backend, data):
     kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 4, 7, 8]))
@@ -73,18 +83,18 @@ def test_equals_the_oracle_for_any_shape(backend, data):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decode_and_chunks_equal_prefill(backend):
     n = 170
-    q, k, v = inputs(2, 4, 2, n, n)
+    q, k, v = inputs(1, 4, 2, n, n, dtype=WIDEST[backend])
     layout = compile_layout(MIXED, 256)
     whole = attend(q, k, v, layout, backend=backend)
-    for cuts in ([0, 1, 2, 64, 130, 170], [0, 129, 170], list(range(150, 171))):
+    for cuts in ([0, 1, 64, 129, 170], list(range(167, 171))):
         parts = [attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b], layout, backend=backend) for a, b in pairwise(cuts)]
-        assert relative_error(torch.cat(parts, dim=2), whole[:, :, cuts[0] :]) < CLOSE
+        assert equal_but_for_rounding(torch.cat(parts, dim=2), whole[:, :, cuts[0] :])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_left_padding_only_shifts_positions(backend):
     n, pads = 150, torch.tensor([0, 37, 149, 150])
-    q, k, v = inputs(4, 4, 2, n, n)
+    q, k, v = inputs(4, 4, 2, n, n, dtype=WIDEST[backend])
     layout = compile_layout(MIXED, n)
     for b, pad in enumerate(pads.tolist()):
         for tensor in (q, k, v):
@@ -95,35 +105,35 @@ def test_left_padding_only_shifts_positions(backend):
         assert lse[b, :, :pad].isneginf().all()
         if pad < n:
             alone = attend(*(tensor[b : b + 1, :, pad:] for tensor in (q, k, v)), layout, backend=backend)
-            assert relative_error(out[b : b + 1, :, pad:], alone) < CLOSE
+            assert equal_but_for_rounding(out[b : b + 1, :, pad:], alone)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_documents_do_not_see_each_other(backend):
     lengths = [1, 140, 33, 7]
-    q, k, v = inputs(1, 4, 2, 181, 181)
+    q, k, v = inputs(1, 4, 2, 181, 181, dtype=WIDEST[backend])
     layout = compile_layout(MIXED, 181)
     packed = attend(q, k, v, layout, spans=Spans.packed(lengths), backend=backend)
     start = 0
     for n in lengths:
         alone = attend(*(tensor[:, :, start : start + n] for tensor in (q, k, v)), layout, backend=backend)
-        assert relative_error(packed[:, :, start : start + n], alone) < CLOSE
+        assert equal_but_for_rounding(packed[:, :, start : start + n], alone)
         start += n
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batch_order_does_not_matter(backend):
-    q, k, v = inputs(3, 4, 2, 60, 60)
+    q, k, v = inputs(3, 4, 2, 60, 60, dtype=WIDEST[backend])
     layout = compile_layout(MIXED, 60)
     order = torch.tensor([2, 0, 1])
     out = attend(q, k, v, layout, backend=backend)
-    assert relative_error(attend(q[order], k[order], v[order], layout, backend=backend), out[order]) < CLOSE
+    assert equal_but_for_rounding(attend(q[order], k[order], v[order], layout, backend=backend), out[order])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_after_t_never_change_outputs_up_to_t(backend):
     t, n = 77, 140
-    q, k, v = inputs(1, 4, 2, n, n)
+    q, k, v = inputs(1, 4, 2, n, n, dtype=WIDEST[backend])
     layout = compile_layout(MIXED, n)
     before = attend(q, k, v, layout, backend=backend)[:, :, : t + 1]
     for tensor in (q, k, v):
@@ -133,7 +143,7 @@ def test_tokens_after_t_never_change_outputs_up_to_t(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_without_keys_give_zero_and_minus_infinity(backend):
-    q, k, v = inputs(1, 2, 1, 20, 20)
+    q, k, v = inputs(1, 2, 1, 20, 20, dtype=WIDEST[backend])
     out, lse = attend(q, k, v, compile_layout([empty()], 20), backend=backend, return_lse=True)
     assert not out.any()
     assert lse.isneginf().all()
@@ -145,10 +155,10 @@ def test_rows_without_keys_give_zero_and_minus_infinity(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_grouped_heads_equal_repeated_keys(backend):
-    q, k, v = inputs(2, 6, 2, 90, 90)
+    q, k, v = inputs(2, 6, 2, 90, 90, dtype=WIDEST[backend])
     layout = compile_layout([window(5), dense(), columns(1, 60)] * 2, 90)
     repeated = attend(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), layout, backend=backend)
-    assert relative_error(attend(q, k, v, layout, backend=backend), repeated) < CLOSE
+    assert equal_but_for_rounding(attend(q, k, v, layout, backend=backend), repeated)
 
 
 @pytest.mark.parametrize("per_group", [False, True])
@@ -160,12 +170,12 @@ def test_gradients_equal_the_oracle(per_group):
     layout = compile_layout([diagonals(0, 30, 77) | sink(1), window(6)] if per_group else MIXED, n)
     spans = Spans.left_padded(torch.tensor([0, 45]), n, n)
     found = []
-    for backend in BACKENDS:
+    for backend in IN_FLOAT64:
         out, lse = attend(q, k, v, layout, spans=spans, key_bias=bias, backend=backend, return_lse=True)
         loss = out.sin().sum() + lse[lse.isfinite()].cos().sum()
         found.append(torch.autograd.grad(loss, tensors))
     for exact, gradient in zip(*found, strict=True):
-        assert relative_error(gradient, exact) < CLOSE
+        assert equal_but_for_rounding(gradient, exact)
 
 
 def test_gradcheck():

@@ -1,0 +1,50 @@
+"""Triton's interpreter runs the kernels where there is no GPU; importing this chooses it, before anything imports Triton."""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+
+def interpret_without_gpu() -> bool:
+    """Whether the kernels are interpreted: where torch sees no GPU, unless the environment says otherwise."""
+    if find_spec("triton") is None:
+        return False
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    mend()
+    return True
+
+
+def mend() -> None:
+    """Mend Triton 3.6's interpreter.
+
+    Loop bounds are arrays of one element, which NumPy 2.4 no longer takes for integers; products of bfloat16 multiply bits; and
+    the language is patched anew at every call of a function, which takes a third of the time: once is enough.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, dot, patched = interpreter._patch_lang, interpreter.InterpreterBuilder.create_dot, set()
+
+    def patch_once(fn):
+        names = frozenset(name for name, value in fn.__globals__.items() if value is tl or value is tl.core)
+        if names not in patched:
+            patch(fn)
+            tl.tensor.__index__ = lambda self: self.handle.data.item()
+            patched.add(names)
+        return interpreter._LangPatchScope()
+
+    def dot_of_floats(self, a, b, *rest):
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    interpreter._patch_lang = patch_once
+    interpreter.InterpreterBuilder.create_dot = dot_of_floats
+
+
+INTERPRETED = interpret_without_gpu()
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
