@@ -46,17 +46,17 @@ def attend(
     1 / sqrt(D). Returns out [B, Hq, Tq, Dv] in q's dtype and, with `return_lse`, the LSE [B, Hq, Tq] in float32 (float64
     for float64 inputs; -inf for rows that keep no key, whose output is 0). Differentiable in q, k, v and key_bias.
 
-    `backend` is "auto" (see `choose`) or a name in `BACKENDS`; a named backend that cannot serve raises UserError with the
+    `backend` is "auto" (see `choose_backend`) or a name in `BACKENDS`; a named backend that cannot serve raises UserError with the
     reason. Every backend computes exactly the kept pairs: "dense" serves layouts that keep all of them, no others.
     """
     spans = Spans.full(q.shape[0], q.shape[2], k.shape[2], q.device) if spans is None else spans
     call = Call(q, k, v, layout, spans, q.shape[-1] ** -0.5 if scale is None else scale, key_bias)
     _check(call)
-    out, lse = _module(choose(call) if backend == "auto" else _named(backend, call)).run(call)
+    out, lse = _module(choose_backend(call) if backend == "auto" else _named(backend, call)).run(call)
     return (out, lse) if return_lse else out
 
 
-def choose(call: Call) -> str:
+def choose_backend(call: Call) -> str:
     """The backend that "auto" takes: of those that can serve this call the one that `cost.predict` finds the fastest.
 
     On a device that nothing was measured on, the first that can serve of Triton, FA4, dense and portable on a GPU; portable
@@ -67,6 +67,13 @@ def choose(call: Call) -> str:
         return cost.cheapest(call, serving)
     serving = [name for name in _ON_GPU[:-1] if _module(name).why_not(call) is None]
     return cost.cheapest(call, serving) if serving else _ON_GPU[-1]
+
+
+def dense_is_faster(call: Call, backend: str) -> bool:
+    """Whether dense attention of this call's shape, which keeps more than the layout says, is predicted to take less time
+    than `backend`. False where either was not measured."""
+    predicted = cost.predict(call, (backend, cost.DENSE))
+    return len(predicted) == 2 and predicted[cost.DENSE] < predicted[backend]
 
 
 def _named(backend: str, call: Call) -> str:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnsieve.attention import BACKENDS, attend
+from attnsieve.attention import BACKENDS, attend, choose_backend, dense_is_faster
+from attnsieve.backends.call import Call
 from attnsieve.errors import UserError, require
 from attnsieve.hf.dense import own_attention, refuse_unservable, why_call_dense, why_layer_dense
 from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint
 from attnsieve.hf.interface import LayerCall, attach
 from attnsieve.hf.locate import Place, SpanMemo, locate
-from attnsieve.hf.report import BY_PLAN, LayerReport, Report
+from attnsieve.hf.report import BY_PLAN, FASTER, LayerReport, Report
 from attnsieve.layout import Layout
 from attnsieve.layout import compile as compile_layout
 from attnsieve.patterns import Pattern, dense
@@ -25,6 +26,8 @@ from attnsieve.plan import Plan
 from attnsieve.selection import choose
 
 LEAST_CAPACITY = 256
+# `auto`, and the model's own dense attention for calls that it serves faster.
+FASTEST = "fastest"
 
 logger = logging.getLogger("attnsieve")
 
@@ -33,13 +36,20 @@ def apply(model: PreTrainedModel, plan: Plan, *, backend: str = "auto", strict: 
     """Run `model` with the attention of `plan` until the returned handle is removed or its `with` block ends.
 
     Layers that cannot follow the plan (sliding windows that bind, softcap, sinks, dropout, masks of the caller's own) keep
-    the model's own attention; the handle's report names them, and with `strict` they raise UserError. `backend` as in
-    `attnsieve.attend`.
+    the model's own attention; the handle's report names them, and with `strict` they raise UserError.
+
+    `backend` as in `attnsieve.attend`, always exactly the plan's pairs; or "fastest": as "auto", but prompts and chunks that
+    the plan's fixed patterns would make slower than dense attention, by measured costs, run dense. Their results then depend
+    on the length and on the machine, so measure a plan's accuracy with "auto". The report counts these calls by name.
 
     Raises UserError for a plan made for another model, a model without the attention interface, a model that has a handle
     already, and an unknown backend.
     """
-    require(backend in ("auto", *BACKENDS), f"unknown backend {backend!r}; choose from auto, {', '.join(BACKENDS)}")
+    known = ("auto", *BACKENDS, FASTEST)
+    require(backend in known, f"unknown backend {backend!r}; choose from {', '.join(known)}")
+    require(
+        not (strict and backend == FASTEST), 'strict forbids dense attention, which backend "fastest" may choose: use "auto"'
+    )
     plan.check(fingerprint(model))
     if strict:
         _refuse_dense_layers(attention_layers(model), plan)
@@ -130,8 +140,7 @@ class SparseLayer:
         if isinstance(place, str):
             self._stay_dense(place)
             return own_attention(call)
-        self.calls.sparse[place.phase] += 1
-        return self._sparse(call, place)
+        return self._follow_plan(call, place)
 
     def _stay_dense(self, reason: str) -> None:
         index = self._layer.index
@@ -140,15 +149,28 @@ class SparseLayer:
             logger.warning("layer %d stays dense although the plan is sparse there (%s)", index, reason)
         self.calls.dense[reason] += 1
 
-    def _sparse(self, call: LayerCall, place: Place) -> Tensor:
+    def _follow_plan(self, call: LayerCall, place: Place) -> Tensor:
         query, key, value = _autocast(call.query, call.key[:, :, : place.k_slots], call.value[:, :, : place.k_slots])
         if self._dynamic:
             layout = choose(self._row, query, key, spans=place.spans, scale=call.scaling)
         else:
             layout = self._layouts.get(_per_kv_head(self._row, key.shape[1]), place.k_slots, query.device)
-        out = attend(query, key, value, layout, spans=place.spans, scale=call.scaling, backend=self._backend)
+        scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        request = Call(query, key, value, layout, place.spans, scale)
+        backend = choose_backend(request) if self._backend in ("auto", FASTEST) else self._backend
+        if self._backend == FASTEST and self._may_run_dense(call) and dense_is_faster(request, backend):
+            self.calls.dense[FASTER] += 1
+            return own_attention(call)
+        self.calls.sparse[place.phase] += 1
+        self.calls.backends[backend] += 1
+        out = attend(query, key, value, layout, spans=place.spans, scale=scale, backend=backend)
         assert isinstance(out, Tensor)
         return out.transpose(1, 2).contiguous()
+
+    def _may_run_dense(self, call: LayerCall) -> bool:
+        """Whether costs decide: dense decode steps would need keys that the plan lets caches drop, masks slow dense kernels
+        down by an unknown factor, and of masks chosen from the input the choice has been paid for."""
+        return not self._dynamic and call.mask is None and call.query.shape[2] > 1
 
 
 def _per_kv_head(row: tuple[Pattern, ...], kv_heads: int) -> tuple[Pattern, ...]:

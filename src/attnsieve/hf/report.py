@@ -8,16 +8,19 @@ from typing import Any
 
 PHASES = ("prefill", "chunk", "decode")
 BY_PLAN = "by plan: every head of the layer is dense()"
+FASTER = 'faster dense: backend "fastest" expects dense attention to take less time than the plan at this length'
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Attention calls of one layer. sparse: by phase (prefill, chunk, decode); dense: by reason."""
+    """Attention calls of one layer. sparse: by phase (prefill, chunk, decode); dense: by reason; backends: who computed the
+    sparse ones."""
 
     layer: int
     sparse_heads: int
     sparse: Counter[str] = field(default_factory=Counter)
     dense: Counter[str] = field(default_factory=Counter)
+    backends: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Report:
                 "sparse_heads": layer.sparse_heads,
                 "sparse": dict(layer.sparse),
                 "dense": dict(layer.dense),
+                "backends": dict(layer.backends),
             }
             for layer in self.layers
         ]
@@ -53,7 +57,9 @@ class Report:
     def __str__(self) -> str:
         phases: Counter[str] = sum((layer.sparse for layer in self.layers), Counter())
         ran = ", ".join(f"{phases[phase]} {phase}" for phase in PHASES if phases[phase]) or "none"
-        lines = [f"attention calls that ran sparse: {ran}"]
+        backends: Counter[str] = sum((layer.backends for layer in self.layers), Counter())
+        by = f" (by {', '.join(f'{name} {count}' for name, count in backends.most_common())})" if backends else ""
+        lines = [f"attention calls that ran sparse: {ran}{by}"]
         dense: dict[str, list[int]] = {}
         for layer in self.layers:
             for reason in layer.dense:
