@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -102,6 +103,7 @@ def test_memory_does_not_grow():
     for t in range(100, 200):
         text.piece(cache, t, t + 1)
     assert cache.seen == 200
+    assert cache.nbytes == sum(2 * 2 * 15 * size for size in (WIDTH * 8, WIDTH * 8, 8, 8))
     assert [tensor.shape for tensor in cache.slots.tensors()] == shapes
     assert len(cache.slots) == 15
 
@@ -118,6 +120,61 @@ def test_copies_branch_and_reorder_moves_rows():
     moved.q, moved.k, moved.v = text.q[rows], text.k[rows], text.v[rows]
     close(moved.piece(cache, 20, 21), moved.full(rule)[:, :, 20:21])
     close(text.piece(branch, 20, 21), text.full(rule)[:, :, 20:21])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(RULES),
+    st.lists(st.tuples(st.integers(1, 9), st.booleans(), st.integers(0, 20)), min_size=1, max_size=12),
+    st.lists(st.integers(0, 3), min_size=2, max_size=2),
+    st.integers(0, 12),
+    st.integers(0, 1000),
+)
+def test_tokens_taken_back_leave_no_trace(rule, moves, pads, start, seed):
+    """Chunks and steps, and tokens taken back in between; then the text to its end."""
+    text, cache, at, recorded = Text(50, seed=seed, ties=True), BoundedCache(rule), 0, 0
+    real = torch.arange(50) >= torch.tensor(pads)[:, None]
+    expected = text.full(rule, spans=Spans.left_padded(torch.tensor(pads), 50, 50))
+    if start:
+        at = 3 + start
+        close(text.piece(cache, 0, at, real), expected[:, :, :at])
+    cache.record()
+    for size, steps, back in moves:
+        last = min(50, max(4, at + size))
+        cuts = range(at, last + 1) if steps and at else (at, last)
+        for first, following in itertools.pairwise(cuts):
+            close(text.piece(cache, first, following, real), expected[:, :, first:following])
+        recorded += last - at
+        back = min(back, recorded if start else max(0, min(recorded, last - 4)))
+        cache.take_back(back)
+        at, recorded = last - back, 0
+        assert cache.seen == at
+    if at < 50:
+        close(text.piece(cache, at, 50, real), expected[:, :, at:])
+
+
+def test_recording_follows_reordered_rows_and_has_limits():
+    text, rule = Text(30, batch=3), SelectionRule(4, window=2, sinks=1)
+    cache = BoundedCache(rule)
+    text.decode(cache, [20])
+    plain = cache.nbytes
+    with pytest.raises(UserError, match=r"record\(\)"):
+        cache.take_back(1)
+    cache.record()
+    text.decode(copy.deepcopy(cache), [20])
+    for t in range(20, 26):
+        text.piece(cache, t, t + 1)
+    assert cache.nbytes > 2 * plain
+    rows = torch.tensor([2, 0, 2])
+    cache.reorder(rows)
+    cache.take_back(4)
+    with pytest.raises(UserError, match="the 0 tokens"):
+        cache.take_back(1)
+    moved = copy.copy(text)
+    moved.q, moved.k, moved.v = text.q[rows], text.k[rows], text.v[rows]
+    close(moved.piece(cache, 22, 30), moved.full(rule)[:, :, 22:])
+    cache.stop_recording()
+    assert cache.nbytes == plain
 
 
 def test_reset_starts_anew():

@@ -96,6 +96,8 @@ def test_generation_with_the_bounded_cache_equals_no_cache_and_a_full_cache(opti
     request["return_dict_in_generate"] = True
     bounded = model.generate(ids, **request)
     assert isinstance(bounded.past_key_values, DmaCache)
+    longer = model.generate(ids, **{**request, "max_new_tokens": 60})
+    assert bounded.past_key_values.nbytes == longer.past_key_values.nbytes > 0
     for other in ({"use_cache": False}, {"past_key_values": tr.DynamicCache()}):
         expected = model.generate(ids, **request, **other)
         assert torch.equal(bounded.sequences, expected.sequences)
@@ -107,6 +109,29 @@ def test_beams_equal_beams_without_cache():
     request = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False, "num_return_sequences": 2}
     expected = model.generate(distinct_tokens(2, 11), use_cache=False, **request)
     assert torch.equal(model.generate(distinct_tokens(2, 11), **request), expected)
+
+
+@pytest.mark.parametrize("helper", ["prompt", "dma", "llama"])
+def test_assisted_decoding_equals_plain_decoding(helper):
+    """Drafts that are not accepted are taken back, by the model and by a DMA model that drafts."""
+    model, ids = dma(torch.float64, window=2), distinct_tokens(1, 20)
+    model.generation_config.pad_token_id = 0
+    ids = torch.cat([ids, ids[:, :7]], dim=1)
+    plain = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(ids, **plain)
+    if helper == "prompt":
+        asked = {"prompt_lookup_num_tokens": 4}
+    elif helper == "llama":
+        llama = tr.LlamaForCausalLM(tr.LlamaConfig(**SIZES)).eval().double()
+        asked = {"assistant_model": llama}
+    else:
+        drafter = dma(torch.float64, keep_window_size=5)
+        drafter.load_state_dict({name: 1.05 * value for name, value in model.state_dict().items()})
+        asked = {"assistant_model": drafter}
+    out = model.generate(ids, **plain, **asked)
+    assert isinstance(out.past_key_values, DmaCache)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=1e-4, rtol=1e-4)
 
 
 def test_chunked_prefill_and_a_continued_cache_equal_one_pass():
@@ -185,7 +210,7 @@ def test_what_cannot_be_honoured_is_refused():
         model.set_attn_implementation("sdpa")
     cache = DmaCache(model.config)
     model(ids, past_key_values=cache)
-    with pytest.raises(UserError, match="take tokens back"):
+    with pytest.raises(UserError, match="activate_past_recording"):
         cache.crop(-1)
     model.config.keep_window_size = 9
     with pytest.raises(UserError, match="keep_window_size=8"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -23,8 +25,8 @@ class BoundedCache:
     Exact because a key's score depends on its own token only and is never revised, so the order is strict and a key that
     has lost never returns. Hence the conditions, checked where that costs nothing: the rule, the batch size and the
     parameters behind the scores stay as they were (`parameters` of `attend`: in-place changes are noticed); scores are
-    stored, not recomputed; the tokens of a row come in order, none is taken back (copy the cache to branch). Remembered
-    keys carry no gradient.
+    stored, not recomputed; the tokens of a row come in order. A key that has lost is gone, so tokens can be taken back only
+    while the cache is recording (see `record`); copy the cache to branch. Remembered keys carry no gradient.
     """
 
     def __init__(self, rule: SelectionRule) -> None:
@@ -33,6 +35,8 @@ class BoundedCache:
         self.slots: Slots | None = None
         self.length: Tensor | None = None  # int64 [B, 1], positions so far
         self._versions: tuple[int, ...] | None = None
+        self._mark: BoundedCache | None = None  # a copy to go back to, and the tokens given since
+        self._since: Slots | None = None
 
     def attend(
         self,
@@ -58,25 +62,79 @@ class BoundedCache:
             self.length = torch.zeros(len(q), 1, dtype=torch.int64, device=q.device)
         if self.slots is not None and q.shape[2] == 1:
             new = Slots(k, v, bias, strict_key(sigma, self.length[:, None])).map(torch.Tensor.detach)
+            self._record(new)
             out = self._step(q, new, scale)
         else:
             count = torch.ones_like(q[:, 0, :, 0], dtype=torch.int64) if real is None else real.long()
             position = torch.where(count > 0, self.length + count.cumsum(1) - 1, -1)
             new = Slots.scored(k, v, bias, sigma, position)
-            out = self._chunk(q, new, self.length + count.sum(1, keepdim=True), scale, backend)
+            self._record(new.map(torch.Tensor.detach))
+            out = self._chunk(q, new, scale, backend)
             out = out if real is None else out.masked_fill(~real[:, None, :, None], 0.0)
         self.seen += q.shape[2]
         return out
 
     def reorder(self, rows: Tensor) -> None:
         """Keep the batch rows `rows` int64, in that order: beams, repeats, finished rows."""
+        move = lambda tensor: tensor.index_select(0, rows.to(tensor.device))  # noqa: E731
         if self.slots is not None and self.length is not None:
-            self.slots = self.slots.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
-            self.length = self.length.index_select(0, rows.to(self.length.device))
+            self.slots, self.length = self.slots.map(move), move(self.length)
+        if self._mark is not None:
+            self._mark.reorder(rows)
+        if self._since is not None:
+            self._since = self._since.map(move)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything; stop recording."""
         self.seen, self.slots, self.length, self._versions = 0, None, None, None
+        self.stop_recording()
+
+    def record(self) -> None:
+        """From here on `take_back` works. Costs a second set of slots, and memory for every token until `take_back`."""
+        mark = copy.copy(self)
+        mark.slots = None if self.slots is None else self.slots.map(torch.Tensor.clone)  # steps write in place
+        mark._mark = mark._since = None
+        self._mark, self._since = mark, None
+
+    @property
+    def recording(self) -> bool:
+        """Whether tokens that come now can be taken back."""
+        return self._mark is not None
+
+    def stop_recording(self) -> None:
+        """Free what `take_back` needs."""
+        self._mark, self._since = None, None
+
+    def take_back(self, tokens: int) -> None:
+        """Undo the last `tokens` tokens, exactly; what came before can no longer be taken back.
+
+        Raises UserError unless that many came since `record` or the last `take_back`.
+        """
+        since = 0 if self._since is None else len(self._since)
+        require(
+            self._mark is not None and 0 <= tokens <= since,
+            f"a bounded cache can take back the {since} tokens it has recorded, not {tokens}: call record() before they come "
+            "(DmaCache: activate_past_recording()), or decode with a DynamicCache",
+        )
+        if tokens and self._mark is not None and self._since is not None and self.length is not None:
+            kept, mark = self._since.part(0, since - tokens), self._mark
+            self.slots, self.seen = mark.slots, mark.seen + len(kept)
+            self.length = torch.zeros_like(self.length) if mark.length is None else mark.length
+            if len(kept):
+                text = self._text(kept)
+                self._remember(text, _compete(text, self.rule)[0].view_as(text.order), kept)
+        self.record()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of everything remembered, in bytes; while nothing is recorded it does not grow."""
+        slots = [part for part in (self.slots, self._since) if part is not None]
+        mark = 0 if self._mark is None else self._mark.nbytes
+        return mark + sum(tensor.nbytes for part in slots for tensor in part.tensors())
+
+    def _record(self, new: Slots) -> None:
+        if self._mark is not None:
+            self._since = new if self._since is None else self._since.join(new)
 
     def _step(self, q: Tensor, new: Slots, scale: float | None) -> Tensor:
         rule, slots, spare = self.rule, self.slots, self.rule.slots
@@ -100,7 +158,7 @@ class BoundedCache:
         assert self.slots is not None
         assert self.length is not None
         rule = self.rule
-        once = self.slots.order != EMPTY
+        once = self.slots.filled
         once[..., rule.slots] = False
         if rule.sinks or rule.union:
             position, winners, others = self.slots.position, rule.keep_window_size, rule.slots - rule.sinks
@@ -109,17 +167,15 @@ class BoundedCache:
                 once[..., :winners] &= position[..., :winners] < self.length[:, None] - rule.window
         return once
 
-    def _chunk(self, q: Tensor, new: Slots, length: Tensor, scale: float | None, backend: str) -> Tensor:
+    def _chunk(self, q: Tensor, new: Slots, scale: float | None, backend: str) -> Tensor:
         """Old and new keys in order of position are a short text whose last rows are the new ones."""
         text = self._text(new)
-        filled = text.order != EMPTY
-        segments = Segments.of_inputs(filled.flatten(0, 1), None)  # one document per row and head, behind empty slots
-        competition = competition_ends(text.sigma.flatten(0, 1)[:, None], self.rule.keep_window_size, segments)
-        layout = Layout(len(text), self.rule.widen(competition, segments).view_as(filled), most_keys=self.rule.slots)
+        competition, segments = _compete(text, self.rule)
+        end = self.rule.widen(competition, segments).view_as(text.order)
+        layout = Layout(len(text), end, most_keys=self.rule.slots)
         out = attend(q, text.key, text.value, layout, scale=scale, key_bias=text.bias, backend=backend)
         assert isinstance(out, Tensor)
-        self.length = length
-        self._remember(text.map(torch.Tensor.detach), competition.view_as(filled))
+        self._remember(text.map(torch.Tensor.detach), competition.view_as(text.order), new)
         return out
 
     def _text(self, new: Slots) -> Slots:
@@ -130,8 +186,8 @@ class BoundedCache:
             new = old.join(new)
         return new.take(new.position.argsort(dim=-1, stable=True))
 
-    def _remember(self, text: Slots, competition: Tensor) -> None:
-        """Refill the slots from a text whose last position is the newest."""
+    def _remember(self, text: Slots, competition: Tensor, new: Slots) -> None:
+        """Refill the slots from a text that ends with the new tokens."""
         assert self.length is not None
         rule, n, position = self.rule, len(text), text.position
         slots, spare = text.empty(rule.slots + 1), rule.slots
@@ -147,6 +203,7 @@ class BoundedCache:
             first = (position >= 0) & (position < rule.sinks)
             slots.put(torch.where(first, spare - rule.sinks + position, spare), text)
         self.slots = slots
+        self.length = self.length + new.filled[:, 0].sum(-1, keepdim=True)
 
     def _check(self, q: Tensor, k: Tensor, real: Tensor | None, parameters: tuple[Tensor, ...]) -> None:
         if self.length is not None:
@@ -169,6 +226,12 @@ class BoundedCache:
                 "A or dt_proj changed while decoding: stored scores belong to the old values, start with a new cache",
             )
             self._versions = versions
+
+
+def _compete(text: Slots, rule: SelectionRule) -> tuple[Tensor, Segments]:
+    """Ends of the competition [B * H, 1, N], and the document that each row and head is, behind its empty slots."""
+    segments = Segments.of_inputs(text.filled.flatten(0, 1), None)
+    return competition_ends(text.sigma.flatten(0, 1)[:, None], rule.keep_window_size, segments), segments
 
 
 def _attend_to_all(q: Tensor, slots: Slots, filled: Tensor, scale: float | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from attnsieve.errors import UserError
+from attnsieve.errors import UserError, require
 from attnsieve.nn.cache import BoundedCache
 from attnsieve.nn.configuration import DmaConfig
 from attnsieve.nn.selection import SelectionRule
@@ -53,10 +53,29 @@ class BoundedLayer(CacheLayerMixin):
             rows = torch.arange(len(self.bounded.length), device=self.bounded.length.device)
             self.bounded.reorder(rows.repeat_interleave(repeats))
 
+    def activate_past_recording(self) -> None:
+        """What transformers calls before it decodes with an assistant: from here on `crop` works."""
+        self.bounded.record()
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Raises UserError unless nothing is to be removed: keys that lost their slot are gone."""
-        if tokens_to_remove != 0:
-            raise UserError("a DmaCache cannot take tokens back (assisted decoding, cropping): pass a DynamicCache instead")
+        """Take back the last -tokens_to_remove tokens, exactly; what came before can no longer be taken back.
+
+        Raises UserError for tokens that were not recorded: keys that lost their slot are gone.
+        """
+        require(
+            tokens_to_remove <= 0, f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}"
+        )
+        if tokens_to_remove or self.record_past:
+            self.bounded.take_back(-tokens_to_remove)
+
+    @property
+    def record_past(self) -> bool:
+        """Whether `crop` can take tokens back; transformers sets it to False when that is no longer needed."""
+        return self.bounded.recording
+
+    @record_past.setter
+    def record_past(self, wanted: bool) -> None:
+        self.bounded.record() if wanted else self.bounded.stop_recording()
 
 
 class DmaCache(Cache):
@@ -67,3 +86,8 @@ class DmaCache(Cache):
 
     def __init__(self, config: DmaConfig) -> None:
         super().__init__(layers=[BoundedLayer(config.rule) for _ in range(config.num_hidden_layers)])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all layers in bytes: the same after every step, however long the text."""
+        return sum(layer.bounded.nbytes for layer in self.layers if isinstance(layer, BoundedLayer))

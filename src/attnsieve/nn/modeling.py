@@ -179,7 +179,9 @@ class DmaForCausalLM(DmaPreTrainedModel, GenerationMixin):
         """generate()'s own cache, where the user asked for none in particular, is the bounded one."""
         asked = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
         if not asked and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = new_cache(self.config)
+            cache = model_kwargs["past_key_values"] = new_cache(self.config)
+            if getattr(generation_config, "is_assistant", False):  # its drafts are taken back where they are not accepted
+                cache.activate_past_recording()
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )

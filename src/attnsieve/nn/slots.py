@@ -42,9 +42,14 @@ class Slots:
         return self.order.shape[-1]
 
     @property
+    def filled(self) -> Tensor:
+        """bool [B, H, N]."""
+        return self.order != EMPTY
+
+    @property
     def position(self) -> Tensor:
         """int64 [B, H, N]; -1 in an empty slot."""
-        return torch.where(self.order == EMPTY, -1, self.order & _POSITION)
+        return torch.where(self.filled, self.order & _POSITION, -1)
 
     @property
     def sigma(self) -> Tensor:
