@@ -1,10 +1,22 @@
 """The transformers adapter: load a model, profile it, measure candidates on it, apply a plan to it."""
 
 from attnsieve.hf.adapter import Handle, apply
+from attnsieve.hf.cache import SparseCache
 from attnsieve.hf.capture import profile
 from attnsieve.hf.geometry import fingerprint
 from attnsieve.hf.loading import load_model
 from attnsieve.hf.measure import measure
-from attnsieve.hf.report import LayerReport, Report
+from attnsieve.hf.report import CacheReport, LayerReport, Report
 
-__all__ = ["Handle", "LayerReport", "Report", "apply", "fingerprint", "load_model", "measure", "profile"]
+__all__ = [
+    "CacheReport",
+    "Handle",
+    "LayerReport",
+    "Report",
+    "SparseCache",
+    "apply",
+    "fingerprint",
+    "load_model",
+    "measure",
+    "profile",
+]

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnsieve.attention import BACKENDS, attend, choose_backend, dense_is_faster
 from attnsieve.backends.call import Call
 from attnsieve.errors import UserError, require
+from attnsieve.hf.cache import SparseCache
 from attnsieve.hf.dense import own_attention, refuse_unservable, why_call_dense, why_layer_dense
-from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint
+from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, attach
 from attnsieve.hf.locate import Place, SpanMemo, locate
+from attnsieve.hf.ragged import RaggedLayer, Seat
 from attnsieve.hf.report import BY_PLAN, FASTER, LayerReport, Report
 from attnsieve.layout import Layout
 from attnsieve.layout import compile as compile_layout
@@ -61,7 +64,7 @@ def apply(model: PreTrainedModel, plan: Plan, *, backend: str = "auto", strict: 
         return layers[-1]
 
     detach = attach(model, make)
-    return Handle(detach, layers)
+    return Handle(detach, layers, text_config(model))
 
 
 def _refuse_dense_layers(layers: list[AttentionLayer], plan: Plan) -> None:
@@ -78,15 +81,26 @@ def _sparse_heads(row: tuple[Pattern, ...]) -> int:
 class Handle:
     """An applied plan. A context manager; removing it restores the model bit for bit."""
 
-    def __init__(self, detach: Callable[[], None], layers: list[SparseLayer]) -> None:
+    def __init__(self, detach: Callable[[], None], layers: list[SparseLayer], config: PreTrainedConfig) -> None:
         self._detach: Callable[[], None] | None = detach
-        self._layers = layers
+        self._layers, self._config = layers, config
 
     def remove(self) -> None:
         """Restore the model's own attention. Does nothing the second time."""
         if self._detach is not None:
             self._detach()
             self._detach = None
+            for layer in self._layers:
+                layer.seat.active = False
+
+    def cache(self, max_length: int) -> SparseCache:
+        """An empty cache for `past_key_values` that stores only keys which later rows read under this plan, for up to
+        `max_length` tokens, padding included. One for every batch; it is refused once the handle is removed.
+
+        Raises UserError if no layer of the plan can drop keys, with the reasons.
+        """
+        require(self._detach is not None, "the handle was removed: apply the plan again to make a cache")
+        return SparseCache(self._config, [layer.seat for layer in self._layers], max_length)
 
     def report(self) -> Report:
         """Calls so far: what ran sparse, what stayed dense, and why."""
@@ -130,9 +144,13 @@ class SparseLayer:
         self._dynamic = any(pattern.dynamic for pattern in row)
         self._layer, self._row, self._never = layer, row, why_layer_dense(layer)
         self._layouts, self._memo, self._backend, self._strict = layouts, memo, backend, strict
+        self.seat = Seat(layer.index, row, self._never or (None if self.calls.sparse_heads else BY_PLAN))
 
     def __call__(self, call: LayerCall) -> Tensor:
+        remembered = self.seat.take()
         refuse_unservable(call, len(self._row))
+        if remembered is not None:
+            return self._remembered(call, remembered)
         if not self.calls.sparse_heads:
             self.calls.dense[BY_PLAN] += 1
             return own_attention(call)
@@ -148,6 +166,25 @@ class SparseLayer:
         if reason not in self.calls.dense:
             logger.warning("layer %d stays dense although the plan is sparse there (%s)", index, reason)
         self.calls.dense[reason] += 1
+
+    def _remembered(self, call: LayerCall, layer: RaggedLayer) -> Tensor:
+        """A call whose past keys are in a `SparseCache`."""
+        call = replace(call, past=layer.seen - call.key.shape[2])
+        place = why_call_dense(self._layer, call) or locate(self._layer.index, call, self._memo)
+        if isinstance(place, str):
+            raise UserError(f"layer {self._layer.index} must stay dense here ({place}), which a SparseCache does not serve")
+        require(
+            place.k_slots == call.k_slots, "a SparseCache needs the mask that transformers makes for later chunks of a text"
+        )
+        batch, found = len(call.query), place
+        start = [0] * batch if call.mask is None else self._memo.starts(found.spans, batch, found.k_slots)
+        query, key, value = _autocast(call.query, call.key, call.value)
+        scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        if layer.steps(query, start, self._backend):
+            self.calls.sparse[found.phase] += 1
+            self.calls.backends["ragged"] += 1
+            return layer.step(query, key, value, scale, "auto" if self._backend == FASTEST else self._backend)
+        return layer.attend(key, value, start, lambda k, v: self._follow_plan(replace(call, key=k, value=v, past=0), found))
 
     def _follow_plan(self, call: LayerCall, place: Place) -> Tensor:
         query, key, value = _autocast(call.query, call.key[:, :, : place.k_slots], call.value[:, :, : place.k_slots])

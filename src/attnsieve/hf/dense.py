@@ -85,8 +85,8 @@ def why_call_dense(layer: AttentionLayer, call: LayerCall) -> str | None:
         return "dropout: attention dropout is on; set attention_dropout to 0 or use model.eval()"
     # From the window on, caches drop keys, and key slots are no longer positions.
     require(
-        window is None or _why_window_dense(layer, window) is not None or call.key.shape[2] < window,
-        f"the text or its cache has {call.key.shape[2]} tokens, beyond the model's context of {layer.context} and its sliding "
+        window is None or _why_window_dense(layer, window) is not None or call.k_slots < window,
+        f"the text or its cache has {call.k_slots} tokens, beyond the model's context of {layer.context} and its sliding "
         f"window of {window}: use a shorter one",
     )
     return _why_window_dense(layer, window)

@@ -23,7 +23,8 @@ class LayerCall:
     """One call of the attention interface, by transformers' names.
 
     query [B, Hq, Tq, D]; key [B, Hkv, Tk, D]; value [B, Hkv, Tk, Dv], after RoPE and after the cache; mask as the mask
-    function or the caller made it, or None; options: every further keyword argument.
+    function or the caller made it, or None; options: every further keyword argument; past: key slots before those of `key`,
+    whose keys the cache keeps to itself.
     """
 
     module: nn.Module
@@ -34,6 +35,12 @@ class LayerCall:
     scaling: float | None
     dropout: float
     options: dict[str, Any]
+    past: int = 0
+
+    @property
+    def k_slots(self) -> int:
+        """Key slots that the mask speaks of."""
+        return self.past + self.key.shape[2]
 
 
 # What a layer does with its calls: returns the output [B, Tq, Hq, Dv], contiguous.

@@ -29,6 +29,7 @@ class SpanMemo:
 
     def __init__(self) -> None:
         self._layer = -1
+        self._starts: tuple[weakref.ref[Spans], list[int]] | None = None
         self._known: dict[Hashable, tuple[weakref.ref[Tensor] | None, Spans | str]] = {}
 
     def get(self, layer: int, mask: Tensor | None, key: Hashable, read: Callable[[], Spans | str]) -> Spans | str:
@@ -43,6 +44,16 @@ class SpanMemo:
             self._known[id(mask), key] = known
         return known[1]
 
+    def starts(self, spans: Spans, batch: int, k_slots: int) -> list[int]:
+        """Per batch row the slot of its sequence's first token, `k_slots` where all is padding. Reads the device, once for all
+        layers of a pass.
+
+        Raises UserError unless every row is one sequence that ends in the last slot.
+        """
+        if self._starts is None or self._starts[0]() is not spans:
+            self._starts = (weakref.ref(spans), _starts(spans, batch, k_slots))
+        return self._starts[1]
+
 
 def locate(layer: int, call: LayerCall, memo: SpanMemo) -> Place | str:
     """The place of a call, or the reason why its mask cannot be expressed as sequences.
@@ -51,7 +62,7 @@ def locate(layer: int, call: LayerCall, memo: SpanMemo) -> Place | str:
     that the mask does not separate.
     """
     batch, _, q_slots, _ = call.query.shape
-    k_slots, device = call.key.shape[2], call.query.device
+    k_slots, device = call.k_slots, call.query.device
     mask = call.mask
     if mask is None:
         if q_slots > k_slots:
@@ -66,6 +77,17 @@ def locate(layer: int, call: LayerCall, memo: SpanMemo) -> Place | str:
         given = mask
         spans = memo.get(layer, mask, None, lambda: spans_of_mask(given))
     return spans if isinstance(spans, str) else Place(spans, used, _phase(q_slots, mask))
+
+
+def _starts(spans: Spans, batch: int, k_slots: int) -> list[int]:
+    rows = spans.rows()
+    alone = len({row[0] for row in rows}) == len(rows)
+    require(
+        alone and all(k_start + k_len == k_slots for _, _, _, k_start, k_len in rows),
+        "a SparseCache needs one sequence per batch row, padded on the left",
+    )
+    found = {b: k_start for b, _, _, k_start, _ in rows}
+    return [found.get(b, k_slots) for b in range(batch)]
 
 
 def _phase(q_slots: int, mask: Tensor | None) -> str:

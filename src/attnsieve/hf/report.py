@@ -1,4 +1,4 @@
-"""Report: what ran sparse, what stayed dense, and why."""
+"""Reports: what ran sparse, what stayed dense, and why; what a cache stores."""
 
 from __future__ import annotations
 
@@ -65,3 +65,41 @@ class Report:
             for reason in layer.dense:
                 dense.setdefault(reason, []).append(layer.layer)
         return "\n".join(lines + [f"dense in layers {layers}: {reason}" for reason, layers in dense.items()])
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """What one layer stores. share: of a dense cache for max_length tokens, when full. whole: why it keeps all keys, or None."""
+
+    layer: int
+    share: float
+    nbytes: int
+    whole: str | None
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """Memory of a `SparseCache`. index_bytes: vectors shared by the layers that say where keys lie."""
+
+    layers: tuple[LayerMemory, ...]
+    index_bytes: int
+    max_length: int
+
+    @property
+    def share(self) -> float:
+        """Keys that the layers store when full, over those of a dense cache for as many tokens."""
+        return sum(layer.share for layer in self.layers) / len(self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        return self.index_bytes + sum(layer.nbytes for layer in self.layers)
+
+    def __str__(self) -> str:
+        lines = [
+            f"cache for {self.max_length} tokens: {self.share:.1%} of a dense one, now {self.nbytes / 2**20:.1f} MiB "
+            f"({self.index_bytes / 2**20:.1f} MiB of it say where keys lie)"
+        ]
+        for layer in self.layers:
+            kept = f"all keys ({layer.whole})" if layer.whole else f"{layer.share:.1%} of the keys"
+            lines.append(f"layer {layer.layer}: {kept}, {layer.nbytes / 2**20:.1f} MiB")
+        return "\n".join(lines)

@@ -17,20 +17,28 @@ _SMALLEST_BLOCK = 16
 
 def why_not(call: Call) -> str | None:
     """The reason why this backend cannot serve `call`, or None."""
-    if find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
-    if not call.q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"Triton kernels need a CUDA device, the tensors are on {call.q.device}"
-    if call.q.dtype not in _DTYPES:
-        return f"Triton kernels take float16, bfloat16 and float32, got {call.q.dtype}"
-    if not call.q.is_cuda and call.q.dtype == torch.bfloat16:
-        return "Triton's interpreter cannot multiply bfloat16; use float32 or float16"
-    if not call.scale > 0:
-        return f"the scale must be positive, got {call.scale}"
-    if max(call.q.shape[-1], call.v.shape[-1]) > _WIDEST:
-        return f"head widths are limited to {_WIDEST}, got {call.q.shape[-1]} and {call.v.shape[-1]}"
+    reason = why_not_tensors(call.q, call.v, call.scale)
+    if reason is not None:
+        return reason
     if call.layout.blocks is not None and call.layout.blocks.size < _SMALLEST_BLOCK:
         return f"blocks must have at least {_SMALLEST_BLOCK} tokens, the layout's have {call.layout.blocks.size}"
+    return None
+
+
+def why_not_tensors(q: Tensor, v: Tensor, scale: float) -> str | None:
+    """The reason why no kernel can serve tensors like these, or None."""
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton kernels need a CUDA device, the tensors are on {q.device}"
+    if q.dtype not in _DTYPES:
+        return f"Triton kernels take float16, bfloat16 and float32, got {q.dtype}"
+    if not q.is_cuda and q.dtype == torch.bfloat16:
+        return "Triton's interpreter cannot multiply bfloat16; use float32 or float16"
+    if not scale > 0:
+        return f"the scale must be positive, got {scale}"
+    if max(q.shape[-1], v.shape[-1]) > _WIDEST:
+        return f"head widths are limited to {_WIDEST}, got {q.shape[-1]} and {v.shape[-1]}"
     return None
 
 
