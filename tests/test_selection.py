@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnsieve import Pattern, Spans, UserError, attend
 from attnsieve.patterns import (
@@ -11,15 +12,20 @@ from attnsieve.patterns import (
     columns,
     dam_online,
     dense,
+    dense_decode,
+    dense_prefill,
+    heavy_hitters,
+    last_queries,
     pooled_blocks,
     probed_blocks,
     random_blocks,
     sink,
     top_blocks,
     vertical_slash,
+    voted_keys,
     window,
 )
-from attnsieve.patterns.dynamic import DynamicAtom
+from attnsieve.patterns.dynamic import CallAtom
 from attnsieve.selection import choose
 from attnsieve.testing import relative_error
 from tests.laws.samples import atom_classes
@@ -34,7 +40,13 @@ SAMPLES = [
     pooled_blocks(ratio=0.2, block=BLOCK),
     top_blocks(2, block=BLOCK),
     sink(2) | window(5) | top_blocks(1, block=BLOCK) | random_blocks(1, block=24),
+    heavy_hitters(6, 5, block=BLOCK),
+    voted_keys(7, probe=4, pool=3),
+    window(3) | last_queries(20, block=BLOCK),
+    window(2) | dense_prefill(),
+    window(2) | dense_decode(),
 ]
+VOTING = [*SAMPLES[:7], *SAMPLES[8:10]]
 BLOCKWISE = SAMPLES[3:7]
 
 
@@ -51,7 +63,7 @@ def mask(pattern, q, k, spans=None):
 
 def test_every_dynamic_atom_has_a_sample():
     used = {type(atom) for pattern in SAMPLES for atom in pattern}
-    assert atom_classes(DynamicAtom) <= used
+    assert atom_classes(CallAtom) <= used
 
 
 @pytest.mark.parametrize("pattern", SAMPLES, ids=str)
@@ -192,3 +204,140 @@ def test_late_starts_are_refused():
 def test_bad_settings_are_refused(text):
     with pytest.raises(UserError):
         Pattern.parse(text)
+
+
+def test_heavy_hitters_equal_a_cache_that_evicts():
+    """H2O step by step: attention among the keys that are left, sums, the losers of every block dropped."""
+    n, count, recent, block = 61, 7, 5, 8
+    q, k = random_qk(1, 1, 1, n)
+    kept = mask(heavy_hitters(count, recent, block=block), q, k)[0, 0]
+    alive, total = torch.ones(n, dtype=torch.bool), torch.zeros(n)
+    for i in range(n):
+        seen = alive & (torch.arange(n) <= i)
+        assert torch.equal(kept[i], seen)
+        total += (k[0, 0] @ q[0, 0, i] * 8**-0.5).masked_fill(~seen, -torch.inf).softmax(0)
+        if (i + 1) % block == 0:
+            older = [j for j in range(n) if alive[j] and j <= i + 1 - recent]
+            alive[sorted(older, key=lambda j: -total[j])[count:]] = False
+    assert kept[-1].sum() <= count + recent + block
+
+
+def test_heavy_hitters_never_look_at_later_blocks():
+    q, k = random_qk(1, 2, 1, 70)
+    pattern = heavy_hitters(6, 5, block=BLOCK)
+    short = mask(pattern, q[:, :, : 3 * BLOCK], k[:, :, : 3 * BLOCK])
+    assert torch.equal(mask(pattern, q, k)[:, :, : 3 * BLOCK, : 3 * BLOCK], short)
+
+
+@pytest.mark.parametrize("pattern", [heavy_hitters(6, 5, block=BLOCK), voted_keys(10, probe=1, pool=1)], ids=str)
+def test_a_decode_step_keeps_the_best_keys_of_its_own_row(pattern):
+    n = 50
+    q, k = random_qk(1, 1, 1, n)
+    kept = mask(pattern, q[:, :, -1:], k)[0, 0, 0]
+    assert kept.sum() == 11
+    newest = 5 if "heavy" in str(pattern) else 1
+    assert kept[-newest:].all()
+    scores = (k[0, 0] @ q[0, 0, -1])[: n - newest]
+    assert kept[: n - newest].nonzero().flatten().tolist() == sorted(scores.topk(11 - newest).indices.tolist())
+
+
+def test_votes_are_pooled():
+    n = 64
+    key = torch.zeros(1, 1, n, 4)
+    key[..., 20, 0], key[..., 40, 0] = 1.0, 0.7
+    query = torch.zeros(1, 1, n, 4)
+    query[..., 0] = 30.0
+    kept = mask(voted_keys(6, probe=4, pool=5), query, key)[0, 0, -1]
+    assert kept.nonzero().flatten().tolist()[:5] == [18, 19, 20, 21, 22]
+    assert kept[38:43].sum() == 1
+    assert kept[-4:].all()
+
+
+def test_last_queries_are_dense_in_prefill_alone():
+    q, k = random_qk(1, 2, 1, 70)
+    pattern = window(3) | last_queries(8, block=BLOCK)
+    kept, rows = mask(pattern, q, k)[0, 0], torch.arange(70)
+    # The last 8 of 70 rows lie in the blocks from 48 and from 64 on.
+    expected = (rows - rows[:, None] > -3) & (rows <= rows[:, None]) | ((rows[:, None] >= 48) & (rows <= rows[:, None]))
+    assert torch.equal(kept, expected)
+    assert mask(pattern, q[:, :, -1:], k)[0, 0].sum() == 3
+
+
+def test_dense_phases():
+    q, k = random_qk(1, 2, 1, 40)
+    decode = q[:, :, -1:]
+    assert mask(window(2) | dense_prefill(), q, k)[0, 0].sum() == 820
+    assert mask(window(2) | dense_prefill(), decode, k)[0, 0].sum() == 2
+    assert mask(window(2) | dense_decode(), q, k)[0, 0].sum() == 79
+    assert mask(window(2) | dense_decode(), decode, k)[0, 0].sum() == 40
+
+
+def shared(pattern):
+    return Pattern.parse(str(pattern).replace(")", ', share="kv")'))
+
+
+@pytest.mark.parametrize("pattern", VOTING, ids=str)
+def test_a_group_that_shares_has_one_mask(pattern):
+    q, k = random_qk(2, 6, 2, 70)
+    layout = choose([shared(pattern)] * 6, q, k)
+    assert layout.heads == 2
+    rows = torch.arange(70)
+    written = layout.dense(rows, rows)
+    # Beside a head that has another rule the layout is per query head; the choice stays the same.
+    mixed = choose([shared(pattern)] * 3 + [window(2)] * 2 + [window(3)], q, k)
+    assert mixed.heads == 6
+    assert torch.equal(mixed.dense(rows, rows)[:, :3], written[:, :1].expand(-1, 3, -1, -1))
+    # A group of equal queries shares what each of them would choose.
+    alike = q[:, ::3].repeat_interleave(3, 1)
+    together, alone = (choose([rule] * 6, alike, k) for rule in (shared(pattern), pattern))
+    assert torch.equal(together.dense(rows, rows).repeat_interleave(3, 1), alone.dense(rows, rows))
+    v = torch.randn_like(k)
+    assert relative_error(attend(alike, k, v, together), attend(alike, k, v, alone)) < 1e-6
+
+
+def test_sharing_goes_by_the_mean_attention_of_the_group():
+    q, k = random_qk(1, 2, 1, 50)
+    kept = mask(shared(vertical_slash(mass=0.7, probe=50)), q, k)[0, 0]
+    rows = torch.arange(50)
+    attention = (q[0] @ k[0].mT * 8**-0.5).masked_fill(rows > rows[:, None], -torch.inf).softmax(-1)
+    assert float((attention * kept).sum()) >= 0.7 * 100 - 1e-3
+
+
+def test_sharing_needs_the_whole_group():
+    q, k = random_qk(1, 4, 2, 30)
+    rule = top_blocks(1, block=BLOCK, share="kv")
+    with pytest.raises(UserError, match="whole KV groups of 2"):
+        choose([rule, window(1), rule, rule], q, k)
+    with pytest.raises(UserError, match="share must be"):
+        top_blocks(1, share="all")
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that a device would be given, and of those that wait for it or copy to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.waits = [], []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = str(operation)
+        if not operation.is_view:
+            self.names.append(name)
+        if any(part in name for part in ("_local_scalar", "nonzero", "unique", "bincount", "lift_fresh", "masked_select")):
+            self.waits.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pattern", SAMPLES, ids=str)
+def test_a_choice_is_a_fixed_number_of_operations_and_never_waits(pattern):
+    counts = []
+    for batch, heads, kv_heads, spans in ((1, 4, 2, None), (3, 4, 2, None), (2, 12, 3, Spans.full(2, 70, 70))):
+        q, k = random_qk(batch, heads, kv_heads, 70)
+        choose([pattern] * heads, q, k, spans=spans)
+        with Operations() as seen:
+            choose([pattern] * heads, q, k, spans=spans)
+        # DAM's threshold is rounded on the host.
+        assert not seen.waits or "dam_online" in str(pattern)
+        counts.append(len(seen.names))
+    assert len(set(counts)) == 1
+    assert counts[0] < 160

@@ -42,10 +42,10 @@ def cut(tau: float, lam: float, eps: float) -> float:
 
 def at_least(maps: Tensor, threshold: float) -> Tensor:
     """maps >= threshold, exact although `maps` may have fewer bits than `threshold`."""
-    rounded = torch.tensor(threshold, dtype=maps.dtype, device=maps.device)
+    rounded = torch.tensor(threshold, dtype=maps.dtype)  # on the host, so that nothing waits for a device
     if rounded.double() < threshold:
         rounded = rounded.nextafter(torch.full_like(rounded, torch.inf))
-    return maps >= rounded
+    return maps >= rounded.item()
 
 
 def _boxcox(x: Tensor, lam: float) -> Tensor:

@@ -80,7 +80,8 @@ class _Probe:
         layout = choose(self._plan.row(index), q, k, scale=call.scaling)
         full, full_lse = self._attend(call, self._dense)
         kept, kept_lse = self._attend(call, layout)
-        self._result.density[index] = layout.density(tokens)[0]
+        # A layout of KV heads stands for the query heads of each.
+        self._result.density[index] = layout.density(tokens)[0].repeat_interleave(q.shape[1] // layout.heads)
         self._result.retained[index] = (kept_lse.double() - full_lse.double()).exp().mean(-1)[0]
         gap = (kept.double() - full.double()).norm(dim=(-2, -1)) / full.double().norm(dim=(-2, -1))
         self._result.error[index] = gap[0]

@@ -2,14 +2,15 @@
 
 Every choice is made per sequence and head from the queries of the current call, so batch mates and padding never matter.
 Chunk rule: each chunk chooses anew from its own queries and all keys so far. Decode rule: a decode step is a chunk of one row.
+With share="kv" the query heads of a KV group choose together, by the mean of their attention, and share one mask.
 A choice reads whole blocks of queries or the last ones, so within one call it may depend on later queries than the row it is
 used for; values never leak, and decode steps are exact.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -17,16 +18,19 @@ from attnsieve.errors import UserError, require
 from attnsieve.patterns.base import Atom
 
 
-class DynamicAtom(Atom):
-    """A rule that needs q and k; shared checks and spelling."""
+class CallAtom(Atom):
+    """A rule that positions alone do not tell: it needs the call. Shared checks and spelling."""
 
     dynamic = True
+    # Fields that the text form gives by position.
+    positional: ClassVar[tuple[str, ...]] = ()
 
     def keep(self, i: Tensor, j: Tensor) -> Tensor:
         raise UserError(f"{self} chooses its keys from the input: positions alone do not say what it keeps")
 
     def arguments(self) -> tuple[list[Any], dict[str, Any]]:
-        return [], {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        named = {option.name: getattr(self, option.name) for option in fields(self)}  # type: ignore[arg-type]
+        return [named.pop(name) for name in self.positional], named
 
     def _check_share(self, name: str) -> None:
         value = getattr(self, name)
@@ -42,6 +46,21 @@ class DynamicAtom(Atom):
 
 
 @dataclass(frozen=True, repr=False)
+class DynamicAtom(CallAtom):
+    """A rule that reads q and k. share: "none", or "kv" where the query heads of a KV group choose together."""
+
+    share: Literal["none", "kv"] = field(default="none", kw_only=True)
+
+    def __post_init__(self) -> None:
+        require(self.share in ("none", "kv"), f'{self.name}\'s share must be "none" or "kv", got {self.share!r}')
+
+    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        positional, named = super().arguments()
+        share = named.pop("share")
+        return positional, named if share == "none" else named | {"share": share}
+
+
+@dataclass(frozen=True, repr=False)
 class VerticalSlash(DynamicAtom):
     """Columns and offsets that hold `mass` of the attention of the last `probe` queries, the fewest of both together.
 
@@ -54,6 +73,7 @@ class VerticalSlash(DynamicAtom):
     name = "vertical_slash"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_share("mass")
         self._check_count("probe")
         self._check_count("strided", 0)
@@ -71,6 +91,7 @@ class DamOnline(DynamicAtom):
     name = "dam_online"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_share("mu")
         require(
             isinstance(self.tau, (int, float)) and 0 <= self.tau <= 2, f"dam_online's tau must be from 0 to 2, got {self.tau!r}"
@@ -90,6 +111,7 @@ class ProbedBlocks(DynamicAtom):
     name = "probed_blocks"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_share("mass")
         self._check_count("block")
         self._check_count("rows")
@@ -105,6 +127,7 @@ class AntidiagonalBlocks(DynamicAtom):
     name = "antidiagonal_blocks"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_share("mass")
         self._check_count("block")
         self._check_count("stride")
@@ -122,6 +145,7 @@ class PooledBlocks(DynamicAtom):
     name = "pooled_blocks"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_share("ratio")
         self._check_count("block")
 
@@ -133,10 +157,81 @@ class TopBlocks(DynamicAtom):
     count: int
     block: int = 64
     name = "top_blocks"
+    positional = ("count",)
 
-    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
-        return [self.count], {"block": self.block}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_count("count")
+        self._check_count("block")
+
+
+@dataclass(frozen=True, repr=False)
+class HeavyHitters(DynamicAtom):
+    """The `recent` newest keys and, of the older ones, the `count` with the largest accumulated attention (H2O, arXiv
+    2306.14048). At the end of every block of queries the older keys compete; losers never return, so no row depends on later
+    blocks. Keys from before the call first compete by the attention of its first block, in a decode step of its own row.
+    """
+
+    count: int
+    recent: int
+    block: int = 64
+    name = "heavy_hitters"
+    positional = ("count", "recent")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_count("count")
+        self._check_count("recent")
+        self._check_count("block")
+
+
+@dataclass(frozen=True, repr=False)
+class VotedKeys(DynamicAtom):
+    """The `count` keys with the largest votes of the last `probe` queries, and those queries' own keys (SnapKV, arXiv
+    2404.14469). A key's vote is the largest summed attention of the `pool` keys around it.
+    """
+
+    count: int
+    probe: int = 32
+    pool: int = 7
+    name = "voted_keys"
+    positional = ("count",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_count("count")
+        self._check_count("probe")
+        self._check_count("pool")
+        require(self.pool % 2 == 1, f"voted_keys' pool must be odd, to lie around its key, got {self.pool}")
+
+
+@dataclass(frozen=True, repr=False)
+class LastQueries(CallAtom):
+    """Every key for the last `count` queries of a call of several, in whole blocks of `block` rows.
+
+    A guard rail for prompts, whose last rows ask the question. It leaves decode steps to the rest of the pattern; the last
+    rows of every chunk are dense.
+    """
+
+    count: int
+    block: int = 64
+    name = "last_queries"
+    positional = ("count",)
 
     def __post_init__(self) -> None:
         self._check_count("count")
         self._check_count("block")
+
+
+@dataclass(frozen=True, repr=False)
+class DensePrefill(CallAtom):
+    """Every key in calls of several queries; leaves decode steps to the rest of the pattern."""
+
+    name = "dense_prefill"
+
+
+@dataclass(frozen=True, repr=False)
+class DenseDecode(CallAtom):
+    """Every key in calls of one query, which are decode steps; leaves all others to the rest of the pattern."""
+
+    name = "dense_decode"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,14 +15,20 @@ from attnsieve.patterns.corner import Captured
 from attnsieve.patterns.dynamic import (
     AntidiagonalBlocks,
     DamOnline,
+    DenseDecode,
+    DensePrefill,
+    HeavyHitters,
+    LastQueries,
     PooledBlocks,
     ProbedBlocks,
     TopBlocks,
     VerticalSlash,
+    VotedKeys,
 )
 from attnsieve.patterns.static import Columns, Dense, Diagonals, Dilated, RandomBlocks, Sink, Window
 
 MAX_TEXT = 1 << 20
+Share = Literal["none", "kv"]
 
 
 def dense() -> Pattern:
@@ -65,38 +71,75 @@ def empty() -> Pattern:
     return Pattern.empty()
 
 
-def vertical_slash(*, mass: float = 0.95, probe: int = 64, strided: int = 0) -> Pattern:
+def vertical_slash(*, mass: float = 0.95, probe: int = 64, strided: int = 0, share: Share = "none") -> Pattern:
     """The fewest columns and offsets with `mass` of the attention of the last `probe` queries; chosen from the input."""
-    return Pattern.of(VerticalSlash(mass, probe, strided))
+    return Pattern.of(VerticalSlash(mass, probe, strided, share=share))
 
 
-def dam_online(*, tau: float = 0.3, mu: float = 0.8, probe: int = 16, strided: int = 0) -> Pattern:
+def dam_online(*, tau: float = 0.3, mu: float = 0.8, probe: int = 16, strided: int = 0, share: Share = "none") -> Pattern:
     """DAM's threshold and matching on a probe of this input."""
-    return Pattern.of(DamOnline(tau, mu, probe, strided))
+    return Pattern.of(DamOnline(tau, mu, probe, strided, share=share))
 
 
-def probed_blocks(*, mass: float = 0.95, block: int = 64, rows: int = 4) -> Pattern:
+def probed_blocks(*, mass: float = 0.95, block: int = 64, rows: int = 4, share: Share = "none") -> Pattern:
     """Per query block, the fewest key blocks with `mass` of the exact attention of `rows` of its queries."""
-    return Pattern.of(ProbedBlocks(mass, block, rows))
+    return Pattern.of(ProbedBlocks(mass, block, rows, share=share))
 
 
-def antidiagonal_blocks(*, mass: float = 0.9, block: int = 64, stride: int = 8) -> Pattern:
+def antidiagonal_blocks(*, mass: float = 0.9, block: int = 64, stride: int = 8, share: Share = "none") -> Pattern:
     """Per query block, the fewest key blocks with `mass` of the antidiagonal scores (XAttention)."""
-    return Pattern.of(AntidiagonalBlocks(mass, block, stride))
+    return Pattern.of(AntidiagonalBlocks(mass, block, stride, share=share))
 
 
-def pooled_blocks(*, ratio: float = 0.05, block: int = 64) -> Pattern:
+def pooled_blocks(*, ratio: float = 0.05, block: int = 64, share: Share = "none") -> Pattern:
     """Per query block, key blocks whose pooled weight is at least `ratio` of the largest (FlashPrefill's rule)."""
-    return Pattern.of(PooledBlocks(ratio, block))
+    return Pattern.of(PooledBlocks(ratio, block, share=share))
 
 
-def top_blocks(count: int, *, block: int = 64) -> Pattern:
+def top_blocks(count: int, *, block: int = 64, share: Share = "none") -> Pattern:
     """Per query block, the `count` key blocks with the largest pooled scores."""
-    return Pattern.of(TopBlocks(count, block))
+    return Pattern.of(TopBlocks(count, block, share=share))
+
+
+def heavy_hitters(count: int, recent: int, *, block: int = 64, share: Share = "none") -> Pattern:
+    """The `recent` newest keys and the `count` older ones with the largest accumulated attention (H2O)."""
+    return Pattern.of(HeavyHitters(count, recent, block, share=share))
+
+
+def voted_keys(count: int, *, probe: int = 32, pool: int = 7, share: Share = "none") -> Pattern:
+    """The `count` keys with the largest pooled attention of the last `probe` queries (SnapKV)."""
+    return Pattern.of(VotedKeys(count, probe, pool, share=share))
+
+
+def last_queries(count: int, *, block: int = 64) -> Pattern:
+    """Every key for the last `count` queries of a call of several, in whole blocks of rows: a guard rail for prompts."""
+    return Pattern.of(LastQueries(count, block))
+
+
+def dense_prefill() -> Pattern:
+    """Every key in calls of several queries."""
+    return Pattern.of(DensePrefill())
+
+
+def dense_decode() -> Pattern:
+    """Every key in calls of one query."""
+    return Pattern.of(DenseDecode())
 
 
 STATIC = (dense, window, sink, columns, diagonals, dilated, random_blocks, empty)
-DYNAMIC = (vertical_slash, dam_online, probed_blocks, antidiagonal_blocks, pooled_blocks, top_blocks)
+DYNAMIC = (
+    vertical_slash,
+    dam_online,
+    probed_blocks,
+    antidiagonal_blocks,
+    pooled_blocks,
+    top_blocks,
+    heavy_hitters,
+    voted_keys,
+    last_queries,
+    dense_prefill,
+    dense_decode,
+)
 ATOMS: dict[str, Callable[..., Pattern]] = {maker.__name__: maker for maker in (*STATIC, *DYNAMIC)}
 
 

@@ -1,42 +1,61 @@
-"""From the patterns of one layer and its q and k to a Layout, static and dynamic parts joined."""
+"""From the patterns of one layer and its q and k to a Layout, static and dynamic parts joined.
+
+A layer whose sequences have equal shapes takes a fixed number of operations for each of its atoms, whatever the number of heads
+and sequences, and never waits for the device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from math import gcd
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from attnsieve.errors import require
-from attnsieve.layout import Blocks, Layout
+from attnsieve.layout import Layout
 from attnsieve.layout import compile as compile_layout
 from attnsieve.patterns import Pattern
 from attnsieve.patterns.dynamic import (
     AntidiagonalBlocks,
+    CallAtom,
     DamOnline,
-    DynamicAtom,
+    DenseDecode,
+    DensePrefill,
+    HeavyHitters,
+    LastQueries,
     PooledBlocks,
     ProbedBlocks,
     TopBlocks,
     VerticalSlash,
+    VotedKeys,
 )
 from attnsieve.selection.blocks import antidiagonal_blocks, pooled_blocks, probed_blocks, top_blocks
+from attnsieve.selection.carriers import carriers, per_group
+from attnsieve.selection.join import Part, Static, join
+from attnsieve.selection.keys import heavy_hitters, voted_keys
+from attnsieve.selection.phases import dense_decode, dense_prefill, last_queries
 from attnsieve.selection.probe import dam_online, vertical_slash
 from attnsieve.selection.sequence import Chosen, SequenceQK
 from attnsieve.spans import Spans
 
-SELECTORS: dict[type[DynamicAtom], Callable[[Any, SequenceQK], Chosen]] = {
+SELECTORS: dict[type[CallAtom], Callable[[Any, SequenceQK], Chosen]] = {
     VerticalSlash: vertical_slash,
     DamOnline: dam_online,
     ProbedBlocks: probed_blocks,
     AntidiagonalBlocks: antidiagonal_blocks,
     PooledBlocks: pooled_blocks,
     TopBlocks: top_blocks,
+    HeavyHitters: heavy_hitters,
+    VotedKeys: voted_keys,
+    LastQueries: last_queries,
+    DensePrefill: dense_prefill,
+    DenseDecode: dense_decode,
 }
+# The layers of a forward pass share their spans, which may have to be read from the device.
+_ROWS: WeakKeyDictionary[Spans, list[tuple[int, int, int, int, int]]] = WeakKeyDictionary()
 
 
 def choose(
@@ -44,8 +63,12 @@ def choose(
 ) -> Layout:
     """The layout of this call: one pattern per query head, dynamic atoms resolved from q [B, Hq, Tq, D] and k [B, Hkv, Tk, D].
 
-    The result has one set of masks per sequence of `spans` (default: every batch row is one) and a length of Tk positions.
-    Raises UserError where a dynamic atom is joined to rules that start at a later row, and for patterns that do not fit q.
+    The result has one set of masks per sequence of `spans` (default: every batch row is one) and a length of Tk positions. It
+    has Hkv heads where the query heads of every KV group share a mask (equal patterns whose atoms have share="kv"), else Hq.
+    Rows of positions before the queries are left open: a chosen layout serves the call it was chosen for.
+
+    Raises UserError where a dynamic atom is joined to rules that start at a later row, where only some query heads of a KV
+    group carry an atom that chooses for all of them, and for patterns that do not fit q.
     """
     require(len(patterns) == q.shape[1], f"choose needs one pattern per query head ({q.shape[1]}), got {len(patterns)}")
     for pattern in patterns:
@@ -53,89 +76,40 @@ def choose(
             not (pattern.dynamic and pattern.corner_rows),
             f"{pattern} joins a dynamic atom to captured rows or a start row: use columns and diagonals without start",
         )
-    spans = Spans.full(q.shape[0], q.shape[2], k.shape[2], q.device) if spans is None else spans
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    base = _static_part(tuple(patterns), k.shape[2], q.device)
-    per_sequence = [_sequence(patterns, q, k, row, scale) for row in spans.rows()]
-    return _join(base, per_sequence) if any(per_sequence) else base
+    group = q.shape[1] // k.shape[1]
+    carried = carriers(tuple(patterns), group)
+    rows = tuple(patterns[::group]) if per_group(patterns, group) else tuple(patterns)
+    static = _static_part(rows, k.shape[2], q.device)
+    parts = [
+        Part(carrier, sequences, some_k.shape[2] - some_q.shape[2], SELECTORS[type(carrier.atom)](carrier.atom, read))
+        for sequences, some_q, some_k in _equal_shapes(q.detach(), k.detach(), spans)
+        for carrier in carried
+        for read in [carrier.read(some_q, some_k, scale)]
+    ]
+    return join(static, q.shape[0] if spans is None else len(spans), parts) if parts else static.layout
 
 
 @lru_cache(maxsize=64)
-def _static_part(patterns: tuple[Pattern, ...], length: int, device: torch.device) -> Layout:
+def _static_part(patterns: tuple[Pattern, ...], length: int, device: torch.device) -> Static:
     static = [Pattern.of(*(atom for atom in pattern if not atom.dynamic)) for pattern in patterns]
-    return compile_layout(static, length, device)
+    return Static(compile_layout(static, length, device))
 
 
-def _sequence(
-    patterns: Sequence[Pattern], q: Tensor, k: Tensor, row: tuple[int, ...], scale: float
-) -> list[tuple[list[int], Chosen]]:
-    """What every dynamic atom chose for one sequence: (heads, choice)."""
-    b, q0, nq, k0, nk = row
-    chosen = []
-    if nq == 0:
-        return []
-    for atom in dict.fromkeys(atom for pattern in patterns for atom in pattern if isinstance(atom, DynamicAtom)):
-        heads = [h for h, pattern in enumerate(patterns) if atom in pattern.atoms]
-        kv_heads = [h // (q.shape[1] // k.shape[1]) for h in heads]
-        sequence = SequenceQK(q[b, heads, q0 : q0 + nq].detach(), k[b, kv_heads, k0 : k0 + nk].detach(), scale)
-        chosen.append((heads, SELECTORS[type(atom)](atom, sequence)))
-    return chosen
-
-
-def _join(base: Layout, per_sequence: list[list[tuple[list[int], Chosen]]]) -> Layout:
-    """The union of the static layout with the choices of every sequence."""
-    shape = (len(per_sequence), base.heads, base.length)
-    end = base.end.expand(shape).clone()
-    offset = torch.zeros(shape, dtype=torch.bool, device=base.device)
-    if base.offset is not None:
-        offset |= base.offset
-    tables = _Tables(base, per_sequence)
-    for z, choices in enumerate(per_sequence):
-        for heads, chosen in choices:
-            if chosen.end is not None:
-                n = chosen.end.shape[-1]
-                end[z, heads, :n] = torch.maximum(end[z, heads, :n], chosen.end)
-            if chosen.offset is not None:
-                offset[z, heads, : chosen.offset.shape[-1]] |= chosen.offset
-            if chosen.table is not None:
-                tables.add(z, heads, chosen)
-    kept_offset = offset if base.offset is not None or any(c.offset is not None for s in per_sequence for _, c in s) else None
-    return replace(base, end=end, offset=kept_offset, blocks=tables.blocks(), schedules={})
-
-
-@dataclass
-class _Tables:
-    """Whole blocks of every sequence and head as one bool table [Z, H, nb, nb], in the finest block size in use."""
-
-    def __init__(self, base: Layout, per_sequence: list[list[tuple[list[int], Chosen]]]) -> None:
-        sizes = [chosen.block for choices in per_sequence for _, chosen in choices if chosen.table is not None]
-        sizes += [] if base.blocks is None else [base.blocks.size]
-        self.size = gcd(*sizes) if sizes else 0
-        if not self.size:
-            return
-        count = -(-base.length // self.size)
-        self.table = torch.zeros(len(per_sequence), base.heads, count, count, dtype=torch.bool, device=base.device)
-        if base.blocks is not None:
-            written = torch.stack([base.block_table(0, h)[:, :-1] for h in range(base.heads)])
-            self._put(slice(None), list(range(base.heads)), written, base.blocks.size)
-
-    def add(self, z: int, heads: list[int], chosen: Chosen) -> None:
-        assert chosen.table is not None
-        self._put(z, heads, chosen.table, chosen.block)
-
-    def _put(self, z: int | slice, heads: list[int], table: Tensor, size: int) -> None:
-        finer = size // self.size
-        fine = table.repeat_interleave(finer, -2).repeat_interleave(finer, -1)
-        rows, keys = (min(self.table.shape[-1], extent) for extent in fine.shape[-2:])
-        self.table[z, heads, :rows, :keys] |= fine[..., :rows, :keys]
-
-    def blocks(self) -> Blocks | None:
-        """The tables as lists, every causal block once, ascending."""
-        if not self.size:
-            return None
-        table = self.table.tril()
-        # A stable sort of "not listed" brings the listed blocks to the front in ascending order.
-        order = torch.sort((~table).to(torch.uint8), dim=-1, stable=True).indices
-        count = table.sum(-1)
-        index = torch.where(torch.arange(table.shape[-1], device=table.device) < count[..., None], order, -1)
-        return Blocks(self.size, count.to(torch.int32), index.to(torch.int32))
+def _equal_shapes(q: Tensor, k: Tensor, spans: Spans | None) -> Iterator[tuple[list[int] | None, Tensor, Tensor]]:
+    """Sequences that have as many queries and as many keys: their numbers (None for all, in order), q and k of them."""
+    if spans is None or spans.whole == (q.shape[0], q.shape[2], k.shape[2]):
+        yield None, q, k
+        return
+    if spans not in _ROWS:
+        _ROWS[spans] = spans.rows()
+    rows = _ROWS[spans]
+    alike: dict[tuple[int, int], list[int]] = {}
+    for number, (_, _, queries, _, keys) in enumerate(rows):
+        if queries:
+            alike.setdefault((queries, keys), []).append(number)
+    for numbers in alike.values():
+        places = [rows[number] for number in numbers]
+        some_q = torch.stack([q[b, :, q0 : q0 + nq] for b, q0, nq, _, _ in places])
+        some_k = torch.stack([k[b, :, k0 : k0 + nk] for b, _, _, k0, nk in places])
+        yield numbers, some_q, some_k

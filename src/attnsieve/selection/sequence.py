@@ -1,8 +1,9 @@
-"""What a selector reads and what it returns, for one sequence and the heads that share an atom."""
+"""What a selector reads and what it returns: sequences of equal shape, and the heads that carry one atom."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,27 +11,62 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class SequenceQK:
-    """q [H, nq, D] and k [H, nk, D] (KV heads repeated per query head) of one sequence; queries are its last positions."""
+    """q [S, H, nq, D] and k [S, K, nk, D] of S sequences; queries are the last positions, query head h reads KV head h // (H // K).
+
+    together: the query heads of a KV head choose as one. Choices have C heads: K then, else H.
+    """
 
     q: Tensor
     k: Tensor
     scale: float
+    together: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Positions of each sequence, nk."""
+        return self.k.shape[2]
 
     @property
     def first_row(self) -> int:
         """Position of the first query."""
-        return self.k.shape[1] - self.q.shape[1]
+        return self.k.shape[2] - self.q.shape[2]
 
-    def attention(self, rows: Tensor) -> Tensor:
-        """float32 [H, rows, nk]: exact causal attention of the queries at absolute positions `rows`."""
-        scores = self.q[:, rows - self.first_row].float() @ self.k.float().mT * self.scale
-        future = torch.arange(self.k.shape[1], device=rows.device)[None, :] > rows[:, None]
-        return scores.masked_fill_(future, -torch.inf).softmax(-1)
+    @property
+    def choices(self) -> int:
+        """C: heads that choose for themselves."""
+        return self.k.shape[1] if self.together else self.q.shape[1]
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """float32 [S, K, D, nk]."""
+        return self.k.float().mT
+
+    def scores(self, q: Tensor, keys: Tensor) -> Tensor:
+        """float32 [S, K, H // K, R, n]: q [S, H, R, D] times keys [S, K, D, n], scaled. K is not expanded."""
+        kv_heads, rows = keys.shape[1], q.shape[2]
+        stacked = q.float().reshape(q.shape[0], kv_heads, -1, q.shape[3])
+        scores: Tensor = (stacked @ keys * self.scale).unflatten(2, (-1, rows))
+        return scores
+
+    def merged(self, values: Tensor) -> Tensor:
+        """[S, K, H // K, ...] -> [S, C, ...]: the mean of those who choose together."""
+        return values.mean(2) if self.together else values.flatten(1, 2)
+
+    def attention(self, rows: Tensor, alive: Tensor | None = None) -> Tensor:
+        """float32 [S, C, R, nk]: exact causal attention of the queries at absolute positions `rows`, among the keys that
+        `alive`, bool [S, C, nk], leaves them."""
+        scores = self.scores(self.q[:, :, rows - self.first_row], self.keys)
+        hidden = torch.arange(self.tokens, device=rows.device) > rows[:, None]
+        if alive is not None:
+            gone = ~alive.unflatten(1, (self.k.shape[1], -1)).unsqueeze(3)
+            hidden = hidden | gone
+        return self.merged(scores.masked_fill_(hidden, -torch.inf).softmax(-1))
 
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """A choice in the vectors of a layout: end int32 [H, n], offset bool [H, n], table bool [H, nb, nb] of `block` tokens."""
+    """A choice in the vectors of a layout: end int32 [S, C, n], offset bool [S, C, n], table bool [S, C, rows, nb] of blocks of
+    `block` tokens, for the rows of blocks that hold queries. S and C may be 1 where all choose alike."""
 
     end: Tensor | None = None
     offset: Tensor | None = None
@@ -44,5 +80,5 @@ def fewest_with_mass(weights: Tensor, mass: float) -> Tensor:
     before = ordered.cumsum(-1) - ordered
     # The largest entry is always kept; the comparison leaves room for the rounding of a float32 sum.
     kept = before < mass * weights.sum(-1, keepdim=True) * (1 - 1e-6)
-    kept[..., 0] = True
+    kept[..., 0].fill_(True)
     return torch.zeros_like(kept).scatter_(-1, order, kept) & (weights > 0)

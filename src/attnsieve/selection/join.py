@@ -1,0 +1,107 @@
+"""The union of a static layout with what was chosen, in the vectors of a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import gcd
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnsieve.layout import Blocks, Layout
+from attnsieve.selection.carriers import Carrier, index_of
+from attnsieve.selection.sequence import Chosen
+
+
+@dataclass(frozen=True, eq=False)
+class Static:
+    """The part of a layer's patterns that does not depend on the input, kept for every call."""
+
+    layout: Layout
+
+    @cached_property
+    def table(self) -> Tensor | None:
+        """Its blocks as bool [1, H, nb, nb]."""
+        if self.layout.blocks is None:
+            return None
+        return torch.stack([self.layout.block_table(0, h)[:, :-1] for h in range(self.layout.heads)])[None]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One choice. sequences: whose it is, None for all; first_row: position of their first query."""
+
+    carrier: Carrier
+    sequences: list[int] | None
+    first_row: int
+    chosen: Chosen
+
+    def put(self, into: Tensor, values: Tensor) -> None:
+        """Unite `into` [Z, H, ...] with values [S, C, ...], at this part's sequences and heads; values may be shorter."""
+        values = values.repeat_interleave(self.carrier.repeat, dim=1) if self.carrier.repeat > 1 else values
+        window = into[(slice(None), slice(None), *(slice(size) for size in values.shape[2:]))]
+        values = values[(slice(None), slice(None), *(slice(size) for size in window.shape[2:]))]
+        for place in [slice(None)] if self.sequences is None else [slice(z, z + 1) for z in self.sequences]:
+            own = values if self.sequences is None or len(values) == 1 else values[self.sequences.index(place.start)][None]
+            _unite(window[place], own, self.carrier.target)
+
+
+def _unite(into: Tensor, values: Tensor, heads: tuple[int, ...] | None) -> None:
+    """The larger of both, for end a later row, for bits their or."""
+    if heads is None:
+        torch.maximum(into, values, out=into)
+        return
+    index = index_of(heads, into.device)
+    into.index_copy_(1, index, torch.maximum(into.index_select(1, index), values))
+
+
+def join(static: Static, sequences: int, parts: Sequence[Part]) -> Layout:
+    """One set of masks per sequence: the static layout's and every part's."""
+    base, shape = static.layout, (sequences, static.layout.heads, static.layout.length)
+    end = base.end.expand(shape).clone()
+    has_offset = base.offset is not None or any(part.chosen.offset is not None for part in parts)
+    offset = torch.zeros(shape, dtype=torch.bool, device=base.device) if has_offset else None
+    if offset is not None and base.offset is not None:
+        offset |= base.offset
+    for part in parts:
+        if part.chosen.end is not None:
+            part.put(end, part.chosen.end)
+        if part.chosen.offset is not None and offset is not None:
+            part.put(offset, part.chosen.offset)
+    return replace(base, end=end, offset=offset, blocks=_join_blocks(static, sequences, parts), schedules={})
+
+
+def _join_blocks(static: Static, sequences: int, parts: Sequence[Part]) -> Blocks | None:
+    """Whole blocks of every sequence and head, in the finest block size in use, every causal block once, ascending."""
+    base = static.layout
+    listing = [part for part in parts if part.chosen.table is not None]
+    if not listing:
+        return base.blocks
+    size = gcd(*(part.chosen.block for part in listing), base.blocks.size if base.blocks else 0)
+    count = -(-base.length // size)
+    # Rows of blocks before the first query are left open.
+    first = min(part.first_row // part.chosen.block * part.chosen.block for part in listing) // size
+    table = torch.zeros(sequences, base.heads, count - first, count, dtype=torch.bool, device=base.device)
+    if static.table is not None and base.blocks is not None:
+        table |= _finer(static.table, base.blocks.size // size)[..., first:count, :count]
+    for part in listing:
+        assert part.chosen.table is not None
+        start = part.first_row // part.chosen.block * part.chosen.block // size - first
+        part.put(table[:, :, start:], _finer(part.chosen.table, part.chosen.block // size))
+    number = torch.arange(count, device=base.device)
+    return _listed(table & (number <= number[first:, None]), size, first)
+
+
+def _finer(table: Tensor, factor: int) -> Tensor:
+    return table if factor == 1 else table.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
+def _listed(table: Tensor, size: int, first: int) -> Blocks:
+    # A stable sort of "not listed" brings the listed blocks to the front in ascending order.
+    order = torch.sort((~table).to(torch.uint8), dim=-1, stable=True).indices.to(torch.int32)
+    count = table.sum(-1, dtype=torch.int32)
+    index = order.masked_fill_(torch.arange(table.shape[-1], device=table.device) >= count[..., None], -1)
+    return Blocks(size, F.pad(count, (first, 0)), F.pad(index, (0, 0, first, 0), value=-1))
