@@ -213,7 +213,7 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
 def _segments(mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, past: int, bounded: bool) -> Segments | None:
     """Where padding and documents lie in the key slots (in the new ones for a bounded cache); None where there are none.
 
-    Reads the device once per forward pass where a mask or position ids are given, except in bounded decoding.
+    Reads the device once per forward pass where a mask or position ids are given, except in bounded decoding and in graphs.
     """
     batch, new, _ = hidden.shape
     if mask is not None:
@@ -231,7 +231,7 @@ def _segments(mask: Tensor | None, position_ids: Tensor | None, hidden: Tensor, 
         documents = documents.expand(batch, -1)
     plain = [] if mask is None else [mask.bool().all()]
     plain += [] if documents is None else [(documents.diff(dim=1) == 1).all()]
-    if not plain or bool(torch.stack(plain).all()):
+    if not plain or (not torch.compiler.is_compiling() and bool(torch.stack(plain).all())):
         return None
     return Segments.of_inputs(mask, documents)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,11 +33,10 @@ def walk(order: Tensor, k: Tensor) -> Tensor:
     index = torch.arange(n, dtype=torch.int32, device=order.device)
     level, inside, node = order, index.expand_as(order), torch.zeros_like(order)
     k = torch.minimum(k, inside - 1)
-    ones = order.new_zeros(*order.shape[:-1], n + 1)
     for bit in reversed(range((n - 1).bit_length())):
         half = 1 << bit
         one = level >= half
-        torch.cumsum(one, -1, dtype=torch.int32, out=ones[..., 1:])
+        ones = F.pad(one.cumsum(-1, dtype=torch.int32), (1, 0))
         pointer = node + inside
         zeros_inside = pointer - ones.gather(-1, pointer.long()) - (node >> 1)
         right = k >= zeros_inside

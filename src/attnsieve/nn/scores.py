@@ -24,7 +24,7 @@ def key_scores(v: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, a: Tensor) 
     _check(v, dt_weight, dt_bias, a)
     work = torch.float64 if v.dtype == torch.float64 else torch.float32
     with torch.autocast(v.device.type, enabled=False):
-        dt = _project(v.transpose(1, 2).flatten(2), dt_weight.to(work)).transpose(1, 2)
+        dt = _project(v.transpose(1, 2).flatten(2), dt_weight.to(work)).transpose(1, 2).contiguous()
         if dt_bias is not None:
             dt = dt + dt_bias.to(work)[:, None]
         a = a.to(work)[:, None]
