@@ -1,119 +1,181 @@
-"""Measure attention calls: prefill, decode, forward and backward, and what building their schedules takes.
+"""Measure attention calls: prefill, decode, forward and backward, what building their lists takes, and choosing masks.
 
 Every function checks the kernel against the oracle first and raises `WrongResult` instead of returning a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-from attnsieve.attention import attend
+from attnsieve.attention import attend, choose_backend
+from attnsieve.backends import cost, cost_work
 from attnsieve.backends.call import Call
+from attnsieve.bench import dense, flex
+from attnsieve.bench.case import Case
 from attnsieve.bench.check import Verdict, check_gradients, check_rows
-from attnsieve.bench.masks import mask
 from attnsieve.bench.rows import Row
 from attnsieve.bench.timing import Times, measure
+from attnsieve.errors import require
 from attnsieve.layout import Layout
-from attnsieve.spans import Spans
 
-_BASELINES = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # Gradients are checked on a call this long: their oracle takes memory in its square.
 _CHECKED_LENGTH = 2048
+# Dense calls are long: they are given this many times the budget.
+_DENSE_SHARE = 2.5
+FLEX = {"flex-triton": "TRITON", "flex-flash": "FLASH"}
 
 
 @dataclass(frozen=True)
-class Case:
-    """One shape. `shared`: the heads of a KV group share their mask. `bias`: with a key bias, as in DMA."""
+class Dense:
+    """The fastest dense kernel for a shape, which rows are compared with."""
 
-    mask: str
-    n: int
-    q_len: int | None = None
-    q_heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    dtype: torch.dtype = torch.bfloat16
-    shared: bool = False
-    bias: bool = False
-
-    def call(self) -> Call:
-        """Random inputs and the mask, on the GPU."""
-        q_len = self.n if self.q_len is None else self.q_len
-        torch.manual_seed(0)
-        make = lambda heads, length: torch.randn(1, heads, length, self.head_dim, device="cuda", dtype=self.dtype)  # noqa: E731
-        q, k, v = make(self.q_heads, q_len), make(self.kv_heads, self.n), make(self.kv_heads, self.n)
-        layout = mask(self.mask, self.n, self.kv_heads if self.shared else self.q_heads, "cuda")
-        bias = torch.randn(1, self.kv_heads, self.n, device="cuda") if self.bias else None
-        return Call(q, k, v, layout, Spans.full(1, q_len, self.n, "cuda"), self.head_dim**-0.5, bias)
+    name: str
+    ms: float
 
 
-def prefill(case: Case, backend: str, baseline: str | None = "cudnn") -> Row:
-    """Forward pass over a whole sequence, or a chunk of it, with a cached schedule."""
+def prefill(case: Case, backend: str, baseline: Dense | None = None, budget_ms: float = 200.0) -> Iterator[Row]:
+    """Forward pass over a whole sequence, or a chunk of it: with everything built before, and with building included."""
     call = case.call()
-    out, lse = _attend(call, backend)
+    out, lse = run_backend(call, backend)
     verdict = check_rows(call, out, lse)
     del out, lse
-    times, peak = _measured(lambda: _attend(call, backend))
-    return _row("prefill", case, backend, call, times, peak, _dense(call, baseline), verdict)
+    made = _Made("prefill", case, backend, call, baseline, verdict)
+    times, peak = _measured(lambda: run_backend(call, backend), case.device, budget_ms)
+    yield made.row(times, peak)
+    if backend not in FLEX:
+        built = _measured(
+            lambda: run_backend(replace(call, layout=case.fresh(call.layout)), backend), case.device, budget_ms / 2
+        )
+        yield made.row(*built, building=True)
 
 
-def decode(case: Case, backend: str, baseline: str | None = "cudnn") -> Row:
-    """One query against n keys, replayed from a CUDA graph, caches cold."""
-    call = replace(case, q_len=1).call()
-    out, lse = _attend(call, backend)
-    verdict = check_rows(call, out, lse, rows=1)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        _attend(call, backend)
-    times, peak = _measured(graph.replay)
-    return _row("decode", replace(case, q_len=1), backend, call, times, peak, _dense(call, baseline), verdict)
+def decode(case: Case, backend: str, baseline: Dense | None = None, budget_ms: float = 200.0) -> Iterator[Row]:
+    """One query against n keys, caches cold; replayed from a CUDA graph on a GPU."""
+    case = replace(case, q_len=1)
+    call = case.call()
+    verdict = check_rows(call, *run_backend(call, backend), rows=1)
+    times, peak = _measured(_recorded(lambda: run_backend(call, backend), case.device), case.device, budget_ms)
+    yield _Made("decode", case, backend, call, baseline, verdict).row(times, peak)
 
 
-def forward_backward(case: Case, backend: str, baseline: str | None = "cudnn") -> Row:
-    """Forward and gradients of q, k, v and the bias."""
+def forward_backward(case: Case, backend: str, baseline: Dense | None = None, budget_ms: float = 200.0) -> Iterator[Row]:
+    """Forward and gradients of q, k, v and the bias: with everything built before, and with building and selection."""
     short = _with_gradients(replace(case, n=min(case.n, _CHECKED_LENGTH)).call())
     d_out = torch.randn_like(short.q)
     verdicts = check_gradients(short, d_out, _gradients(short, backend, d_out))
     worst = max(verdicts.values(), key=lambda verdict: verdict.error / verdict.budget)
     call = _with_gradients(case.call())
     d_out = torch.randn_like(call.q)
-    times, peak = _measured(lambda: _gradients(call, backend, d_out))
-    dense = None if baseline is None else (baseline, measure(lambda: _dense_gradients(call, baseline, d_out), 500).p50)
-    return _row("forward_backward", case, backend, call, times, peak, dense, worst)
+    made = _Made("forward_backward", case, backend, call, baseline, worst)
+    yield made.row(*_measured(lambda: _gradients(call, backend, d_out), case.device, budget_ms))
+
+    def rebuilt() -> object:
+        return _gradients(replace(call, layout=case.fresh(call.layout)), backend, d_out)
+
+    yield made.row(*_measured(rebuilt, case.device, budget_ms / 2), building=True)
 
 
-def schedule(case: Case, backend: str, build: Callable[[Layout], object]) -> Row:
-    """Building what a backend derives from a layout, nothing cached."""
+def dense_rows(op: str, case: Case, names: list[str], budget_ms: float = 200.0) -> list[Row]:
+    """Dense attention of a case's shape by each kernel in `names`."""
+    case = replace(case.dense(), q_len=1 if op == "decode" else case.q_len)
     call = case.call()
-    layout = call.layout
-    times, peak = _measured(lambda: build(replace(layout, schedules={})))
-    return _row("layout", case, backend, call, times, peak, None, None)
+    return [_dense_row(op, case, call, name, _DENSE_SHARE * budget_ms) for name in names]
 
 
-def _attend(call: Call, backend: str) -> tuple[Tensor, Tensor]:
-    result = attend(
-        call.q,
-        call.k,
-        call.v,
-        call.layout,
-        spans=call.spans,
-        scale=call.scale,
-        key_bias=call.key_bias,
-        backend=backend,
-        return_lse=True,
-    )
+def fastest(rows: list[Row]) -> Dense | None:
+    """The fastest of dense rows."""
+    times = {row.backend: row.ms_p50 for row in rows if row.ms_p50 is not None}
+    best = min(times, key=lambda name: times[name], default=None)
+    return None if best is None else Dense(f"{best}, dense", times[best])
+
+
+def layout(case: Case, backend: str, budget_ms: float = 200.0) -> Iterator[Row]:
+    """Building what a backend derives from a layout for prefill, nothing remembered; the layout itself is given."""
+    call = case.call()
+    build = _builder(call, backend)
+    times, peak = _measured(lambda: build(replace(call.layout, schedules={})), case.device, budget_ms)
+    yield _Made("layout", case, backend, call, None, None).row(times, peak)
+
+
+def select(case: Case, budget_ms: float = 200.0) -> Iterator[Row]:
+    """Choosing the keys from the input: DMA's selection given its scores, or a dynamic pattern on random q and k."""
+    from attnsieve.bench.masks import is_selected, patterns_of
+    from attnsieve.selection import choose
+
+    if is_selected(case.mask):
+        call = case.call()
+        run: Callable[[], Layout] = lambda: case.fresh(call.layout)  # noqa: E731
+    else:
+        row = patterns_of(case.mask, case.q_heads)
+        require(any(pattern.dynamic for pattern in row), f"{case.mask} chooses nothing from the input: use op layout")
+        call = replace(case, mask=dense_label(case)).call()
+        run = lambda: choose(row, call.q, call.k, spans=call.spans)  # noqa: E731
+        call = replace(call, layout=run())
+    times, peak = _measured(run, case.device, budget_ms)
+    yield _Made("select", case, "attnsieve", call, None, None).row(times, peak, building=True)
+
+
+def dense_label(case: Case) -> str:
+    """The mask of the same shape that keeps everything."""
+    return case.dense().mask
+
+
+def _dense_row(op: str, case: Case, call: Call, name: str, budget_ms: float) -> Row:
+    kernel = dense.attention(name)
+    verdict = check_rows(call, kernel(call), None, rows=1 if op == "decode" else 12)
+    if op == "forward_backward":
+        leaves = _with_gradients(call)
+        d_out = torch.randn_like(leaves.q)
+        run: Callable[[], object] = lambda: torch.autograd.grad(kernel(leaves), [leaves.q, leaves.k, leaves.v], d_out)  # noqa: E731
+    else:
+        run = lambda: kernel(call)  # noqa: E731
+    times, peak = _measured(_recorded(run, case.device) if op == "decode" else run, case.device, budget_ms)
+    return _Made(op, case, name, call, None, verdict).row(times, peak)
+
+
+def run_backend(call: Call, backend: str) -> tuple[Tensor, Tensor | None]:
+    """Output and LSE of a backend or of FlexAttention, which gives none here."""
+    if backend in FLEX:
+        return flex.attend(call, FLEX[backend]), None
+    rest = {"spans": call.spans, "scale": call.scale, "key_bias": call.key_bias, "backend": backend}
+    result = attend(call.q, call.k, call.v, call.layout, return_lse=True, **rest)  # type: ignore[arg-type]
     assert isinstance(result, tuple)
     return result
 
 
+def _builder(call: Call, backend: str) -> Callable[[Layout], object]:
+    """What prefill of `call` derives from its layout."""
+    require(backend in ("triton", "fa4"), f"op layout measures the backends triton and fa4, got {backend!r}")
+    if backend == "fa4":
+        from attnsieve.backends.fa4.kernel import built
+
+        return lambda fresh: built(replace(call, layout=fresh))
+    from attnsieve.backends.triton.geometry import Geometry
+    from attnsieve.backends.triton.schedule import schedule
+    from attnsieve.backends.triton.tuning import forward_tiles
+
+    tiles = forward_tiles(call)
+    positions = Geometry(call, tiles).positions
+    return lambda fresh: schedule(fresh, positions, tiles.keys)
+
+
+def _recorded(run: Callable[[], object], device: str) -> Callable[[], object]:
+    """`run` as a CUDA graph, so that a short call's time is the device's."""
+    if torch.device(device).type == "cpu":
+        return run
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def _with_gradients(call: Call) -> Call:
-    leaves = (None if x is None else x.requires_grad_() for x in (call.q, call.k, call.v, call.key_bias))
-    q, k, v, bias = leaves
+    q, k, v, bias = (None if x is None else x.detach().requires_grad_() for x in (call.q, call.k, call.v, call.key_bias))
     assert q is not None
     assert k is not None
     assert v is not None
@@ -122,69 +184,66 @@ def _with_gradients(call: Call) -> Call:
 
 def _gradients(call: Call, backend: str, d_out: Tensor) -> tuple[Tensor | None, ...]:
     leaves = [x for x in (call.q, call.k, call.v, call.key_bias) if x is not None]
-    grads = torch.autograd.grad(_attend(call, backend)[0], leaves, d_out)
+    grads = torch.autograd.grad(run_backend(call, backend)[0], leaves, d_out)
     return (*grads, *[None] * (4 - len(grads)))
 
 
-def _dense_call(call: Call, baseline: str) -> Tensor:
-    """Dense causal attention by SDPA; one query attends to everything."""
-    with sdpa_kernel(_BASELINES[baseline]):
-        causal = call.q.shape[2] > 1
-        return scaled_dot_product_attention(call.q, call.k, call.v, is_causal=causal, scale=call.scale, enable_gqa=True)
-
-
-def _dense_gradients(call: Call, baseline: str, d_out: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(_dense_call(call, baseline), [call.q, call.k, call.v], d_out)
-
-
-def _dense(call: Call, baseline: str | None) -> tuple[str, float] | None:
-    if baseline is None:
-        return None
-    return baseline, measure(lambda: _dense_call(call, baseline), 500).p50
-
-
-def _measured(run: Callable[[], object]) -> tuple[Times, int]:
-    """Times, and the memory in use at the peak of one run."""
+def _measured(run: Callable[[], object], device: str, budget_ms: float) -> tuple[Times, int | None]:
+    """Times, and on a GPU the memory in use at the peak of one run."""
+    if torch.device(device).type == "cpu":
+        return measure(run, budget_ms, device=device), None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     run()
     peak = torch.cuda.max_memory_allocated()
-    return measure(run), peak
+    return measure(run, budget_ms, device=device), peak
 
 
-def _row(
-    op: str,
-    case: Case,
-    backend: str,
-    call: Call,
-    times: Times,
-    peak: int,
-    dense: tuple[str, float] | None,
-    verdict: Verdict | None,
-) -> Row:
-    shared = "+" if case.shared else ""
-    return Row(
-        op=op,
-        backend=backend,
-        mask=case.mask + shared,
-        batch=1,
-        q_heads=case.q_heads,
-        kv_heads=case.kv_heads,
-        head_dim=case.head_dim,
-        q_len=call.q.shape[2],
-        kv_len=case.n,
-        dtype=str(case.dtype).removeprefix("torch."),
-        density=density(call.layout, case.n, call.q.shape[2]),
-        ms_p20=times.p20,
-        ms_p50=times.p50,
-        ms_p80=times.p80,
-        includes_mask_building=False,
-        baseline=None if dense is None else f"SDPA {dense[0]}, dense",
-        baseline_ms_p50=None if dense is None else dense[1],
-        error=None if verdict is None else verdict.error,
-        error_budget=None if verdict is None else verdict.budget,
-        peak_bytes=peak,
-    )
+@dataclass(frozen=True)
+class _Made:
+    """All of a row but its times."""
+
+    op: str
+    case: Case
+    backend: str
+    call: Call
+    baseline: Dense | None
+    verdict: Verdict | None
+
+    def row(self, times: Times, peak: int | None, building: bool = False) -> Row:
+        case, call = self.case, self.call
+        return Row(
+            op=self.op,
+            backend=f"auto: {choose_backend(call)}" if self.backend == "auto" else self.backend,
+            mask=case.label,
+            batch=case.batch,
+            q_heads=case.q_heads,
+            kv_heads=case.kv_heads,
+            head_dim=case.head_dim,
+            q_len=call.q.shape[2],
+            kv_len=case.n,
+            dtype=str(case.dtype).removeprefix("torch."),
+            density=density(call.layout, case.n, call.q.shape[2]),
+            ms_p20=times.p20,
+            ms_p50=times.p50,
+            ms_p80=times.p80,
+            includes_mask_building=building,
+            baseline=None if self.baseline is None else self.baseline.name,
+            baseline_ms_p50=None if self.baseline is None else self.baseline.ms,
+            error=None if self.verdict is None else self.verdict.error,
+            error_budget=None if self.verdict is None else self.verdict.budget,
+            peak_bytes=peak,
+            device=cost.device_name(call.q.device),
+            shape=case.shape,
+            work=self._work(building),
+        )
+
+    def _work(self, building: bool) -> dict[str, float] | None:
+        """What costs are fitted to: forward passes alone."""
+        if building or self.op not in ("prefill", "decode") or self.backend == "auto":
+            return None
+        backend = cost.DENSE if self.backend in dense.KERNELS and self.case.mask == dense_label(self.case) else self.backend
+        return cost_work.work(self.call, backend)
 
 
 def density(layout: Layout, n: int, q_len: int) -> float:

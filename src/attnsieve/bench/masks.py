@@ -1,4 +1,4 @@
-"""The masks that kernels are measured on: name -> Layout for n positions, the same for the same seed."""
+"""The masks that are measured: by name, the same for the same seed; by a pattern's text; or out of a plan."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from attnsieve.errors import require
 from attnsieve.layout import Blocks, Layout
+from attnsieve.layout import compile as compile_layout
 from attnsieve.nn.selection import SelectionRule
-from attnsieve.patterns import FOREVER
+from attnsieve.patterns import FOREVER, Pattern
+from attnsieve.plan import Plan
 
 
 def blocks(n: int, heads: int, device: torch.device | str, density: float, size: int = 128) -> Layout:
@@ -57,9 +59,12 @@ def columns_and_diagonals(n: int, heads: int, device: torch.device | str, column
 
 def selected(n: int, heads: int, device: torch.device | str, budget: int) -> Layout:
     """DMA: the `budget` best keys of each row's prefix by independent scores, for each of `heads` KV heads."""
-    score = torch.randn(1, heads, n, generator=_generator(device), device=device)
     rule = SelectionRule(budget)
-    return Layout(n, rule.ends(score), most_keys=rule.slots)
+    return Layout(n, rule.ends(_selection_scores(n, heads, device)), most_keys=rule.slots)
+
+
+def _selection_scores(n: int, heads: int, device: torch.device | str) -> Tensor:
+    return torch.randn(1, heads, n, generator=_generator(device), device=device)
 
 
 MASKS: dict[str, Callable[[int, int, torch.device | str], Layout]] = {
@@ -79,10 +84,40 @@ MASKS: dict[str, Callable[[int, int, torch.device | str], Layout]] = {
 }
 
 
+_SELECTED = {"dma-512": 512, "dma-1024": 1024, "dma-2048": 2048}
+
+
 def mask(name: str, n: int, heads: int, device: torch.device | str) -> Layout:
-    """The mask `name` for `heads` heads and n positions. Raises UserError for an unknown name."""
-    require(name in MASKS, f"unknown mask {name!r}; choose from {', '.join(MASKS)}")
-    return MASKS[name](n, heads, device)
+    """The layout for `heads` heads and n positions of a mask in `MASKS`, of a pattern's text (for every head) such as
+    "sink(4) | window(256)", or of one layer of a saved plan, "DIRECTORY:LAYER".
+
+    Raises UserError for an unknown name and for a plan with another number of heads.
+    """
+    if name in MASKS:
+        return MASKS[name](n, heads, device)
+    return compile_layout(patterns_of(name, heads), n, device)
+
+
+def patterns_of(name: str, heads: int) -> tuple[Pattern, ...]:
+    """The patterns of a text or of a plan's layer, one per head."""
+    if "(" in name:
+        return (Pattern.parse(name),) * heads
+    directory, found, layer = name.rpartition(":")
+    known = f"unknown mask {name!r}; choose from {', '.join(MASKS)}, a pattern such as 'sink(4) | window(256)', or PLAN:LAYER"
+    require(bool(found) and layer.isdigit(), known)
+    row = Plan.from_pretrained(directory).row(int(layer))
+    require(len(row) == heads, f"{name} has {len(row)} heads, the shape {heads}: choose the shape of the plan's model")
+    return row
+
+
+def is_selected(name: str) -> bool:
+    """Whether the mask is DMA's, selected by scores of the values."""
+    return name in _SELECTED
+
+
+def reselected(name: str, layout: Layout) -> Layout:
+    """DMA's selection repeated, with nothing remembered."""
+    return selected(layout.length, layout.heads, layout.device, _SELECTED[name])
 
 
 def _generator(device: torch.device | str, seed: int = 0) -> torch.Generator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -10,10 +11,11 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "triton", "flash-attn-4")
+_PACKAGES = ("torch", "triton", "flash-attn-4", "transformers", "attnsieve")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,9 @@ class Row:
     """One measurement of one operation. Times in milliseconds, memory in bytes.
 
     density: kept pairs over causal pairs (decode: over keys). speedup: the baseline's time over this one. efficiency: the
-    baseline's time times density over this one, 1 is ideal. error: relative, against the float64 oracle.
+    baseline's time times density over this one, 1 is ideal. error: relative, against the float64 oracle. includes_mask_building:
+    whether the time holds building what the backend derives from a layout, and DMA's selection. device: as costs are kept by.
+    shape: the model's name. failure: why there are no times. work: amounts of work by kind, what costs are fitted to.
     """
 
     op: str
@@ -35,28 +39,39 @@ class Row:
     kv_len: int
     dtype: str
     density: float
-    ms_p20: float
-    ms_p50: float
-    ms_p80: float
+    ms_p20: float | None
+    ms_p50: float | None
+    ms_p80: float | None
     includes_mask_building: bool
     baseline: str | None
     baseline_ms_p50: float | None
     error: float | None
     error_budget: float | None
-    peak_bytes: int
+    peak_bytes: int | None
+    device: str
+    shape: str | None = None
+    work: dict[str, float] | None = None
+    failure: str | None = None
 
     @property
     def speedup(self) -> float | None:
-        return None if self.baseline_ms_p50 is None else self.baseline_ms_p50 / self.ms_p50
+        return None if self.baseline_ms_p50 is None or self.ms_p50 is None else self.baseline_ms_p50 / self.ms_p50
 
     @property
     def efficiency(self) -> float | None:
         return None if self.speedup is None else self.speedup * self.density
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with what follows from it."""
+        return asdict(self) | {"speedup": self.speedup, "efficiency": self.efficiency}
+
     def __str__(self) -> str:
-        against = "" if self.speedup is None else f", {self.speedup:.1f}x {self.baseline}, efficiency {self.efficiency:.2f}"
+        if self.failure is not None:
+            return f"{self.op} {self.backend} {self.mask} {self.batch} x {self.q_len}: {self.failure}"
+        against = "" if self.speedup is None else f", {self.speedup:.2f}x {self.baseline}, efficiency {self.efficiency:.2f}"
+        building = " with mask building" if self.includes_mask_building else ""
         return (
-            f"{self.op} {self.backend} {self.mask} {self.q_len}x{self.kv_len} density {self.density:.4f}: "
+            f"{self.op} {self.backend} {self.mask} {self.q_len}x{self.kv_len} density {self.density:.4f}{building}: "
             f"{self.ms_p50:.3f} ms ({self.ms_p20:.3f} to {self.ms_p80:.3f}){against}"
         )
 
@@ -64,21 +79,28 @@ class Row:
 def write(rows: Iterable[Row], path: Path) -> None:
     """Append rows as JSON lines, each with the environment it was measured in."""
     here = environment()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        for row in rows:
-            derived = {"speedup": row.speedup, "efficiency": row.efficiency}
-            file.write(json.dumps(asdict(row) | derived | here) + "\n")
+        file.writelines(json.dumps(row.to_json() | here) + "\n" for row in rows)
 
 
 def environment() -> dict[str, object]:
-    """Device, versions, commit, command and date."""
+    """Versions, threads of the CPU, commit, command and date."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {"python": sys.version.split()[0], "cuda": torch.version.cuda} | _versions(),
+        "threads": torch.get_num_threads(),
         "commit": _commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(sys.argv),
         "date": date.today().isoformat(),
     }
+
+
+def command(arguments: list[str]) -> str:
+    """The command line without the folders of this machine."""
+    program, *rest = (Path(part).name if Path(part).is_absolute() else part for part in arguments)
+    return " ".join(
+        [{"__main__.py": "python -m attnsieve"}.get(program, program), *(f"'{x}'" if " " in x else x for x in rest)]
+    )
 
 
 def _versions() -> dict[str, str]:
@@ -92,5 +114,6 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
+    """GIT_COMMIT, for copies of the tree without its history, or what git says."""
     asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or None
+    return os.environ.get("GIT_COMMIT") or asked.stdout.strip() or None

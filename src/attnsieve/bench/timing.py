@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,16 +18,30 @@ class Times:
     p80: float
 
 
-def measure(run: Callable[[], object], budget_ms: float = 200.0, cold: bool = True) -> Times:
-    """Times of `run` by device events, after a warm-up. `cold` overwrites the L2 cache before every repeat.
+def measure(run: Callable[[], object], budget_ms: float = 200.0, cold: bool = True, device: str = "cuda") -> Times:
+    """Times of `run` after a warm-up, by device events on a GPU and by the clock on a CPU. `cold` overwrites a GPU's L2 cache
+    before every repeat.
 
-    Repeats are queued without waiting, so the host's part shows only where it is longer than the device's.
+    On a GPU repeats are queued without waiting, so the host's part shows only where it is longer than the device's.
     """
-    flush = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda") if cold else None
     run()
-    once = _queue(run, flush, 3)[-1]
-    times = sorted(_queue(run, flush, min(100, max(5, int(budget_ms / max(once, 1e-3))))))
+    if torch.device(device).type == "cpu":
+        once = _clock(run, 1)[0]
+        times = sorted(_clock(run, min(50, max(3, int(budget_ms / max(once, 1e-3))))))
+    else:
+        flush = torch.empty(64 * 2**20, dtype=torch.int32, device=device) if cold else None
+        once = _queue(run, flush, 3)[-1]
+        times = sorted(_queue(run, flush, min(100, max(5, int(budget_ms / max(once, 1e-3))))))
     return Times(*(times[int(share * (len(times) - 1))] for share in (0.2, 0.5, 0.8)))
+
+
+def _clock(run: Callable[[], object], repeats: int) -> list[float]:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
 
 
 def _queue(run: Callable[[], object], flush: torch.Tensor | None, repeats: int) -> list[float]:

@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import attnsieve
+from attnsieve.cli.bench import bench
 from attnsieve.cli.demo import demo
 from attnsieve.cli.evaluate import evaluate
 from attnsieve.cli.fit import fit
@@ -52,6 +53,7 @@ app.command("show")(show)
 app.command("run")(run)
 app.command("eval")(evaluate)
 app.command("train")(train)
+app.command("bench")(bench)
 app.command("demo")(demo)
 
 

@@ -41,11 +41,11 @@ def _lists(call: Call) -> Any:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     keys = call.k.shape[2]
-    part_count, part, whole_count, whole = _built(call).rows((keys - call.q.shape[2]) // TILE, -(-keys // TILE))
+    part_count, part, whole_count, whole = built(call).rows((keys - call.q.shape[2]) // TILE, -(-keys // TILE))
     return BlockSparseTensorsTorch(part_count, part, whole_count, whole, block_size=(TILE, TILE))
 
 
-def _built(call: Call) -> TileLists:
+def built(call: Call) -> TileLists:
     """The layout's lists for every query head, kept with it."""
     layout, heads = call.layout, call.q.shape[1]
     return layout.schedule(("fa4 lists", heads), lambda: _build(layout, heads))
@@ -83,6 +83,6 @@ def tile_counts(call: Call) -> tuple[int, int]:
         visited = sum(min(t, -(-(known.window - 1) // TILE)) + 1 for t in range(first, stop))
         partial = sum(1 + (t * TILE >= known.window) for t in range(first, stop))
         return max(visited - partial, 0) * call.q.shape[1], partial * call.q.shape[1]
-    lists = _built(call)
+    lists = built(call)
     counts = torch.stack([count[:, :, first:stop].sum() for count in (lists.whole_count, lists.part_count)]).tolist()
     return int(counts[0]), int(counts[1])

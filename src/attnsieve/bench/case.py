@@ -1,0 +1,78 @@
+"""Case: what is measured, and the inputs it is measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from attnsieve.backends.call import Call
+from attnsieve.bench.masks import is_selected, mask, reselected
+from attnsieve.bench.shapes import Shape
+from attnsieve.layout import Layout
+from attnsieve.spans import Spans
+
+# What dense rows are named, and the pattern that they keep.
+DENSE = "dense()"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape under one mask, bf16 on the GPU by default.
+
+    mask: a name of `masks.MASKS`, a pattern's text or a plan's layer, see `masks.mask`. n: keys; q_len: the last queries of n,
+    all by default. shared: the heads of a KV group share their mask. bias: with a key bias. shape: the model's name.
+    """
+
+    mask: str
+    n: int
+    q_len: int | None = None
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    shared: bool = False
+    bias: bool = False
+    batch: int = 1
+    device: str = "cuda"
+    shape: str | None = None
+
+    @classmethod
+    def of(cls, mask: str, n: int, shape: Shape, dtype: torch.dtype, device: str, batch: int = 1) -> Case:
+        """A case of a named shape. A mask named with a + is shared by the heads of a KV group; DMA's come with a key bias."""
+        dma = is_selected(mask)
+        shared = dma or mask.endswith("+")
+        heads = (shape.q_heads, shape.kv_heads, shape.head_dim)
+        return cls(mask.removesuffix("+"), n, None, *heads, dtype, shared, dma, batch, device, shape.name)
+
+    @property
+    def label(self) -> str:
+        """The mask's name in rows."""
+        return self.mask + ("+" if self.shared and not is_selected(self.mask) else "")
+
+    def dense(self) -> Case:
+        """The same shape with nothing left out."""
+        return replace(self, mask=DENSE, shared=False, bias=False)
+
+    def layout(self) -> Layout:
+        """The mask for all positions."""
+        return mask(self.mask, self.n, self.kv_heads if self.shared else self.q_heads, self.device)
+
+    def fresh(self, layout: Layout) -> Layout:
+        """`layout` with nothing remembered that backends derive from it; keys that DMA selects are selected again."""
+        if is_selected(self.mask):
+            return reselected(self.mask, layout)
+        return replace(layout, schedules={})
+
+    def call(self) -> Call:
+        """Random inputs and the mask."""
+        q_len = self.n if self.q_len is None else self.q_len
+        layout = self.layout()
+        torch.manual_seed(0)
+        q, k, v = (
+            torch.randn(self.batch, heads, length, self.head_dim, device=self.device, dtype=self.dtype)
+            for heads, length in ((self.q_heads, q_len), (self.kv_heads, self.n), (self.kv_heads, self.n))
+        )
+        bias = torch.randn(self.batch, self.kv_heads, self.n, device=self.device) if self.bias else None
+        spans = Spans.full(self.batch, q_len, self.n, self.device)
+        return Call(q, k, v, layout, spans, self.head_dim**-0.5, bias)

@@ -1,0 +1,162 @@
+"""Time to first token and peak memory of whole models with random weights: dense beside plans."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from attnsieve.backends import cost
+from attnsieve.bench.case import DENSE, Case
+from attnsieve.bench.check import Verdict, check_rows
+from attnsieve.bench.kernels import density, run_backend
+from attnsieve.bench.masks import patterns_of
+from attnsieve.bench.rows import Row
+from attnsieve.bench.shapes import Shape
+from attnsieve.errors import require
+from attnsieve.fingerprint import Fingerprint
+from attnsieve.plan import Plan
+
+# Kernels are compared with the oracle on a layer's call this long at most.
+_CHECKED_LENGTH = 8192
+# A run this long is measured once more, a shorter one three times.
+_LONG_SECONDS = 2.0
+DENSE_IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What to measure: a model's size (see `hf.random_model`), prompts of `lengths` tokens in `batch` rows, masks for every
+    head of every layer, and who computes: backends of `hf.apply` for masks, transformers' implementations for dense."""
+
+    model: str
+    lengths: Sequence[int]
+    masks: Sequence[str]
+    backends: Sequence[str] = ("auto",)
+    dense: Sequence[str] = ("sdpa",)
+    batch: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cuda"
+    layers: int | None = None
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """For every length, dense first: the first call (masks built in it) and later ones. What runs out of memory is a row
+    without times that says so. Raises `WrongResult` where a backend fails the oracle on a layer's call."""
+    from attnsieve.hf.random_model import random_model
+
+    model = random_model(setting.model, setting.device, setting.dtype, setting.layers)
+    for n in setting.lengths:
+        yield from _of_length(setting, model, n)
+
+
+def _of_length(setting: Setting, model: Any, n: int) -> Iterator[Row]:
+    from attnsieve.hf import apply, fingerprint
+
+    mark = fingerprint(model)
+    case = _case(setting, mark, n)
+    dense: float | None = None
+    for implementation in setting.dense:
+        require(implementation in DENSE_IMPLEMENTATIONS, f"dense runs as {' or '.join(DENSE_IMPLEMENTATIONS)}")
+        model.set_attn_implementation(implementation)
+        for row in _measured(case, model, implementation, nullcontext, None, None):
+            dense = row.ms_p50 if not row.includes_mask_building else dense
+            yield row
+    model.set_attn_implementation("sdpa")
+    for mask in setting.masks:
+        plan = Plan(mark, (patterns_of(mask, mark.heads),) * mark.layers)
+        for backend in setting.backends:
+            verdict = _verdict(replace(case, mask=mask), backend)
+            under = lambda plan=plan, backend=backend: apply(model, plan, backend=backend)  # noqa: E731
+            yield from _measured(replace(case, mask=mask), model, backend, under, dense, verdict)
+
+
+def _case(setting: Setting, mark: Fingerprint, n: int) -> Case:
+    shape = Shape(setting.model, mark.heads, mark.kv_heads, mark.head_dim)
+    return Case.of(DENSE, n, shape, setting.dtype, setting.device, setting.batch)
+
+
+def _verdict(case: Case, backend: str) -> Verdict:
+    call = replace(case, n=min(case.n, _CHECKED_LENGTH), batch=1).call()
+    return check_rows(call, *run_backend(call, "auto" if backend == "fastest" else backend))
+
+
+def _measured(
+    case: Case,
+    model: Any,
+    name: str,
+    under: Callable[[], AbstractContextManager[Any]],
+    dense: float | None,
+    verdict: Verdict | None,
+) -> Iterator[Row]:
+    """The first call and later ones, in milliseconds, or one row that ran out of memory."""
+    ids = torch.randint(model.config.vocab_size, (case.batch, case.n), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(case.device)
+    made = _Made(case, name, dense, verdict)
+    try:
+        with under(), torch.inference_mode():
+            first = _first_token(model, ids, case.device)
+            yield made.row([first], _peak(case.device), building=True)
+            repeats = 1 if first > _LONG_SECONDS * 1e3 else 3
+            times = sorted(_first_token(model, ids, case.device) for _ in range(repeats))
+            yield made.row(times, _peak(case.device), building=False)
+    except torch.OutOfMemoryError:
+        yield made.row([], None, building=False)
+
+
+def _first_token(model: Any, ids: torch.Tensor, device: str) -> float:
+    """Milliseconds from a prompt to its next token, the cache filled for those after it."""
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    logits = model(ids, use_cache=True, logits_to_keep=1).logits
+    logits.argmax(-1).tolist()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _peak(device: str) -> int | None:
+    return torch.cuda.max_memory_allocated() if torch.device(device).type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class _Made:
+    case: Case
+    name: str
+    dense: float | None
+    verdict: Verdict | None
+
+    def row(self, times: list[float], peak: int | None, building: bool) -> Row:
+        case = self.case
+        at = lambda share: times[int(share * (len(times) - 1))] if times else None  # noqa: E731
+        return Row(
+            op="ttft",
+            backend=self.name,
+            mask=case.label,
+            batch=case.batch,
+            q_heads=case.q_heads,
+            kv_heads=case.kv_heads,
+            head_dim=case.head_dim,
+            q_len=case.n,
+            kv_len=case.n,
+            dtype=str(case.dtype).removeprefix("torch."),
+            density=1.0 if case.mask == DENSE else density(replace(case, device="cpu").layout(), case.n, case.n),
+            ms_p20=at(0.2),
+            ms_p50=at(0.5),
+            ms_p80=at(0.8),
+            includes_mask_building=building,
+            baseline=None if self.dense is None else "the model's own attention, dense",
+            baseline_ms_p50=self.dense,
+            error=None if self.verdict is None else self.verdict.error,
+            error_budget=None if self.verdict is None else self.verdict.budget,
+            peak_bytes=peak,
+            device=cost.device_name(torch.device(case.device)),
+            shape=case.shape,
+            failure=None if times else "out of memory",
+        )

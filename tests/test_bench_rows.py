@@ -1,0 +1,227 @@
+"""Benchmarks on a CPU: complete rows, the oracle's gate, masks by name, text and plan, time to first token."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from attnsieve import UserError, attention
+from attnsieve.backends import portable
+from attnsieve.bench import kernels, ttft
+from attnsieve.bench.case import Case
+from attnsieve.bench.check import WrongResult
+from attnsieve.bench.masks import mask, patterns_of
+from attnsieve.bench.rows import Row, command, write
+from attnsieve.bench.shapes import SHAPES, shape_of
+from attnsieve.bench.suite import Skipped, Suite
+from attnsieve.cli.app import app
+from attnsieve.fingerprint import Fingerprint
+from attnsieve.patterns import Pattern, columns, sink, window
+from attnsieve.plan import Plan
+
+SMALL = Case("sink(2) | window(30)", 150, None, 4, 2, 16, torch.float32, device="cpu", shape="small")
+# What every row must have to be repeated and judged.
+FIELDS = {
+    "op",
+    "backend",
+    "mask",
+    "batch",
+    "q_heads",
+    "kv_heads",
+    "head_dim",
+    "q_len",
+    "kv_len",
+    "dtype",
+    "density",
+    "ms_p20",
+    "ms_p50",
+    "ms_p80",
+    "includes_mask_building",
+    "baseline",
+    "baseline_ms_p50",
+    "speedup",
+    "efficiency",
+    "error",
+    "error_budget",
+    "peak_bytes",
+    "device",
+    "versions",
+    "commit",
+    "command",
+    "date",
+}
+FAST = {"budget_ms": 1.0}
+
+
+@pytest.mark.parametrize("measure", [kernels.prefill, kernels.decode, kernels.forward_backward])
+def test_rows_are_complete_and_consistent(measure, tmp_path):
+    rows = list(measure(SMALL, "portable", kernels.Dense("sdpa, dense", 3.0), **FAST))
+    write(rows, tmp_path / "new" / "rows.jsonl")
+    read = [json.loads(line) for line in (tmp_path / "new" / "rows.jsonl").read_text().splitlines()]
+    assert len(read) == (1 if measure is kernels.decode else 2)
+    assert [row["includes_mask_building"] for row in read] == [False, True][: len(read)]
+    for row in read:
+        assert row.keys() >= FIELDS
+        assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+        assert 0 < row["error"] <= row["error_budget"]
+        assert row["speedup"] == pytest.approx(3.0 / row["ms_p50"])
+        assert row["efficiency"] == pytest.approx(row["speedup"] * row["density"])
+
+
+def test_density_is_that_of_the_mask():
+    (row, _) = kernels.prefill(SMALL, "portable", **FAST)
+    kept = sum(min(i + 1, 30) + min(2, max(0, i - 29)) for i in range(150))
+    assert row.density == pytest.approx(kept / (150 * 151 / 2))
+    (row,) = kernels.decode(SMALL, "portable", **FAST)
+    assert row.density == pytest.approx(32 / 150)
+
+
+@pytest.mark.parametrize("wrong", ["out", "lse", "nan"])
+def test_a_wrong_kernel_gives_no_row(wrong, monkeypatch):
+    right = portable.run
+
+    def run(call):
+        out, lse = right(call)
+        return {"out": (out * 1.001, lse), "lse": (out, lse + 0.01), "nan": (out * torch.nan, lse)}[wrong]
+
+    monkeypatch.setattr(portable, "run", run)
+    for measure in (kernels.prefill, kernels.decode):
+        with pytest.raises(WrongResult):
+            next(iter(measure(SMALL, "portable", **FAST)))
+
+
+def test_wrong_gradients_give_no_row(monkeypatch):
+    right = portable.run
+
+    def run(call):
+        out, lse = right(call)
+        return out + 0.01 * (call.q.sum() - call.q.sum().detach()), lse
+
+    monkeypatch.setattr(portable, "run", run)
+    with pytest.raises(WrongResult, match="dq"):
+        next(iter(kernels.forward_backward(SMALL, "portable", **FAST)))
+
+
+def test_the_command_writes_rows_and_stops_at_a_wrong_one(tmp_path, monkeypatch):
+    out = tmp_path / "rows.jsonl"
+    arguments = [
+        "bench",
+        "prefill",
+        "--masks",
+        "window(20);sink(1) | columns(5)",
+        "--shapes",
+        "smollm2-135m",
+        "--lengths",
+        "96",
+    ]
+    arguments += ["--backends", "portable,reference", "--device", "cpu", "--budget-ms", "1", "--out", str(out)]
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["backend"], row["includes_mask_building"]) for row in rows] == [("sdpa", False)] + [
+        ("portable", False),
+        ("portable", True),
+        ("reference", False),
+        ("reference", True),
+    ] * 2
+    assert len(out.read_text().splitlines()) == len(rows)
+    assert all(row["baseline"] == "sdpa, dense" for row in rows[1:])
+
+    right = portable.run
+    monkeypatch.setattr(portable, "run", lambda call: (right(call)[0] * 1.01, right(call)[1]))
+    out.unlink()
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert "wrong result, no row" in done.stderr
+    assert "portable" not in out.read_text(), "the dense row is right and stays, the wrong one must not be there"
+
+
+def test_what_cannot_be_served_is_skipped_by_name():
+    suite = Suite("prefill", ["window(9)"], [shape_of("smollm2-135m")], [64], ["triton", "fa4"], [], torch.float64, "cpu")
+    rows = list(suite.rows())
+    assert all(isinstance(row, Skipped) for row in rows)
+    assert [row.backend for row in rows] == ["triton", "fa4"]
+    assert "CUDA" in rows[1].reason
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"op": "sing"}, "unknown operation"),
+        ({"backends": ["cuda"]}, "unknown backend"),
+        ({"baselines": ["fast"]}, "unknown baseline"),
+    ],
+)
+def test_bad_suites_are_refused(change, named):
+    suite = Suite("prefill", ["window(9)"], [shape_of("smollm2-135m")], [64], ["portable"], [], torch.float32, "cpu")
+    with pytest.raises(UserError, match=named):
+        list(replace(suite, **change).rows())
+
+
+def test_masks_by_text_and_from_plans(tmp_path):
+    mark = Fingerprint("llama", 2, 4, 2, 16, "0" * 16)
+    rule, other = sink(1) | window(4), Pattern.of(*columns(3)) | window(2)
+    Plan(mark, ((rule,) * 4, (rule, other) * 2)).save_pretrained(tmp_path / "plan")
+    assert patterns_of(f"{tmp_path}/plan:1", 4) == (rule, other, rule, other)
+    assert patterns_of(str(rule), 3) == (rule,) * 3
+    assert mask(f"{tmp_path}/plan:0", 20, 4, "cpu").heads == 4
+    with pytest.raises(UserError, match="4 heads, the shape 9"):
+        patterns_of(f"{tmp_path}/plan:0", 9)
+    with pytest.raises(UserError, match="unknown mask 'blocks-11'"):
+        mask("blocks-11", 20, 4, "cpu")
+
+
+def test_shapes_group_their_heads_evenly():
+    assert all(shape.q_heads % shape.kv_heads == 0 for shape in SHAPES.values())
+
+
+def test_selection_is_measured():
+    (row,) = kernels.select(replace(SMALL, mask="dma-512", n=700, shared=True, bias=True), **FAST)
+    assert row.op == "select"
+    assert row.includes_mask_building
+    (row,) = kernels.select(replace(SMALL, mask="top_blocks(1, block=16)"), **FAST)
+    assert 0 < row.density < 1
+    with pytest.raises(UserError, match="chooses nothing"):
+        list(kernels.select(SMALL, **FAST))
+
+
+def test_time_to_first_token_of_a_tiny_model():
+    setting = ttft.Setting("tiny", [96, 160], ["sink(2) | window(16)"], ["auto"], ["sdpa", "eager"], 2, torch.float32, "cpu")
+    rows = list(ttft.rows(setting))
+    assert [(row.backend, row.kv_len, row.includes_mask_building) for row in rows] == [
+        (backend, n, building) for n in (96, 160) for backend in ("sdpa", "eager", "auto") for building in (True, False)
+    ]
+    assert all(row.ms_p50 > 0 and row.batch == 2 for row in rows)
+    assert all(row.error <= row.error_budget and row.baseline_ms_p50 for row in rows if row.backend == "auto")
+
+
+def test_running_out_of_memory_is_a_row_that_says_so(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ttft, "_first_token", full)
+    (row,) = ttft.rows(ttft.Setting("tiny", [32], [], dense=["eager"], dtype=torch.float32, device="cpu"))
+    assert row.failure == "out of memory"
+    assert row.ms_p50 is None
+    assert "out of memory" in str(row)
+
+
+def test_commands_do_not_name_folders_of_the_machine():
+    assert command(["/home/me/bin/attnsieve", "bench", "--out", "/tmp/x/rows.jsonl"]) == "attnsieve bench --out rows.jsonl"
+    assert command(["/x/attnsieve/__main__.py", "--masks", "sink(1) | window(2)"]) == (
+        "python -m attnsieve --masks 'sink(1) | window(2)'"
+    )
+
+
+def test_a_row_without_a_baseline_claims_no_speed_up():
+    row = next(iter(kernels.prefill(SMALL, "portable", **FAST)))
+    assert isinstance(row, Row)
+    assert row.speedup is None
+    assert row.efficiency is None
+
+
+def test_auto_is_named_with_what_it_chose():
+    row = next(iter(kernels.prefill(SMALL, "auto", **FAST)))
+    assert row.backend in {f"auto: {name}" for name in attention.BACKENDS}
