@@ -3,6 +3,7 @@
 import os
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,13 +23,14 @@ def interpret_without_gpu() -> bool:
 def mend() -> None:
     """Mend Triton 3.6's interpreter.
 
-    Loop bounds are arrays of one element, which NumPy 2.4 no longer takes for integers; products of bfloat16 multiply bits; and
-    the language is patched anew at every call of a function, which takes a third of the time: once is enough.
+    Loop bounds are arrays of one element, which NumPy 2.4 no longer takes for integers; bfloat16 is rounded towards zero and its
+    products multiply bits; and the language is patched anew at every call of a function, a third of the time: once is enough.
     """
     import triton.language as tl
     from triton.runtime import interpreter
 
-    patch, dot, patched = interpreter._patch_lang, interpreter.InterpreterBuilder.create_dot, set()
+    builder = interpreter.InterpreterBuilder
+    patch, dot, cast, patched = interpreter._patch_lang, builder.create_dot, builder.cast_impl, set()
 
     def patch_once(fn):
         names = frozenset(name for name, value in fn.__globals__.items() if value is tl or value is tl.core)
@@ -42,8 +44,14 @@ def mend() -> None:
         a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return dot(self, a, b, *rest)
 
+    def cast_to_nearest(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, src, dst_type)
+        bits = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.uint16)
+        return interpreter.TensorHandle(bits.numpy(), tl.bfloat16)
+
     interpreter._patch_lang = patch_once
-    interpreter.InterpreterBuilder.create_dot = dot_of_floats
+    builder.create_dot, builder.cast_impl = dot_of_floats, cast_to_nearest
 
 
 INTERPRETED = interpret_without_gpu()

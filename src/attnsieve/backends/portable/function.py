@@ -130,23 +130,21 @@ class _Attend(torch.autograd.Function):
                 for part in parts_of(call, slots, kv_head):
                     _forward_part(sequences, part, out, lse)
         ctx.call = call
-        ctx.save_for_backward(q, k, v, bias, out, lse)
+        ctx.save_for_backward(q, k, v, bias, lse)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, out, lse = ctx.saved_tensors
+        *inputs, lse = ctx.saved_tensors
         work = lse.dtype
         tensors = [None if tensor is None else tensor.detach().to(work) for tensor in inputs]
-        # dS = P * (dP - shift): the row sums of dO * O, less what flows in through the LSE itself.
-        shift = (d_out.to(work) * out.to(work)).sum(-1) - d_lse.to(work)
         grads = [None if tensor is None else torch.zeros_like(tensor) for tensor in tensors]
         for slots in slots_of(ctx.call):
             for kv_head in range(inputs[1].shape[1]):
                 sequences = _Sequences(ctx.call, slots, kv_head, tensors)
                 for part in parts_of(ctx.call, slots, kv_head):
-                    _backward_part(sequences, part, d_out.to(work), shift, lse, grads)
+                    _backward_part(sequences, part, d_out.to(work), d_lse.to(work), lse, grads)
         return None, *(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
@@ -174,25 +172,36 @@ def _forward_part(sequences: _Sequences, part: Part, out: Tensor, lse: Tensor) -
     sequences.put(lse[..., None], part, total.log() + peak)
 
 
-def _backward_part(sequences: _Sequences, part: Part, d_out: Tensor, shift: Tensor, lse: Tensor, grads: list[Any]) -> None:
+def _backward_part(sequences: _Sequences, part: Part, d_out: Tensor, d_lse: Tensor, lse: Tensor, grads: list[Any]) -> None:
+    """dS = P * (dP - shift) with shift = rowsum(P * dP), less what flows in through the LSE itself.
+
+    Usually that sum is taken from the output instead, rowsum(dO * O). Rounded to half precision it would reach the bias of every
+    key of the row with one sign.
+    """
     q_NRD, d_NRE = (sequences.queries_of(tensor, part).flatten(1, 2) for tensor in (sequences.q, d_out))
-    shift_NR, lse_NR = (sequences.queries_of(tensor, part).flatten(1, 2)[..., None] for tensor in (shift, lse))
-    # A row that keeps nothing has LSE -inf; its weights are 0, not exp(-inf + inf).
-    lse_NR = lse_NR.masked_fill(lse_NR == -torch.inf, 0.0)
+    d_lse_NR, lse_NR = (sequences.queries_of(tensor, part).flatten(1, 2)[..., None] for tensor in (d_lse, lse))
+    # A row that keeps nothing has LSE -inf; its weights are 0, not exp(-inf + inf), whatever flows into its LSE.
+    nothing = lse_NR == -torch.inf
+    d_lse_NR, lse_NR = d_lse_NR.masked_fill(nothing, 0.0), lse_NR.masked_fill(nothing, 0.0)
     tile, row = sequences.scores(q_NRD, part)
     weights = tile.sub_(lse_NR).exp_()
-    d_tile = weights * (d_NRE @ sequences.values(part.keys).mT - shift_NR)
-    d_q = d_tile @ sequences.keys(part.keys)
-    sequences.add(grads[1], part.keys, d_tile.mT @ q_NRD * sequences.scale)
-    sequences.add(grads[2], part.keys, weights.mT @ d_NRE)
-    if grads[3] is not None:
-        sequences.add(grads[3], part.keys, d_tile.sum(1))
-    if row is not None and part.row_keys is not None:
+    d_weights = d_NRE @ sequences.values(part.keys).mT
+    shift = (weights * d_weights).sum(-1, keepdim=True) - d_lse_NR
+    if row is None or part.row_keys is None:
+        d_tile = weights * (d_weights - shift)
+        d_q = d_tile @ sequences.keys(part.keys)
+    else:
         row_weights = row.sub_(lse_NR).exp_()
-        d_row = row_weights * (_row_product(d_NRE, sequences.values(part.row_keys), part) - shift_NR)
-        d_q += _row_sum(d_row, sequences.keys(part.row_keys), part)
+        d_row_weights = _row_product(d_NRE, sequences.values(part.row_keys), part)
+        shift += (row_weights * d_row_weights).sum(-1, keepdim=True)
+        d_tile, d_row = weights * (d_weights - shift), row_weights * (d_row_weights - shift)
+        d_q = d_tile @ sequences.keys(part.keys) + _row_sum(d_row, sequences.keys(part.row_keys), part)
         sequences.add(grads[1], part.row_keys, _row_outer(d_row, q_NRD, part) * sequences.scale)
         sequences.add(grads[2], part.row_keys, _row_outer(row_weights, d_NRE, part))
         if grads[3] is not None:
             sequences.add(grads[3], part.row_keys, _by_rows(d_row, part).sum(1))
     sequences.put(grads[0], part, d_q * sequences.scale)
+    sequences.add(grads[1], part.keys, d_tile.mT @ q_NRD * sequences.scale)
+    sequences.add(grads[2], part.keys, weights.mT @ d_NRE)
+    if grads[3] is not None:
+        sequences.add(grads[3], part.keys, d_tile.sum(1))

@@ -1,6 +1,10 @@
 """dQ: the grid, lists and loops of the forward pass.
 
 P = exp(S - LSE), dS = P * (dO V^T - delta), dQ = scale dS K, with delta = rowsum(dO * O) - dLSE.
+
+With O rounded to half precision, delta is off by one error for all keys of a row. dQ and dK bear that; in the gradient of a key
+bias it adds up over the keys with one sign. The rows of dS tell it, since they should sum to dLSE: the pass corrects delta for
+the kernels of dK, dV and d bias.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
@@ -28,21 +32,8 @@ from attnsieve.backends.triton.common import (
 
 
 @triton.jit
-def row_sums_kernel(
-    out,
-    d_out,
-    p_lse,
-    d_lse,
-    p_delta,
-    p_columns,
-    scale,
-    heads,
-    q_slots,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """delta [B, Hq, Tq] = rowsum(dO * O) - dLSE, and columns [B, Hq, Tq, 16] of -LSE / scale, ones and -delta."""
+def delta_kernel(out, d_out, p_lse, d_lse, p_delta, heads, q_slots, DV: tl.constexpr, DVP: tl.constexpr, STEP: tl.constexpr):
+    """delta [B, Hq, Tq] = rowsum(dO * O) - dLSE; 0 for rows that keep nothing, whatever flows into their LSE."""
     o_bh = tl.program_id(1).to(tl.int64)
     batch, head = o_bh // heads, o_bh % heads
     slot = tl.program_id(0) * STEP + tl.arange(0, STEP)
@@ -52,20 +43,29 @@ def row_sums_kernel(
     delta = tl.sum(o_tile.to(tl.float32) * d_tile.to(tl.float32), 1)
     if d_lse is not None:
         delta -= tl.load(head_base(d_lse, batch, head) + slot * d_lse.s_row, mask=ok, other=0.0)
-    tl.store(p_delta + o_bh * q_slots + slot, delta, mask=ok)
     lse = tl.load(p_lse + o_bh * q_slots + slot, mask=ok, other=0.0)
+    tl.store(p_delta + o_bh * q_slots + slot, tl.where(lse == -float("inf"), 0.0, delta), mask=ok)
+
+
+@triton.jit
+def columns_kernel(p_lse, p_delta, p_columns, scale, rows, STEP: tl.constexpr):
+    """Columns [B, Hq, Tq, 16] of -LSE / scale, ones and -delta, as the kernels of dK and dV read them."""
+    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
+    ok = row < rows
+    lse = tl.load(p_lse + row, mask=ok, other=0.0)
     # Rows that keep nothing: exp2 of a score less this is 0.
     lse = tl.where(lse == -float("inf"), 1e30, lse)
     DTYPE: tl.constexpr = p_columns.dtype.element_ty
+    delta = tl.load(p_delta + row, mask=ok, other=0.0)
     columns = split(-lse / scale, LSE_COLUMN, DTYPE) + split(-delta, DELTA_COLUMN, DTYPE)
     columns += indicator(BIAS_COLUMN, STEP, tl.float32)
-    p_part = p_columns + (o_bh * q_slots + slot)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    tl.store(p_part, columns.to(DTYPE), mask=ok[:, None])
+    tl.store(p_columns + row[:, None] * 16 + tl.arange(0, 16)[None, :], columns.to(DTYPE), mask=ok[:, None])
 
 
 @triton.jit
 def _add_dq(
     dq,
+    rest,
     q_tile,
     d_tile,
     lse2,
@@ -86,9 +86,10 @@ def _add_dq(
     DV: tl.constexpr,
     DVP: tl.constexpr,
     MASKED: tl.constexpr,
+    REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq [R, DP] += dS K over keys j."""
+    """dq [R, DP] += dS K over keys j, and rest [R] += rowsum(dS) with REST."""
     k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, MASKED)
     v_tile = load_rows(p_v, j, v.s_row, ok, DV, DVP, MASKED)
     s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, MASKED, PRECISION)
@@ -97,7 +98,9 @@ def _add_dq(
         weights = tl.where(keep, weights, 0.0)
     dp = tl.dot(d_tile, tl.trans(v_tile), input_precision=PRECISION)
     ds = weights * (dp - delta[:, None])
-    return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+    if REST:
+        rest += tl.sum(ds, 1)
+    return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION), rest
 
 
 @triton.jit
@@ -109,6 +112,7 @@ def dq_kernel(
     d_out,
     p_lse,
     p_delta,
+    d_lse,
     d_q,
     places,
     mask,
@@ -130,8 +134,9 @@ def dq_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    CORRECT: tl.constexpr,
 ):
-    """dQ of one query tile, layout head and sequence; rows, lists and loops as in `forward_kernel`."""
+    """dQ of one query tile, layout head and sequence; rows, lists and loops as in `forward_kernel`. CORRECT: delta too."""
     h, i_s = tl.program_id(1), tl.program_id(2)
     batch, q_start, first, k_start, k_len = span_of(places, i_s)
     t = tl.cdiv(k_len, M) - 1 - tl.program_id(0)
@@ -164,6 +169,7 @@ def dq_kernel(
         s_bias = bias.s_row
 
     dq = tl.zeros([M * GP, DP], tl.float32)
+    rest = tl.zeros([M * GP], tl.float32)
     scale2 = scale * LOG2E
     one = scale / scale
     cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_list)
@@ -181,8 +187,9 @@ def dq_kernel(
     j = chunk_keys(tiles, singles, p_tiles, p_singles, whole_tiles, 0, N)
     for x in tl.range(0, whole_tiles + whole_singles // N, num_stages=STAGES):
         next_j = chunk_keys(tiles, singles, p_tiles, p_singles, whole_tiles, x + 1, N)
-        dq = _add_dq(
+        dq, rest = _add_dq(
             dq,
+            rest,
             q_tile,
             d_tile,
             lse2,
@@ -203,6 +210,7 @@ def dq_kernel(
             DV,
             DVP,
             False,
+            CORRECT,
             PRECISION,
         )
         j = next_j
@@ -216,8 +224,9 @@ def dq_kernel(
             b = tl.load(p_tiles + x + 1)
             ok = j < k_len
             keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK)
-            dq = _add_dq(
+            dq, rest = _add_dq(
                 dq,
+                rest,
                 q_tile,
                 d_tile,
                 lse2,
@@ -238,6 +247,7 @@ def dq_kernel(
                 DV,
                 DVP,
                 True,
+                CORRECT,
                 PRECISION,
             )
 
@@ -249,8 +259,9 @@ def dq_kernel(
             ok = (x + tl.arange(0, N) < n_singles) & (j < k_len)
             j_again = tl.load(p_singles + x)
             keep = list_keep(mask, o_zh, i[:, None], j_again[None, :], j[None, :], cut, ok[None, :], LISTED)
-            dq = _add_dq(
+            dq, rest = _add_dq(
                 dq,
+                rest,
                 q_tile,
                 d_tile,
                 lse2,
@@ -271,9 +282,15 @@ def dq_kernel(
                 DV,
                 DVP,
                 True,
+                CORRECT,
                 PRECISION,
             )
             j = next_j
 
     p_dq = d_q.p + batch * d_q.s_batch + head.to(tl.int64) * d_q.s_head + slot * d_q.s_row
     tl.store(p_dq[:, None] + o_d[None, :], (dq * scale).to(d_q.p.dtype.element_ty), mask=row_ok[:, None] & (o_d < D)[None, :])
+    if CORRECT:
+        if d_lse is not None:
+            p_d_lse = d_lse.p + batch * d_lse.s_batch + head.to(tl.int64) * d_lse.s_head + slot * d_lse.s_row
+            rest -= tl.load(p_d_lse, mask=row_ok & (lse != -float("inf")), other=0.0)
+        tl.store(p_delta + o_row, delta + rest, mask=row_ok)

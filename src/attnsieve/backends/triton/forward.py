@@ -14,7 +14,6 @@ from attnsieve.backends.triton.common import (
     LOG2E,
     NO_CUT,
     bias_of,
-    chunk_keys,
     head_base,
     list_keep,
     load_rows,

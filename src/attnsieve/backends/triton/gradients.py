@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton.backward_keys import dkv_singles_kernel, dkv_tiles_kernel
-from attnsieve.backends.triton.backward_queries import dq_kernel, row_sums_kernel
+from attnsieve.backends.triton.backward_queries import columns_kernel, delta_kernel, dq_kernel
 from attnsieve.backends.triton.common import Rows, bias_of, columns_dtype, places_of, rows_of
 from attnsieve.backends.triton.forward import clear_uncovered
 from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
@@ -34,34 +34,29 @@ def gradients(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor
     Sums over queries are float32 atomic additions, whose order varies between runs. Under
     `torch.use_deterministic_algorithms(True)` every key tile is owned by one program per head instead.
     """
-    delta, columns = row_sums(call, out, lse, d_out, d_lse)
-    d_q = query_gradient(call, d_out, lse, delta, query_tiles(call))
-    return Gradients(d_q, *key_gradients(call, d_out, columns, key_tiles(call)))
+    delta = row_sums(call, out, lse, d_out, d_lse)
+    d_q = query_gradient(call, d_out, lse, delta, d_lse, query_tiles(call))
+    return Gradients(d_q, *key_gradients(call, d_out, row_columns(call, lse, delta), key_tiles(call)))
 
 
-def row_sums(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor, Tensor]:
-    """delta [B, Hq, Tq] and the columns [B, Hq, Tq, 16] that the kernels of dK and dV read, see `row_sums_kernel`."""
+def row_sums(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
+    """delta [B, Hq, Tq] in float32: rowsum(dO * O) - dLSE."""
     heads, slots, width = call.q.shape[1], call.q.shape[2], call.v.shape[-1]
-    delta, columns = torch.empty_like(lse), lse.new_empty(*lse.shape, 16, dtype=columns_dtype(call))
-    row_sums_kernel[(triton.cdiv(slots, 64), call.q.shape[0] * heads)](
-        rows_of(out),
-        rows_of(d_out),
-        lse,
-        None if d_lse is None else Rows(d_lse, *d_lse.stride()),
-        delta,
-        columns,
-        call.scale,
-        heads,
-        slots,
-        width,
-        padded(width),
-        STEP=64,
-    )
-    return delta, columns
+    delta = torch.empty_like(lse)
+    grid = (triton.cdiv(slots, 64), call.q.shape[0] * heads)
+    delta_kernel[grid](rows_of(out), rows_of(d_out), lse, _of_rows(d_lse), delta, heads, slots, width, padded(width), STEP=64)
+    return delta
 
 
-def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, tiles: Tiles) -> Tensor:
-    """dQ in q's dtype."""
+def row_columns(call: Call, lse: Tensor, delta: Tensor) -> Tensor:
+    """[B, Hq, Tq, 16]: what the kernels of dK and dV read of a row."""
+    columns = lse.new_empty(*lse.shape, 16, dtype=columns_dtype(call))
+    columns_kernel[(triton.cdiv(lse.numel(), 64),)](lse, delta, columns, call.scale, lse.numel(), STEP=64)
+    return columns
+
+
+def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, d_lse: Tensor | None, tiles: Tiles) -> Tensor:
+    """dQ in q's dtype. Corrects `delta` in place where a bias needs more than the rounded output gives, see `dq_kernel`."""
     geometry = Geometry(call, tiles)
     built = schedule(call.layout, geometry.positions, tiles.keys, listing=_listing())
     d_q = torch.empty_like(call.q, memory_format=torch.contiguous_format)
@@ -71,6 +66,7 @@ def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, tiles:
         rows_of(d_out),
         lse,
         delta,
+        _of_rows(d_lse),
         rows_of(d_q),
         places_of(call.spans),
         built.mask,
@@ -82,6 +78,7 @@ def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, tiles:
         LISTED=built.listed,
         BLOCK=built.block,
         STAGES=tiles.stages,
+        CORRECT=call.key_bias is not None,
         num_warps=tiles.warps,
     )
     return d_q
@@ -120,6 +117,11 @@ def _sum_heads(grad: Tensor, like: Tensor) -> Tensor:
 
 def _inputs(call: Call) -> tuple[object, ...]:
     return rows_of(call.q), rows_of(call.k), rows_of(call.v), bias_of(call)
+
+
+def _of_rows(values: Tensor | None) -> Rows | None:
+    """The bundle of a [B, H, T] tensor."""
+    return None if values is None else Rows(values, *values.stride())
 
 
 def _deterministic() -> bool:
