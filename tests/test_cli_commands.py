@@ -69,19 +69,34 @@ def test_fit_takes_several_profiles(work, tmp_path):
     assert len(json.loads(done.stdout)["provenance"]["profiles"]) == 2
 
 
+def test_fit_leaves_the_first_layers_dense(work, tmp_path):
+    done = attnsieve("fit", work / "profile", "--preset", "paper", "--dense-layers", 1, "--out", tmp_path / "p")
+    assert done.exit_code == 0, done.output
+    first, second = Plan.from_pretrained(tmp_path / "p").patterns
+    assert {str(pattern) for pattern in first} == {"dense()"}
+    assert "dense()" not in {str(pattern) for pattern in second}
+    assert "choose by a preset" in refused("fit", work / "profile", "--last-rows", 64, "--tau", 0.3, "--out", tmp_path / "x")
+
+
 def test_measure_and_fit_within_a_budget(work, tmp_path):
-    candidates = ["--candidates", "sink(1) | window(8)", "--candidates", "window(4) | top_blocks(1, block=8)"]
+    candidates = ["--candidates", "sink(1) | window(8)", "--candidates", 'window(4) | top_blocks(1, block=8, share="kv")']
     arguments = ["--data", work / "text.txt", "--lengths", "64,128", *candidates, "--out", tmp_path / "measured"]
     done = attnsieve("measure", work / "model", *arguments, "--json")
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["candidates"] == ["sink(1) | window(8)", "top_blocks(1, block=8) | window(4)", "dense()"]
+    assert json.loads(done.stdout)["candidates"] == [
+        "sink(1) | window(8)",
+        'top_blocks(1, block=8, share="kv") | window(4)',
+        "dense()",
+    ]
     assert Measurement.from_pretrained(tmp_path / "measured").lengths == (64, 128)
     done = attnsieve("fit", tmp_path / "measured", "--density", 0.5, "--share", "kv", "--out", tmp_path / "plan")
     assert done.exit_code == 0, done.output
     plan = Plan.from_pretrained(tmp_path / "plan")
     assert plan.provenance["budget"] == {"density": 0.5}
     assert float(plan.density.mean()) <= 0.5
-    assert "the least they reach is" in refused("fit", tmp_path / "measured", "--density", 0.01, "--out", tmp_path / "x")
+    assert "the least they reach is" in refused(
+        "fit", tmp_path / "measured", "--density", 0.01, "--share", "kv", "--out", tmp_path / "x"
+    )
     assert "give a budget" in refused("fit", tmp_path / "measured", "--out", tmp_path / "x")
     both = refused("fit", tmp_path / "measured", "--mass", 0.9, "--tau", 0.1, "--out", tmp_path / "x")
     assert "tau: choose by a preset" in both

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from attnsieve import Pattern, UserError
 from attnsieve.fingerprint import Fingerprint
-from attnsieve.fitting import default_candidates, fit_budget
+from attnsieve.fitting import Settings, default_candidates, fit_budget
 from attnsieve.fitting.allocate import with_mass, within_density, within_error
 from attnsieve.hf import fingerprint, measure
 from attnsieve.profiling import Measurement
+from attnsieve.selection import choose
 from tests.hf_tiny import VOCAB, tiny
 
 CANDIDATES = ["sink(1) | window(4)", "sink(2) | window(24)", "window(1) | top_blocks(1, block=8)"]
@@ -111,9 +112,6 @@ def test_plans_meet_their_budget():
     plan.check(fingerprint(model))
     assert float(plan.density.mean()) <= 0.4 + 1e-6
     assert plan.provenance["expected"]["error_per_layer"] <= plan.provenance["uniform_error_per_layer"] + 1e-9
-    grouped = fit_budget(found, density=0.4, share="kv")
-    for row in grouped.patterns:
-        assert all(len(set(row[start : start + 3])) == 1 for start in range(0, 6, 3))
     assert float(fit_budget(found, mass=0.8).retained.min()) >= 0.8 - 1e-6
     assert fit_budget(found, max_error=1e-9).density.min() == 1
 
@@ -142,5 +140,57 @@ def test_the_usual_candidates_keep_sinks_and_the_newest_keys():
     assert str(rules[-1]) == "dense()"
     assert [atom.tokens for rule in rules[:5] for atom in rule if atom.name == "window"] == [20, 40, 80, 160, 320]
     assert len(set(rules)) == len(rules)
+    guarded = default_candidates(1000, last_rows=64, share="kv")
+    assert all("last_queries(64" in str(rule) for rule in guarded[:-1])
+    assert all('share="kv"' in str(rule) for rule in guarded if "mass" in str(rule))
     with pytest.raises(UserError, match="at least 40 tokens, got 39"):
         default_candidates(39, local=20)
+
+
+GROUPED = [*CANDIDATES[:2], 'window(1) | top_blocks(1, block=8, share="kv")']
+
+
+def test_a_group_that_shares_has_one_pattern_and_one_mask():
+    model = tiny()
+    found = measure(model, [torch.randint(2, VOCAB, (48,))], GROUPED, progress=False)
+    plan = fit_budget(found, density=0.4, share="kv")
+    for row in plan.patterns:
+        assert all(len(set(row[start : start + 3])) == 1 for start in range(0, 6, 3))
+    q, k = torch.randn(1, 6, 48, 8), torch.randn(1, 2, 48, 8)
+    assert choose(plan.row(0), q, k).heads == 2
+    with pytest.raises(UserError, match="with share='kv'"):
+        fit_budget(found, density=0.4)
+    alone = measure(model, [torch.randint(2, VOCAB, (48,))], CANDIDATES, progress=False)
+    with pytest.raises(UserError, match="measure atoms with share='kv'"):
+        fit_budget(alone, density=0.4, share="kv")
+
+
+def test_guard_rails_are_paid_from_the_budget():
+    model = tiny()
+    texts = [torch.randint(2, VOCAB, (n,)) for n in (150, 200)]
+    found = measure(model, texts, CANDIDATES, progress=False)
+    plain = fit_budget(found, density=0.7)
+    plan = fit_budget(found, density=0.7, dense_layers=1)
+    assert set(map(str, plan.patterns[0])) == {"dense()"}
+    assert plan.density[0].min() == 1
+    assert float(plan.density.mean()) <= 0.7 + 1e-6
+    assert float(plan.density[1].mean()) < float(plain.density[1].mean())
+    assert plan.provenance["guards"] == {"dense_layers": 1, "last_rows": 0}
+    assert plan.provenance["heads"]["dense()"] >= 6
+    with pytest.raises(UserError, match=r"no choice of candidates has a density of 0\.4; the least they reach is 0\.5"):
+        fit_budget(found, density=0.4, dense_layers=1)
+
+    last = fit_budget(found, density=0.7, last_rows=10)
+    assert all(str(p) == "dense()" or "last_queries(10, block=64)" in str(p) for row in last.patterns for p in row)
+    again = measure(model, texts, sorted({str(p) for row in last.patterns for p in row}), progress=False)
+    for layer, row in enumerate(last.patterns):
+        for head, pattern in enumerate(row):
+            true = again.density[:, again.candidates.index(str(pattern)), layer, head].max()
+            assert true <= last.density[layer, head] + 1e-6
+
+
+def test_dense_layers_of_a_preset():
+    settings = Settings(dense_layers=2)
+    assert settings.to_json()["dense_layers"] == 2
+    with pytest.raises(UserError, match="dense_layers"):
+        Settings(dense_layers=-1)

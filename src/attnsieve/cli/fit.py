@@ -40,6 +40,10 @@ def fit(
     share: Annotated[
         str | None, typer.Option(help="With a budget: kv gives the query heads of a KV group one pattern, none does not.")
     ] = None,
+    dense_layers: Annotated[int | None, typer.Option(help="Guard rail: the first layers that stay dense.")] = None,
+    last_rows: Annotated[
+        int | None, typer.Option(help="Guard rail, with a budget: last queries of a prompt that keep every key, such as 64.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Choose one pattern per layer and head, and save the plan.
@@ -56,14 +60,15 @@ def fit(
     options.new_folder(out)
     budgets = _given(density=density, mass=mass, max_error=max_error)
     overrides = _given(tau=tau, mu=mu, floor=floor) | named_values(settings or [])
-    if budgets or share is not None:
+    guards = _given(dense_layers=dense_layers)
+    if budgets or share is not None or last_rows is not None:
         _refuse(
             sorted(overrides) + ([] if preset is None else ["preset"]),
             "choose by a preset; a budget chooses among measured candidates",
         )
-        plan = _within_budget(sources, budgets | _given(share=share))
+        plan = _within_budget(sources, budgets | guards | _given(share=share, last_rows=last_rows))
     else:
-        plan = _by_preset(sources, preset or "robust", overrides)
+        plan = _by_preset(sources, preset or "robust", overrides | guards)
     plan.save_pretrained(out)
     output.note(
         f"saved in {out}; next: attnsieve show {out}, attnsieve run MODEL --plan {out}, attnsieve eval MODEL --plan {out}"

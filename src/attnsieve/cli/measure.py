@@ -31,6 +31,12 @@ def measure(
             help="A pattern to try, such as 'sink(4) | window(256)'; repeat for several. Without any, the usual ones."
         ),
     ] = None,
+    last_rows: Annotated[
+        int, typer.Option(help="For the usual ones: the last queries of a prompt keep every key, this many.", min=0)
+    ] = 0,
+    share: Annotated[
+        str, typer.Option(help="For the usual ones: kv lets the query heads of a KV group choose together.")
+    ] = "none",
     backend: options.Backend = "auto",
     seed: options.Seed = 1_000_003,
     device: options.Device = "auto",
@@ -50,7 +56,12 @@ def measure(
     options.new_folder(out)
     wanted = options.lengths_of(lengths)
     require(bool(data or tasks), "say what to measure on: --data FILE, --tasks kv, or both")
-    rules: list[Pattern] = [Pattern.parse(text) for text in candidates or []] or default_candidates(max(wanted))
+    rules: list[Pattern] = [Pattern.parse(text) for text in candidates or []]
+    require(
+        not rules or (not last_rows and share == "none"),
+        "--last-rows and --share are for the usual candidates: write them into yours",
+    )
+    rules = rules or default_candidates(max(wanted), last_rows=last_rows, share=share)  # type: ignore[arg-type]
     read = text_reader(data or [], tasks)
     network, tokenizer = options.load(model, device, dtype)
     texts = [text for length in sorted(set(wanted)) for text in read(tokenizer, length, documents, seed)]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from attnsieve.errors import require
 from attnsieve.fitting.allocate import Allocation, with_mass, within_density, within_error
+from attnsieve.fitting.guards import place_of_dense, with_last_rows
 from attnsieve.patterns import Pattern
+from attnsieve.patterns.dynamic import DynamicAtom
 from attnsieve.plan import Plan
 from attnsieve.profiling import Measurement
 
@@ -22,13 +25,20 @@ def fit_budget(
     mass: float | None = None,
     max_error: float | None = None,
     share: Literal["none", "kv"] = "none",
+    dense_layers: int = 0,
+    last_rows: int = 0,
 ) -> Plan:
     """Choose one candidate per layer and query head within exactly one budget.
 
     density: mean density over all heads, the least error for it. mass: every head keeps at least this share of its attention
     mass, as cheaply as it can. max_error: mean over layers of the relative squared output error, the least density for it.
-    A candidate counts with its worst measured length. share="kv" gives the query heads of a KV group one pattern, so that
-    kernels read each key once for all of them. The budget concerns heads as measured, one at a time on dense inputs.
+    A candidate counts with its worst measured length. share="kv" gives the query heads of a KV group one mask, so that kernels
+    read each key once for all of them: one pattern, whose dynamic atoms must have been measured with share="kv". The budget
+    concerns heads as measured, one at a time on dense inputs.
+
+    Guard rails, paid from the budget: the first `dense_layers` layers stay dense; the last `last_rows` queries of a prompt keep
+    every key (atom `last_queries`, in blocks of 64 rows), counted from above. Sinks and the newest keys are kept where every
+    candidate keeps them, as `default_candidates` does.
 
     Raises UserError unless exactly one budget is given and reachable; the message says what is reachable.
     """
@@ -39,6 +49,12 @@ def fit_budget(
     (name, budget), model = next(iter(budgets.items())), measurement.fingerprint
     require(0 < budget <= 1, f"{name} must be above 0 and at most 1, got {budget!r}")
     require(share in ("none", "kv"), f'share must be "none" or "kv", got {share!r}')
+    _check_sharing(measurement, share)
+    require(0 <= dense_layers <= model.layers, f"dense_layers must be from 0 to {model.layers}, got {dense_layers!r}")
+    if last_rows:
+        measurement = with_last_rows(measurement, last_rows)
+    if dense_layers:
+        measurement = _with_dense_layers(measurement, dense_layers)
     group = model.heads // model.kv_heads if share == "kv" else 1
     costs = _units(measurement.density.amax(0), group).mean(-1)
     errors = _units(measurement.error.amax(0), group).sum(-1)
@@ -49,7 +65,30 @@ def fit_budget(
         found = within_error(costs, errors, budget * model.layers)
     else:
         found = with_mass(costs, kept, errors, budget)
-    return _plan(measurement, found, name, budget, group)
+    request = {"budget": {name: budget}, "share": share, "guards": {"dense_layers": dense_layers, "last_rows": last_rows}}
+    return _plan(measurement, found, group, request)
+
+
+def _check_sharing(measurement: Measurement, share: str) -> None:
+    """Raise UserError unless dynamic candidates were measured choosing as they will be used."""
+    atoms = [atom for text in measurement.candidates for atom in Pattern.parse(text) if isinstance(atom, DynamicAtom)]
+    other = [
+        str(atom) for atom in atoms if measurement.fingerprint.heads > measurement.fingerprint.kv_heads and atom.share != share
+    ]
+    require(
+        not other,
+        f"share={share!r}, but candidates were measured with another: {other[:1]}; measure atoms with share={share!r}, or fit "
+        f"with share={'none' if share == 'kv' else 'kv'!r}",
+    )
+
+
+def _with_dense_layers(measurement: Measurement, layers: int) -> Measurement:
+    """The first layers' heads cost and keep what dense ones do, whatever is chosen for them."""
+    chosen = place_of_dense(measurement)
+    tables = {name: getattr(measurement, name).clone() for name in ("density", "retained", "error")}
+    for table in tables.values():
+        table[:, :, :layers] = table[:, chosen : chosen + 1, :layers]
+    return replace(measurement, **tables)
 
 
 def _units(values: Tensor, group: int) -> Tensor:
@@ -57,9 +96,11 @@ def _units(values: Tensor, group: int) -> Tensor:
     return values.double().reshape(len(values), -1, group)
 
 
-def _plan(measurement: Measurement, found: Allocation, name: str, budget: float, group: int) -> Plan:
+def _plan(measurement: Measurement, found: Allocation, group: int, request: dict[str, Any]) -> Plan:
     model = measurement.fingerprint
     choice = found.choice.repeat_interleave(group).view(model.layers, model.heads)
+    if request["guards"]["dense_layers"]:
+        choice[: request["guards"]["dense_layers"]] = place_of_dense(measurement)
     patterns = [Pattern.parse(text) for text in measurement.candidates]
     rows = tuple(tuple(patterns[c] for c in row) for row in choice.tolist())
     density = measurement.density.amax(0).gather(0, choice[None])[0]
@@ -67,11 +108,10 @@ def _plan(measurement: Measurement, found: Allocation, name: str, budget: float,
     error = found.error / model.layers
     provenance = {
         "method": "budget",
-        "budget": {name: budget},
-        "share": "kv" if group > 1 else "none",
+        **request,
         "lengths": list(measurement.lengths),
         "expected": {"density": found.density, "error_per_layer": error, "retained": float(retained.mean())},
-        "bound": found.bound if name != "density" else found.bound / model.layers,
+        "bound": found.bound if "density" not in request["budget"] else found.bound / model.layers,
         "uniform_error_per_layer": _uniform(measurement, found.density),
         "heads": dict(Counter(measurement.candidates[c] for c in choice.flatten().tolist())),
         "measurement": measurement.provenance,

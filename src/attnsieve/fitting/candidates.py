@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from attnsieve.errors import require
-from attnsieve.patterns import Pattern, dense, probed_blocks, sink, vertical_slash, window
+from attnsieve.patterns import Pattern, dense, last_queries, probed_blocks, sink, vertical_slash, window
 
 BLOCK_MASSES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 SLASH_MASSES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 BLOCK, ROWS = 16, 4
 
 
-def default_candidates(length: int, *, sinks: int = 4, local: int = 32) -> list[Pattern]:
+def default_candidates(
+    length: int, *, sinks: int = 4, local: int = 32, last_rows: int = 0, share: Literal["none", "kv"] = "none"
+) -> list[Pattern]:
     """Rules for one head, to be measured on texts of `length` tokens: cheap and static ones first, dense() last.
 
     The first `sinks` and the `local` newest keys are kept by every rule: guard rails, without which a choice that misjudges
-    a text can leave a row next to nothing. Static rules double their window up to half the length.
+    a text can leave a row next to nothing; `last_rows` keeps every key for that many last queries of a prompt. Static rules
+    double their window up to half the length. share="kv": the query heads of a KV group choose together.
 
     Raises UserError where the guard rails alone are no shorter than half the length.
     """
@@ -23,8 +28,10 @@ def default_candidates(length: int, *, sinks: int = 4, local: int = 32) -> list[
         2 * local <= length, f"candidates with {local} local keys are for texts of at least {2 * local} tokens, got {length}"
     )
     guard = sink(sinks) | window(local)
+    if last_rows:
+        guard = guard | last_queries(last_rows)
     widths = [local << step for step in range((length // (2 * local)).bit_length())]
-    static = [sink(sinks) | window(width) for width in widths]
-    blocks = [guard | probed_blocks(mass=mass, block=BLOCK, rows=ROWS) for mass in BLOCK_MASSES]
-    slashes = [guard | vertical_slash(mass=mass) for mass in SLASH_MASSES]
+    static = [guard | window(width) for width in widths]
+    blocks = [guard | probed_blocks(mass=mass, block=BLOCK, rows=ROWS, share=share) for mass in BLOCK_MASSES]
+    slashes = [guard | vertical_slash(mass=mass, share=share) for mass in SLASH_MASSES]
     return [*static, *blocks, *slashes, dense()]

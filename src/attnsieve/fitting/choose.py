@@ -40,7 +40,8 @@ def fit(profile: Profile | Sequence[Profile], *, preset: str = "robust", **overr
     layers = []
     for layer in range(model.layers):
         observed = Observed.of(profiles, layer)
-        layers.append(_select(candidates(observed, settings, pcl), settings.floor))
+        rules = [dense_heads(observed)] if layer < settings.dense_layers else candidates(observed, settings, pcl)
+        layers.append(_select(rules, settings.floor))
     density, retained = (
         torch.stack([getattr(layer, name) for layer in layers]).clamp(0, 1).float() for name in ("density", "retained")
     )

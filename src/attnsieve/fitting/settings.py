@@ -22,6 +22,7 @@ class Settings:
     join: matched patterns also hold below the capture length, beside the true mask.
     floor: a head whose patterns keep less than this share of mass becomes dense; 0 turns that off.
     local: also consider sink(s) | window(w) per head, and take it where it meets the floor with fewer pairs.
+    dense_layers: the first layers that stay dense, a guard rail.
     """
 
     threshold: Literal["absolute", "mass", "relative"] = "absolute"
@@ -38,6 +39,7 @@ class Settings:
     join: bool = False
     floor: float = 0.0
     local: bool = False
+    dense_layers: int = 0
 
     def __post_init__(self) -> None:
         known = ("absolute", "mass", "relative")
@@ -46,6 +48,10 @@ class Settings:
         support = self.min_support
         require(support is None or (type(support) is int and support >= 1), f"min_support must be at least 1, got {support!r}")
         require(0 <= self.floor <= 1, f"floor is a share of mass from 0 to 1, got {self.floor!r}")
+        require(
+            type(self.dense_layers) is int and self.dense_layers >= 0,
+            f"dense_layers must be a whole number, got {self.dense_layers!r}",
+        )
         require(not self.local or self.floor > 0, "local rules are chosen by their mass: set a floor above 0 with local")
 
     def to_json(self) -> dict[str, Any]:
