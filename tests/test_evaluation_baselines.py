@@ -7,10 +7,12 @@ import torch
 
 from attnsieve import Pattern, Plan, UserError
 from attnsieve.evaluation.baselines import (
+    CACHE,
     DYNAMIC,
     MOA_PARTS,
     STATIC,
     _widen,
+    cache_baseline,
     dynamic_baseline,
     moa_baseline,
     static_baseline,
@@ -18,6 +20,7 @@ from attnsieve.evaluation.baselines import (
 from attnsieve.evaluation.density import pattern_density, plan_density
 from attnsieve.evaluation.fidelity import layer_fidelity
 from attnsieve.hf import fingerprint
+from attnsieve.selection import choose
 from tests.evaluation_tiny import model
 
 MODEL = fingerprint(model())
@@ -127,3 +130,22 @@ def test_widening_is_optimal_for_what_it_spends():
             if sum(costs[choice] for choice in choices) <= budget
         )
         assert sum(gain[choice] for gain, choice in zip(gains, chosen, strict=True)) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("name", CACHE)
+def test_a_decode_step_reads_as_many_keys_as_the_cache_holds(name):
+    length = 400
+    plan = cache_baseline(name, MODEL, density=0.2, length=length)
+    assert plan.provenance["method"] == name
+    heads, kv_heads = MODEL.heads, MODEL.kv_heads
+    q, k = torch.randn(1, heads, length, 8), torch.randn(1, kv_heads, length, 8)
+    layout = choose(plan.row(0), q[:, :, -1:], k)
+    kept = layout.dense(torch.tensor([length - 1]), torch.arange(length))
+    assert 0.18 * length < int(kept.sum(-1).max()) <= 0.2 * length
+    assert int(kept.sum(-1).min()) == int(kept.sum(-1).max())
+    prompt = choose(plan.row(0), q, k).density()
+    assert (prompt.min() == 1) if name == "snapkv" else (prompt.max() < 0.6)
+    with pytest.raises(UserError, match="more than 32 keys"):
+        cache_baseline(name, MODEL, density=0.01, length=length)
+    with pytest.raises(UserError, match="unknown cache baseline"):
+        cache_baseline("h3o", MODEL, density=0.5, length=length)

@@ -2,7 +2,8 @@
 
 Each static one has one size, chosen so that the density at a length comes as close to the request as it can without
 exceeding it. Dynamic ones choose keys from the input; their strength is a share of attention mass (or a ratio), and result rows
-carry the density that was measured.
+carry the density that was measured. Those made for caches keep a number of keys per query, a share of the length. What each
+keeps of its source and what it simplifies is in docs/BASELINES.md.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from attnsieve.errors import UserError, require
 from attnsieve.evaluation.density import pattern_density
 from attnsieve.fingerprint import Fingerprint
-from attnsieve.patterns import Pattern, dilated, random_blocks, sink, window
+from attnsieve.patterns import Pattern, dense_prefill, dilated, heavy_hitters, random_blocks, sink, voted_keys, window
 from attnsieve.plan import Plan
 
 # Widths that MoA-like windows are chosen from, as parts of the length.
@@ -53,6 +54,14 @@ DYNAMIC: dict[str, Callable[[float], Pattern]] = {
     "flashprefill": lambda ratio: Pattern.parse(f"sink(64) | window(64) | pooled_blocks(ratio={ratio}, block=64)"),
 }
 
+# From the keys a cache may hold to the pattern of every head.
+CACHE: dict[str, Callable[[int], Pattern]] = {
+    # H2O (arXiv 2306.14048): half heavy hitters, half the newest keys.
+    "h2o": lambda size: heavy_hitters(size - size // 2, max(1, size // 2)),
+    # SnapKV (arXiv 2404.14469): the prompt is read densely; its last 32 queries, whose keys stay, vote with pooling over 7 keys.
+    "snapkv": lambda size: dense_prefill() | voted_keys(max(1, size - 32), probe=32, pool=7),
+}
+
 
 def static_baseline(name: str, fingerprint: Fingerprint, *, density: float, length: int) -> Plan:
     """The static baseline `name` with at most `density` of the causal pairs at `length`, the same pattern in every head.
@@ -79,6 +88,19 @@ def dynamic_baseline(name: str, fingerprint: Fingerprint, *, strength: float) ->
     require(name in DYNAMIC, f"unknown dynamic baseline {name!r}; expected one of {', '.join(DYNAMIC)}")
     plan = Plan.uniform(fingerprint, DYNAMIC[name](strength))
     return Plan(fingerprint, plan.patterns, {"method": name, "strength": strength})
+
+
+def cache_baseline(name: str, fingerprint: Fingerprint, *, density: float, length: int) -> Plan:
+    """The baseline `name` with as many keys per decode step as `density` of `length` positions, in every head.
+
+    Raises UserError for an unknown name, and for a share that leaves no room beside the 32 newest keys.
+    """
+    require(name in CACHE, f"unknown cache baseline {name!r}; expected one of {', '.join(CACHE)}")
+    _check(density, length)
+    size = int(density * length)
+    require(size > 32, f"{name} needs a cache of more than 32 keys, {density} of {length} are {size}: raise the density")
+    plan = Plan.uniform(fingerprint, CACHE[name](size))
+    return Plan(fingerprint, plan.patterns, {"method": name, "requested_density": density, "length": length})
 
 
 def moa_baseline(fingerprint: Fingerprint, offset_mass: Tensor, *, density: float, length: int) -> Plan:

@@ -187,8 +187,8 @@ class HeavyHitters(DynamicAtom):
 
 @dataclass(frozen=True, repr=False)
 class VotedKeys(DynamicAtom):
-    """The `count` keys with the largest votes of the last `probe` queries, and those queries' own keys (SnapKV, arXiv
-    2404.14469). A key's vote is the largest summed attention of the `pool` keys around it.
+    """The `probe` newest keys of the call, and the `count` older ones with the largest votes of its last `probe` queries (SnapKV,
+    arXiv 2404.14469). A key's vote is the largest summed attention of the `pool` keys around it.
     """
 
     count: int

@@ -71,7 +71,7 @@ def join(static: Static, sequences: int, parts: Sequence[Part]) -> Layout:
             part.put(end, part.chosen.end)
         if part.chosen.offset is not None and offset is not None:
             part.put(offset, part.chosen.offset)
-    return replace(base, end=end, offset=offset, blocks=_join_blocks(static, sequences, parts), schedules={})
+    return replace(base, end=end, offset=offset, blocks=_join_blocks(static, sequences, parts), schedules={}, passing=True)
 
 
 def _join_blocks(static: Static, sequences: int, parts: Sequence[Part]) -> Blocks | None:

@@ -46,7 +46,7 @@ def voted_keys(atom: VotedKeys, sequence: SequenceQK) -> Chosen:
     """The last queries vote on the keys before them."""
     rows = probe_rows(sequence, atom.probe)
     votes = sequence.attention(rows).sum(2)
-    first = sequence.tokens - len(rows)
+    first = max(0, sequence.tokens - atom.probe)
     kept = torch.ones_like(votes, dtype=torch.bool)
     if first > atom.count:
         pooled = F.max_pool1d(votes[..., :first], atom.pool, stride=1, padding=atom.pool // 2)
