@@ -1,23 +1,26 @@
 """Ragged storage: a step over it equals attention over all keys, and it stores no key that no later row reads."""
 
+import copy
 import os
 from importlib.util import find_spec
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from attnsieve import compile_layout
+from attnsieve import UserError, compile_layout
 from attnsieve.backends.call import Call
+from attnsieve.patterns import columns, dense, diagonals, dilated, empty, random_blocks, sink, top_blocks, window
 from attnsieve.ragged import Kept, RaggedStore
 from attnsieve.spans import Spans
 from attnsieve.testing import assert_within_budget
-from tests.laws.samples import SAMPLES
+from tests.laws.samples import SAMPLES, dam, patterns
 
 INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = {"portable": torch.float64, "triton": torch.float32}
-BACKEND = pytest.mark.parametrize(
-    "backend", ["portable", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter"))]
-)
+TRITON = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+BACKEND = pytest.mark.parametrize("backend", ["portable", pytest.param("triton", marks=TRITON)])
 STATIC = [pattern for pattern in SAMPLES if not any(atom.blocks(8) is not None for atom in pattern)]
 CAPACITY = 140
 
@@ -31,6 +34,7 @@ def run(row, kv_heads, pieces, *, pads=(0,), backend="portable", width=16, v_wid
     n, batch = sum(map(abs, pieces)), len(pads)
     q, k = torch.randn(batch, len(row), n, width, dtype=dtype), torch.randn(batch, kv_heads, n, width, dtype=dtype)
     v = torch.randn(batch, kv_heads, n, v_width, dtype=dtype)
+    q[..., 0], k[..., 0] = 20, 1  # keeps LSEs away from 0, where relative errors mean nothing
     for b, pad in enumerate(pads):
         k[b, :, :pad], v[b, :, :pad] = torch.nan, torch.nan  # padding is never read
     kept = Kept.of(row, kv_heads, CAPACITY)
@@ -54,8 +58,163 @@ def run(row, kv_heads, pieces, *, pads=(0,), backend="portable", width=16, v_wid
     return store, compared
 
 
-@BACKEND
+# Every kind of place: columns inside and outside the ring, windows, distances with holes, nothing at all, everything.
+MIXED = [
+    sink(2) | window(9),
+    columns(3, 50, 90) | diagonals(0, 40),
+    diagonals(0, 4, 60) | columns(0, 70),
+    empty(),
+    dilated(9, step=7),
+    window(3),
+]
+
+
 @pytest.mark.parametrize("pattern", STATIC, ids=lambda pattern: str(pattern)[:40])
-def test_steps_equal_the_oracle(pattern, backend):
-    _, compared = run([pattern] * 4, 2, [36, -6, 40, -6], backend=backend)
+def test_steps_equal_the_oracle(pattern):
+    _, compared = run([pattern] * 4, 2, [36, -6, 40, -6])
     assert compared == 12
+
+
+ROWS = {
+    "mixed": MIXED,
+    "with a dense head": [*MIXED[:3], dense(), *MIXED[:2]],
+    "beyond a corner": [dam(20, (0, 7), (0, 1, 6)), MIXED[1]] * 3,
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_groups_of_different_heads(row, kv_heads):
+    _, compared = run(ROWS[row], kv_heads, [30, -4, 37, -4], pads=(0, 5))
+    assert compared >= 6
+
+
+@TRITON
+@pytest.mark.parametrize("row", ROWS)
+def test_groups_in_triton(row):
+    run(ROWS[row], 2, [45, -3], pads=(0, 5), backend="triton")
+
+
+@BACKEND
+@pytest.mark.parametrize("widths", [(16, 16), (24, 40), (80, 33)])
+def test_widths(widths, backend):
+    run(MIXED, 2, [50, -3], backend=backend, width=widths[0], v_width=widths[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_dtypes(dtype):
+    run(MIXED, 2, [50, -5], dtype=dtype)
+
+
+@BACKEND
+def test_the_last_head_of_the_largest_group(backend):
+    rules = [columns(h) | diagonals(h) for h in range(32)]
+    run(rules, 1, [40, -4], backend=backend)
+    with pytest.raises(UserError, match="33 query heads share"):
+        Kept.of([*rules, dense()], 1, 100)
+
+
+def test_rows_of_different_length():
+    run(MIXED, 3, [30, -6, 20, -5], pads=(0, 3, 29, 30))  # the last row starts with the first step
+
+
+@TRITON
+def test_rows_of_different_length_in_triton():
+    run(MIXED[:3], 3, [30, -3, 20, -1], pads=(0, 30), backend="triton")
+
+
+@given(data=st.data())
+@settings(max_examples=12)
+def test_any_patterns_in_any_pieces(data):
+    pool = data.draw(st.lists(patterns(), min_size=1, max_size=3))
+    assume(not any(atom.blocks(8) is not None for pattern in pool for atom in pattern))
+    kv_heads, group = data.draw(st.sampled_from([(1, 1), (2, 2), (1, 3)]))
+    row = [pool[h % len(pool)] for h in range(kv_heads * group)]
+    pieces = data.draw(st.lists(st.integers(1, 23), min_size=1, max_size=2))
+    run(row, kv_heads, [45, *(sign * piece for piece in pieces for sign in (1, -1))], pads=(0, 2))
+
+
+def stored_positions(store, length):
+    """Per KV head the positions in its slots after `length` tokens."""
+    head, position = store._positions(torch.tensor([[length]]))
+    return [
+        set(position[0, (head == h) & (position[0] >= 0) & (position[0] < length)].tolist()) for h in range(int(head.max()) + 1)
+    ]
+
+
+@pytest.mark.parametrize("n", [1, 20, 61, 110])
+@pytest.mark.parametrize("row", [MIXED, STATIC[:6], [pattern for pattern in STATIC if pattern.corner_rows == 0][:9]], ids=len)
+def test_stores_what_a_later_row_reads_and_no_more(row, n):
+    """After n tokens: the keys that some row from n on keeps at some length, and the newest one."""
+    capacity, far = 140, 400
+    kept = Kept.of(row, len(row), capacity)
+    store = RaggedStore(kept, kept.index(torch.device("cpu"), 4), *(torch.zeros(1, len(row), 1, 4) for _ in range(2)))
+    rows, keys = torch.arange(max(n, kept.corner), far)[:, None], torch.arange(n)
+    for pattern, stored in zip(row, stored_positions(store, n), strict=True):
+        read = {int(key) for key in keys[pattern.keep(rows, keys).any(0)]}
+        # A ring holds the key that the farthest distance read last until the next token takes its slot.
+        assert read <= stored
+        assert len(stored - read) <= 1 or kept.corner
+
+
+@pytest.mark.parametrize("pieces", [[50], [20, 30], [7, -3, 11, -2, 27], [-50]], ids=str)
+def test_text_holds_every_key_that_later_rows_read(pieces):
+    torch.manual_seed(1)
+    n, pads, row = 50, (0, 4), [MIXED[0], MIXED[1], MIXED[4]]
+    k, v = torch.randn(2, 3, n + 5, 8), torch.randn(2, 3, n + 5, 4)
+    kept = Kept.of(row, 3, CAPACITY)
+    store, past = RaggedStore(kept, kept.index(torch.device("cpu"), 4), k, v), 0
+    for piece in pieces:
+        if piece > 0 or past < max(pads):
+            store.fill(k[:, :, past : past + abs(piece)], v[:, :, past : past + abs(piece)], pads, past)
+        else:
+            for at in range(past, past - piece):
+                store.step(torch.randn(2, 3, 1, 8), k[:, :, at : at + 1], v[:, :, at : at + 1], 1.0)
+        past += abs(piece)
+    keys, values = store.text(k[:, :, n:], v[:, :, n:], pads, n)
+    assert keys.shape == (2, 3, n + 5, 8)
+    rows = torch.arange(n, n + 5)
+    for b, pad in enumerate(pads):
+        for h, pattern in enumerate(row):
+            read = pattern.keep((rows - pad)[:, None], torch.arange(n + 5 - pad)[None]).any(0)
+            assert torch.equal(keys[b, h, pad:][read], k[b, h, pad:][read])
+            assert torch.equal(values[b, h, pad:][read], v[b, h, pad:][read])
+
+
+def test_memory_is_the_sum_over_heads():
+    row = [sink(2) | window(9), columns(3, 50, 90) | window(4), diagonals(0, 30), window(5), dense(), columns(1, 2)]
+    kept = Kept.of(row, 3, 100)
+    # Columns of both heads and the farthest distance; with dense() all positions once.
+    assert [head.slots for head in kept.heads] == [2 + 3 + 9, 31, 100]
+    store = RaggedStore(kept, kept.index(torch.device("cpu"), 4), torch.zeros(2, 3, 1, 16), torch.zeros(2, 3, 1, 8))
+    assert store.nbytes == 2 * (14 + 31 + 100) * (16 + 8) * 4 + 2 * 3 * 2 * 4
+    assert kept.share == (14 + 31 + 100) / 300
+
+
+def test_copies_and_selected_rows_go_their_own_way():
+    store, _ = run(MIXED, 2, [30, -2], pads=(0, 5))
+    before = [tensor.clone() for tensor in store.memory]
+    q, k, v = torch.randn(2, 6, 1, 16).double(), torch.randn(2, 2, 1, 16).double(), torch.randn(2, 2, 1, 8).double()
+    swapped = torch.tensor([1, 0])
+    other, branch = store.select(swapped), copy.deepcopy(store)
+    out, _ = other.step(q[swapped], k[swapped], v[swapped], 0.4)
+    again, _ = branch.step(q, k, v, 0.4)
+    assert all(torch.equal(now, then) for now, then in zip(store.memory, before, strict=True))
+    torch.testing.assert_close(out[swapped], again)
+    assert branch.index is store.index
+
+
+def test_refusals_name_the_reason():
+    for pattern, reason in [(random_blocks(1, block=4), "may read any earlier key"), (top_blocks(2), "from the input")]:
+        with pytest.raises(UserError, match=reason):
+            Kept.of([pattern], 1, 64)
+    with pytest.raises(UserError, match="room for at least one"):
+        Kept.of([dense()], 1, 0)
+    store, _ = run([window(4)], 1, [5])
+    q, k, v = torch.randn(1, 1, 1, 16).double(), torch.randn(1, 1, 1, 16).double(), torch.randn(1, 1, 1, 8).double()
+    with pytest.raises(UserError, match=r"in torch\.float32 on cpu"):
+        store.step(q.float(), k.float(), v.float(), 1.0)
+    with pytest.raises(UserError, match="unknown backend 'fa4'"):
+        store.step(q, k, v, 1.0, "fa4")
+    with pytest.raises(UserError, match="backend 'triton' cannot serve"):
+        store.step(q, k, v, 1.0, "triton")

@@ -1,0 +1,136 @@
+"""Decode steps over ragged storage: memory and time by density, against a full cache under the same plan and against dense SDPA.
+
+    python benchmarks/ragged.py                                  # one layer, 128K keys, 32/8 heads of width 128, bf16
+    python benchmarks/ragged.py --n 8192 --device cpu            # the portable backend
+
+Patterns are random columns and a window of 256; per-head ones differ between the query heads of a KV head, which then stores
+their union. A step stores one token and attends to it, replayed from a CUDA graph on a GPU, L2 cold. Every row passes the oracle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from attnsieve import Spans, attend, compile_layout
+from attnsieve.backends.call import Call
+from attnsieve.bench.check import check_rows
+from attnsieve.bench.rows import environment
+from attnsieve.bench.timing import measure
+from attnsieve.patterns import Pattern, columns, window
+from attnsieve.ragged import Kept, RaggedStore
+
+Q_HEADS, KV_HEADS, WIDTH, WINDOW = 32, 8, 128, 256
+
+
+@dataclass(frozen=True)
+class Result:
+    """One layer and batch row. density: keys read over keys, mean of the query heads; share: keys stored over those of a full
+    cache; milliseconds are medians."""
+
+    n: int
+    per_head: bool
+    density: float
+    share: float
+    stored_bytes: int
+    index_bytes: int
+    full_bytes: int
+    step_ms: float
+    full_cache_ms: float
+    dense_ms: float
+    error: float
+    error_budget: float
+
+    def __str__(self) -> str:
+        kind = "per query head" if self.per_head else "per KV head"
+        return (
+            f"{self.n} keys, density {self.density:.3f} {kind}: stores {self.share:.3f} of a full cache "
+            f"({self.stored_bytes / 2**20:.1f} of {self.full_bytes / 2**20:.1f} MiB, index {self.index_bytes / 2**20:.1f} MiB); step "
+            f"{self.step_ms:.3f} ms, same plan over a full cache {self.full_cache_ms:.3f} ms, dense SDPA {self.dense_ms:.3f} ms "
+            f"({self.dense_ms / self.step_ms:.1f}x)"
+        )
+
+
+def run(n: int, density: float, per_head: bool, device: str = "cuda") -> Result:
+    """Measure one density at `n` keys."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = (torch.randn(1, heads, n, WIDTH, device=device, dtype=dtype) for heads in (1, KV_HEADS, KV_HEADS))
+    q = torch.randn(1, Q_HEADS, 1, WIDTH, device=device, dtype=dtype)
+    row = _row(n, density, per_head)
+    kept = Kept.of(row, KV_HEADS, n + 1024)
+    programs = 4 * torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else 4
+    store = RaggedStore(kept, kept.index(torch.device(device), programs), k, v)
+    store.fill(k[:, :, :-1], v[:, :, :-1], [0], 0)
+    scale = WIDTH**-0.5
+    step = lambda: store.step(q, k[:, :, -1:], v[:, :, -1:], scale)  # noqa: E731
+    layout = compile_layout(row if per_head else row[:: Q_HEADS // KV_HEADS], n, device)
+    call = Call(q, k, v, layout, Spans.full(1, 1, n, device), scale)
+    verdict = check_rows(call, *step(), rows=1)
+    return Result(
+        n=n,
+        per_head=per_head,
+        density=float(
+            torch.stack([pattern.keep(torch.tensor(n - 1), torch.arange(n)).float().mean() for pattern in row]).mean()
+        ),
+        share=kept.slots / (KV_HEADS * n),
+        stored_bytes=store.nbytes,
+        index_bytes=sum(t.nbytes for t in (*store.index.heads, *store.index[1:])),
+        full_bytes=k.nbytes + v.nbytes,
+        step_ms=_ms(step, device),
+        full_cache_ms=_ms(lambda: attend(q, k, v, layout, spans=call.spans, scale=scale), device),
+        dense_ms=_ms(lambda: _dense(q, k, v, device), device, record=False),
+        error=verdict.error,
+        error_budget=verdict.budget,
+    )
+
+
+def _row(n: int, density: float, per_head: bool) -> list[Pattern]:
+    """One pattern per query head, of the same size."""
+    count = max(1, int(density * n) - WINDOW)
+    group = 1 if per_head else Q_HEADS // KV_HEADS
+    chosen = [columns(*torch.randperm(n)[:count].tolist()) | window(WINDOW) for _ in range(Q_HEADS // group)]
+    return [chosen[h // group] for h in range(Q_HEADS)]
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, device: str) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if device == "cuda" else SDPBackend.FLASH_ATTENTION):
+        return scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def _ms(run: Callable[[], object], device: str, record: bool = True) -> float:
+    if device == "cuda" and record:
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+    return measure(run, device=device).p50
+
+
+def main() -> None:
+    """Run all densities; results are appended as they come."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=131072, help="keys")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--densities", default="0.1,0.05,0.02")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ragged.jsonl")
+    args = parser.parse_args()
+    for density in (float(text) for text in args.densities.split(",")):
+        for per_head in (False, True):
+            result = run(args.n, density, per_head, args.device)
+            print(result, flush=True)
+            with args.out.open("a") as file:
+                file.write(json.dumps(asdict(result) | {"device": args.device} | environment()) + "\n")
+
+
+if __name__ == "__main__":
+    main()
