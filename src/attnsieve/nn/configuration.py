@@ -13,6 +13,23 @@ from attnsieve.nn.selection import SelectionRule
 
 # DogeConfig writes these also without experts.
 _MOE_FIELDS = ("num_experts", "num_experts_per_tok", "norm_topk_prob", "output_router_logits", "router_aux_loss_coef")
+# Heads are split among processes; "mla" and "nsa" are computed whole by each.
+_MLP_PLAN = {
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+_HEADS_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+}
+_NORMS_PLAN = {
+    "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+}
+_SCORES_PLAN = {"layers.*.self_attn.dt_proj": "rowwise", "layers.*.self_attn.A": "colwise"}
 ATTENTIONS = ("dma", "mha", "mqa", "gqa", "swa", "mla", "nsa")
 
 
@@ -94,6 +111,14 @@ class DmaConfig(PreTrainedConfig):
     def head_width(self) -> int:
         """D, of queries, keys and values."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """What transformers shards over processes (tensor parallelism), and how."""
+        if self.attention in ("mla", "nsa"):
+            return _MLP_PLAN
+        plan = _HEADS_PLAN | (_NORMS_PLAN if self.qk_norm else {}) | (_SCORES_PLAN if self.attention == "dma" else {})
+        return plan | _MLP_PLAN
 
     @property
     def rule(self) -> SelectionRule:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from attnsieve.errors import require
+from attnsieve.nn.parallel import own, sum_for_own_heads
 
 
 def key_scores(v: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,15 +22,25 @@ def key_scores(v: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, a: Tensor) 
     v [B, Hkv, n, Dv]; dt_weight [Hkv, Hkv * Dv]; dt_bias [Hkv] or None; a [Hkv]. delta is float32 (float64 for float64
     values) also under autocast: in bf16 thousands of keys share a few dozen scores. sigma orders keys as delta does,
     without the ties that exp and softplus add; a = 0 ties all keys, and the most recent win.
+
+    Tensor parallelism: with DTensors (dt_weight sharded by columns, a by heads) v, delta and sigma are those of this
+    process's heads.
     """
     _check(v, dt_weight, dt_bias, a)
     work = torch.float64 if v.dtype == torch.float64 else torch.float32
     with torch.autocast(v.device.type, enabled=False):
-        dt = _project(v.transpose(1, 2).flatten(2), dt_weight.to(work)).transpose(1, 2).contiguous()
+        dt = _project_all_heads(v.transpose(1, 2).flatten(2), dt_weight, work).transpose(1, 2).contiguous()
         if dt_bias is not None:
-            dt = dt + dt_bias.to(work)[:, None]
-        a = a.to(work)[:, None]
+            dt = dt + own(dt_bias).to(work)[:, None]
+        a = own(a).to(work)[:, None]
         return torch.exp(a * F.softplus(dt)), (a.sign() * dt).detach().float()
+
+
+def _project_all_heads(tokens: Tensor, weight: Tensor, work: torch.dtype) -> Tensor:
+    """tokens [B, n, this process's values] times weight [Hkv of all, their columns]: [B, n, this process's Hkv]."""
+    if not isinstance(weight, DTensor):
+        return _project(tokens, weight.to(work))
+    return sum_for_own_heads(_project(tokens, weight.to_local().to(work)), weight)
 
 
 def _project(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -74,7 +86,8 @@ def _three_parts(matrix: Tensor) -> Tensor:
 
 def _check(v: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, a: Tensor) -> None:
     require(v.ndim == 4, f"v must be [batch, KV heads, tokens, width], got {tuple(v.shape)}")
-    heads, width = v.shape[1], v.shape[3]
+    processes = dt_weight.device_mesh.size() if isinstance(dt_weight, DTensor) else 1
+    heads, width = v.shape[1] * processes, v.shape[3]
     for name, tensor, shape in (
         ("dt_weight", dt_weight, (heads, heads * width)),
         ("dt_bias", dt_bias, (heads,)),

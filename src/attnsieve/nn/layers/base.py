@@ -60,6 +60,10 @@ class ProjectedAttention(nn.Module, ABC):
 
 def split_heads(flat: Tensor, width: int) -> Tensor:
     """[B, T, H * width] to [B, H, T, width]."""
+    require(
+        flat.shape[2] % width == 0,
+        f"{flat.shape[2]} channels are no whole heads of {width}: tensor parallelism needs KV heads that its processes divide",
+    )
     return flat.view(*flat.shape[:2], -1, width).transpose(1, 2)
 
 
