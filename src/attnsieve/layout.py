@@ -47,7 +47,7 @@ class Layout:
     corner: uint8 [H, L, ceil(L / 8)], first key in the lowest bit, or None; corner_rows: int32 [H].
     A row never depends on how many rows follow, so one layout serves prefill, chunks and decode steps up to its length.
     most_keys: no row keeps more keys than this by `end`, if the host knows; kernels then size their lists without reading
-    the device.
+    the device. passing: made for one call, so that nothing is worth reading back to learn more about it.
     """
 
     length: int
@@ -58,6 +58,7 @@ class Layout:
     blocks: Blocks | None = None
     schedules: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     most_keys: int | None = None
+    passing: bool = False
 
     def __post_init__(self) -> None:
         require(self.end.dtype == torch.int32 and self.end.ndim == 3, f"end must be int32 [Z, H, n], got {_kind(self.end)}")
@@ -94,7 +95,9 @@ class Layout:
         offset, corner, rows = (
             None if part is None else part.to(device) for part in (self.offset, self.corner, self.corner_rows)
         )
-        return Layout(self.length, self.end.to(device), offset, corner, rows, blocks, most_keys=self.most_keys)
+        return Layout(
+            self.length, self.end.to(device), offset, corner, rows, blocks, most_keys=self.most_keys, passing=self.passing
+        )
 
     def keep(self, z: int, h: int, i: Tensor, j: Tensor) -> Tensor:
         """bool: whether query positions `i` keep key positions `j` (int64, broadcastable, below `length`)."""

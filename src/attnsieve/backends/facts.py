@@ -21,8 +21,8 @@ class Facts:
 
 
 def facts(layout: Layout) -> Facts:
-    """The facts of a layout. Read from the device once; never where a bounded list of keys per row rules all of them out."""
-    if layout.most_keys is not None or layout.corner is not None:
+    """The facts of a layout. Read from the device once; none of layouts that serve one call, and of lists of single keys."""
+    if layout.passing or layout.most_keys is not None or layout.corner is not None:
         return Facts()
     return layout.schedule("facts", lambda: _read(layout))
 

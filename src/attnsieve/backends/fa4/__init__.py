@@ -62,8 +62,8 @@ def _why_not_layout(call: Call) -> str | None:
         return None
     if layout.corner is not None:
         return "the layout has a captured corner, which tile lists cannot express"
-    if layout.most_keys is not None or layout.sequences > 1:
-        return "the keys are chosen from the input, one by one: tiles would all be partial"
+    if layout.passing or layout.most_keys is not None or layout.sequences > 1:
+        return "the keys are chosen from the input: lists of tiles would have to be built and read back for one call"
     if layout.blocks is not None and (not known.only_blocks or layout.blocks.size % TILE):
         return f"blocks must stand alone and be a multiple of {TILE} tokens, the layout's have {layout.blocks.size}"
     if (call.k.shape[2] - call.q.shape[2]) % TILE:
