@@ -35,7 +35,7 @@ def fit(profile: Profile | Sequence[Profile], *, preset: str = "robust", **overr
     """
     settings = resolve(preset, overrides)
     profiles = [profile] if isinstance(profile, Profile) else list(profile)
-    pcl = _capture_length(profiles, settings)
+    pcl = capture_length(profiles, settings)
     model = profiles[0].fingerprint
     layers = []
     for layer in range(model.layers):
@@ -89,7 +89,8 @@ def _select(rules: Sequence[Candidate], floor: float) -> _Chosen:
     )
 
 
-def _capture_length(profiles: list[Profile], settings: Settings) -> int:
+def capture_length(profiles: list[Profile], settings: Settings) -> int:
+    """The rows of the maps that a fit uses. Raises UserError unless the profiles can be fitted together."""
     require(bool(profiles), "fit needs at least one profile")
     first = profiles[0]
     for other in profiles:

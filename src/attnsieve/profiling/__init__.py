@@ -16,6 +16,7 @@ from attnsieve.profiling.capture import Capture
 from attnsieve.profiling.measurement import Measurement
 from attnsieve.profiling.memory import available_memory, estimate_memory
 from attnsieve.profiling.profile import LongStatistics, Profile
+from attnsieve.profiling.stability import Stability
 from attnsieve.profiling.statistics import LongSums, MapSums
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "MapSums",
     "Measurement",
     "Profile",
+    "Stability",
     "available_memory",
     "estimate_memory",
 ]
