@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from attnsieve import Spans, attend, compile_layout
 from attnsieve.backends.call import Call
-from attnsieve.patterns import columns, dense, diagonals, empty, sink, window
+from attnsieve.patterns import columns, dense, diagonals, empty, random_blocks, sink, window
 from attnsieve.testing import assert_within_budget, relative_error
 from tests.interpreter import needs_interpreter
 from tests.laws.samples import SAMPLES, dam, patterns
@@ -17,7 +17,7 @@ from tests.laws.samples import SAMPLES, dam, patterns
 # Triton's own tests of exactness (tests/test_triton_*.py) are cheaper: it is interpreted here.
 IN_FLOAT64 = ["reference", "portable"]
 BACKENDS = [*IN_FLOAT64, pytest.param("triton", marks=needs_interpreter)]
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 # The widest type of each backend.
 WIDEST = {"reference": torch.float64, "portable": torch.float64, "triton": torch.float32}
 MIXED = [sink(2) | window(9), dam(20, (0, 7), (0, 1, 6)), diagonals(0, 40, 90), empty()]
@@ -139,6 +139,35 @@ def test_tokens_after_t_never_change_outputs_up_to_t(backend):
     for tensor in (q, k, v):
         tensor[:, :, t + 1 :] = torch.randn_like(tensor[:, :, t + 1 :])
     assert torch.equal(attend(q, k, v, layout, backend=backend)[:, :, : t + 1], before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("where", "value"), [("k", torch.nan), ("v", torch.nan), ("v", torch.inf)])
+def test_what_is_not_finite_reaches_only_rows_that_keep_its_key(where, value, backend):
+    n, j = 100, 40
+    q, k, v = inputs(1, 4, 2, n, n, dtype=WIDEST[backend])
+    heads = [window(9) | columns(40, 70), dam(20, (0, 40), (0, 1, 6)), diagonals(0, 30, 50), random_blocks(2, block=16)]
+    layout = compile_layout(heads, n)
+    clean, clean_lse = attend(q, k, v, layout, backend=backend, return_lse=True)
+    (k if where == "k" else v)[:, :, j, 3] = value
+    out, lse = attend(q, k, v, layout, backend=backend, return_lse=True)
+    keeps = layout.dense(torch.arange(n), torch.tensor([j]))[..., 0]
+    assert 0 < keeps[:, :, 80:].sum() < keeps[:, :, 80:].numel()
+    assert torch.equal(out.isfinite().all(-1), ~keeps)
+    assert equal_but_for_rounding(out[~keeps], clean[~keeps])
+    assert torch.equal(lse.masked_fill(keeps, 0), clean_lse.masked_fill(keeps, 0))
+    assert bool((lse.isnan() if where == "k" else lse == clean_lse)[keeps].all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_minus_infinity_removes_its_key(backend):
+    n, j = 90, torch.tensor([3, 40, 41])
+    q, k, v = inputs(1, 4, 2, n, n, dtype=WIDEST[backend])
+    bias = torch.randn(1, 2, n, dtype=q.dtype)
+    bias[..., j] = -torch.inf
+    layout = compile_layout(MIXED, n)
+    out, lse = attend(q, k, v, layout, key_bias=bias, backend=backend, return_lse=True)
+    assert_within_budget(out, lse, Call(q, k, v, layout, Spans.full(1, n, n), 0.25, bias))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

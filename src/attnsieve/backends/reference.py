@@ -46,12 +46,17 @@ def head_mask(call: Call, s: int, rows: Tensor, keys: Tensor) -> Tensor:
 
 
 def masked_softmax_matmul(scores: Tensor, mask: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax over kept scores times v, and the LSE. Safe for rows that keep nothing, also in the backward pass."""
+    """softmax over kept scores times v, and the LSE. Safe for rows that keep nothing, also in the backward pass.
+
+    Values that are not finite make NaN of the rows that keep their key, and of no others (0 * NaN would).
+    """
     peak = scores.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True).detach()
     peak = torch.where(peak.isfinite(), peak, 0.0)
     weights = torch.where(mask, (scores - peak).masked_fill(~mask, 0.0).exp(), 0.0)
     total = weights.sum(-1, keepdim=True)
-    kept = total > 0
+    kept = total != 0
     safe = torch.where(kept, total, 1.0)
     lse = torch.where(kept, safe.log() + peak, -torch.inf)
-    return weights / safe @ v, lse.squeeze(-1)
+    bad = ~v.isfinite().all(-1)
+    out = weights / safe @ v.masked_fill(bad[..., None], 0.0)
+    return out.masked_fill((mask & bad[..., None, :]).any(-1, keepdim=True), torch.nan), lse.squeeze(-1)

@@ -39,6 +39,7 @@ class _Sequences:
         self.first_row = slots.k_len - slots.q_len
         self.q, self.k_NTD, self.v_NTE = q, self.keys_of(k), self.keys_of(v)
         self.bias_NT = None if bias is None else self.keys_of(bias)
+        self.bad_NT: Tensor | None = None
 
     def keys_of(self, tensor: Tensor) -> Tensor:
         """The key slots of these sequences; a view when their batch rows are adjacent, else a copy."""
@@ -87,6 +88,21 @@ class _Sequences:
         """V at `keys`: [N, *keys.shape, E]."""
         return self._rows(self.v_NTE, keys)
 
+    def set_aside_bad_values(self) -> None:
+        """In a product of tiles 0 * NaN is NaN for every row: values that are not finite are zeroed and their keys noted."""
+        self.bad_NT = ~self.v_NTE.isfinite().all(-1)
+        self.v_NTE = self.v_NTE.masked_fill(self.bad_NT[..., None], 0.0)
+
+    def spoilt(self, tile: Tensor, row: Tensor | None, part: Part) -> Tensor | None:
+        """bool [N, R, 1]: rows whose scores keep a key whose values were set aside; None where there is no such key."""
+        if self.bad_NT is None:
+            return None
+        found = ((tile != -torch.inf) & self._rows(self.bad_NT, part.keys)[:, None]).any(-1, keepdim=True)
+        if row is not None and part.row_keys is not None:
+            bad = self._rows(self.bad_NT, part.row_keys)[:, None]
+            found |= (_by_rows(row != -torch.inf, part) & bad).flatten(1, 2).any(-1, keepdim=True)
+        return found
+
     def keys(self, keys: Tensor) -> Tensor:
         """K at `keys`: [N, *keys.shape, D]."""
         return self._rows(self.k_NTD, keys)
@@ -124,9 +140,12 @@ class _Attend(torch.autograd.Function):
         tensors = [None if tensor is None else tensor.detach().to(work) for tensor in (q, k, v, bias)]
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
         lse = torch.full(q.shape[:3], -torch.inf, dtype=work, device=q.device)
+        finite = bool(v.isfinite().all())
         for slots in slots_of(call):
             for kv_head in range(k.shape[1]):
                 sequences = _Sequences(call, slots, kv_head, tensors)
+                if not finite:
+                    sequences.set_aside_bad_values()
                 for part in parts_of(call, slots, kv_head):
                     _forward_part(sequences, part, out, lse)
         ctx.call = call
@@ -161,6 +180,7 @@ def _forward_part(sequences: _Sequences, part: Part, out: Tensor, lse: Tensor) -
     if row is not None:
         peak = torch.maximum(peak, row.amax(-1, keepdim=True))
     peak.masked_fill_(peak == -torch.inf, 0.0)
+    spoilt = sequences.spoilt(tile, row, part)
     weights = tile.sub_(peak).exp_()
     total = weights.sum(-1, keepdim=True)
     product = weights @ sequences.values(part.keys)
@@ -168,7 +188,8 @@ def _forward_part(sequences: _Sequences, part: Part, out: Tensor, lse: Tensor) -
         row_weights = row.sub_(peak).exp_()
         total += row_weights.sum(-1, keepdim=True)
         product += _row_sum(row_weights, sequences.values(part.row_keys), part)
-    sequences.put(out, part, product / total.masked_fill(total == 0, 1.0))
+    product /= total.masked_fill(total == 0, 1.0)
+    sequences.put(out, part, product if spoilt is None else product.masked_fill_(spoilt, torch.nan))
     sequences.put(lse[..., None], part, total.log() + peak)
 
 

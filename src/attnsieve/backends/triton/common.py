@@ -165,8 +165,9 @@ def split(value, FIRST: tl.constexpr, DTYPE: tl.constexpr):
     parts = tl.zeros([value.shape[0], 16], tl.float32)
     for x in tl.static_range(3):
         part = value.to(DTYPE).to(tl.float32)
-        parts += tl.where(column == FIRST + x, 1.0, 0.0)[None, :] * part[:, None]
-        value -= part
+        parts += tl.where((column == FIRST + x)[None, :], part[:, None], 0.0)
+        # Of an infinity nothing is left, inf - inf would be NaN.
+        value = tl.where(value == part, 0.0, value - part)
     return parts
 
 

@@ -24,6 +24,7 @@ from attnsieve.backends.triton.common import (
     tile_keep,
 )
 from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
+from attnsieve.backends.triton.nonfinite import is_finite, sums_of_finite
 from attnsieve.backends.triton.schedule import schedule
 
 
@@ -166,9 +167,40 @@ def forward_kernel(
             acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
             j = next_j
 
-    kept = total > 0
-    acc = acc / tl.where(kept, total, 1.0)[:, None]
-    lse = tl.where(kept, (peak + tl.log2(total)) * LN2, -float("inf"))
+    if is_finite(acc) == 0:
+        acc = sums_of_finite(
+            q_tile,
+            peak,
+            k,
+            v,
+            p_k,
+            p_v,
+            p_bias,
+            s_bias,
+            mask,
+            tiles,
+            singles,
+            o_zh,
+            o_list,
+            h,
+            i,
+            k_len,
+            cut,
+            scale2,
+            one,
+            N,
+            D,
+            DP,
+            DV,
+            DVP,
+            LISTED,
+            BLOCK,
+            PRECISION,
+        )
+    # A total of NaN is a NaN in K or q, not an empty row.
+    empty = total == 0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    lse = tl.where(empty, -float("inf"), (peak + tl.log2(total)) * LN2)
     o_dv = tl.arange(0, DVP)
     p_out = out.p + batch * out.s_batch + head.to(tl.int64) * out.s_head + slot * out.s_row
     tl.store(p_out[:, None] + o_dv[None, :], acc.to(out.p.dtype.element_ty), mask=row_ok[:, None] & (o_dv < DV)[None, :])
