@@ -24,14 +24,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Blocks:
-    """Whole blocks kept, listed per row of blocks: every causal pair inside a listed block is kept.
+    """Blocks kept, listed per row of blocks: every causal pair inside a listed block is kept.
 
-    size: tokens per block side; count: int32 [Z, H, nb]; index: int32 [Z, H, nb, K], ascending, -1 beyond the count.
+    A block is `rows` queries by `keys` keys, at multiples of both; keys=1 lists single keys for a block of queries.
+    count: int32 [Z, H, nb]; index: int32 [Z, H, nb, K], numbers of key blocks, ascending, -1 beyond the count.
     """
 
-    size: int
+    rows: int
+    keys: int
     count: Tensor
     index: Tensor
+
+    def to(self, device: torch.device | str) -> Blocks:
+        """A copy on `device`."""
+        return Blocks(self.rows, self.keys, self.count.to(device), self.index.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +47,7 @@ class Layout:
     Row i of head h keeps key j <= i iff
 
         i <  corner_rows[h]:  bit j of corner[h, i]
-        i >= corner_rows[h]:  i < end[z, h, j]  or  offset[z, h, i - j]  or  block (i // B, j // B) is listed
+        i >= corner_rows[h]:  i < end[z, h, j]  or  offset[z, h, i - j]  or  block (i // rows, j // keys) is listed
 
     end: int32 [Z, H, n], the first row that no longer sees the key. offset: bool [Z, H, n] by distance, or None.
     corner: uint8 [H, L, ceil(L / 8)], first key in the lowest bit, or None; corner_rows: int32 [H].
@@ -91,7 +97,7 @@ class Layout:
         """A copy on `device`, without schedules; self if it is there already."""
         if torch.device(device) == self.device:
             return self
-        blocks = self.blocks and Blocks(self.blocks.size, self.blocks.count.to(device), self.blocks.index.to(device))
+        blocks = self.blocks and self.blocks.to(device)
         offset, corner, rows = (
             None if part is None else part.to(device) for part in (self.offset, self.corner, self.corner_rows)
         )
@@ -115,14 +121,14 @@ class Layout:
     def _in_block(self, z: int, h: int, i: Tensor, j: Tensor) -> Tensor:
         assert self.blocks is not None
         table = self.schedule(("block table", z, h), lambda: self.block_table(z, h))
-        return table[i // self.blocks.size, j // self.blocks.size]
+        return table[i // self.blocks.rows, j // self.blocks.keys]
 
     def block_table(self, z: int, h: int) -> Tensor:
-        """bool [nb, nb + 1], the last column for the padding of the lists."""
+        """bool [rows of blocks, key blocks + 1], the last column for the padding of the lists."""
         assert self.blocks is not None
-        listed = self.blocks.index[z, h].long()
-        table = torch.zeros(len(listed), len(listed) + 1, dtype=torch.bool, device=self.device)
-        return table.scatter_(1, torch.where(listed < 0, len(listed), listed), True)
+        listed, width = self.blocks.index[z, h].long(), -(-self.length // self.blocks.keys)
+        table = torch.zeros(len(listed), width + 1, dtype=torch.bool, device=self.device)
+        return table.scatter_(1, torch.where(listed < 0, width, listed), True)
 
     def _in_corner(self, h: int, i: Tensor, j: Tensor) -> Tensor:
         assert self.corner is not None
@@ -166,10 +172,10 @@ class Layout:
         """Pairs in listed blocks that neither `end` nor `offset` keeps."""
         if self.blocks is None:
             return 0
-        size = self.blocks.size
+        size, width = self.blocks.rows, self.blocks.keys
         listed = self.blocks.index[z, h].long()
         block_row = torch.arange(len(listed), device=self.device)[:, None, None]
-        keys = listed[..., None] * size + torch.arange(size, device=self.device)
+        keys = listed[..., None] * width + torch.arange(width, device=self.device)
         real = (listed >= 0)[..., None] & (keys < n)
         keys = torch.where(real, keys, 0)
         start, stop = (block_row * size).clamp_max(n), ((block_row + 1) * size).clamp_max(n)
@@ -268,7 +274,7 @@ def _stack_blocks(heads: list[list[BlockRows]], n: int) -> Blocks | None:
     for h, rows in enumerate(lists):
         for row, keys in enumerate(rows):
             index[h, row, : len(keys)] = torch.tensor(keys, dtype=torch.int32)
-    return Blocks(size, count[None], index[None])
+    return Blocks(size, size, count[None], index[None])
 
 
 def _blocks_of_row(blocks: list[BlockRows], row: int, size: int) -> list[int]:

@@ -62,7 +62,7 @@ def _lists(layout: Layout) -> TileLists:
     if facts(layout).dense:
         count = -(-layout.length // _TILE)
         row = torch.arange(count, dtype=torch.int32, device=layout.device)
-        return lists_of_blocks(Blocks(_TILE, (row + 1)[None, None], _triangle(row)[None, None]), _TILE)
+        return lists_of_blocks(Blocks(_TILE, _TILE, (row + 1)[None, None], _triangle(row)[None, None]), _TILE)
     return lists_of_rule(layout, _TILE) if layout.blocks is None else lists_of_blocks(layout.blocks, _TILE)
 
 

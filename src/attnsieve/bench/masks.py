@@ -29,7 +29,7 @@ def blocks(n: int, heads: int, device: torch.device | str, density: float, size:
     index = score.argsort(-1)[..., :widest]
     index = torch.where(torch.arange(widest, device=device) < count[0, :, :, None], index, rows).sort(-1).values
     index = torch.where(index == rows, -1, index).to(torch.int32)[None].contiguous()
-    return Layout(n, torch.zeros(1, heads, n, dtype=torch.int32, device=device), blocks=Blocks(size, count, index))
+    return Layout(n, torch.zeros(1, heads, n, dtype=torch.int32, device=device), blocks=Blocks(size, size, count, index))
 
 
 def columns_and_window(n: int, heads: int, device: torch.device | str, columns: int, window: int) -> Layout:

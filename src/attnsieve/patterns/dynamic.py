@@ -118,6 +118,22 @@ class ProbedBlocks(DynamicAtom):
 
 
 @dataclass(frozen=True, repr=False)
+class ProbedKeys(DynamicAtom):
+    """Per block of queries, the fewest single keys that hold `mass` of the exact attention of `rows` of its queries."""
+
+    mass: float = 0.9
+    block: int = 64
+    rows: int = 8
+    name = "probed_keys"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_share("mass")
+        self._check_count("block")
+        self._check_count("rows")
+
+
+@dataclass(frozen=True, repr=False)
 class AntidiagonalBlocks(DynamicAtom):
     """Per block of queries, the fewest key blocks that hold `mass` of antidiagonal scores at `stride` (XAttention)."""
 

@@ -21,6 +21,7 @@ from attnsieve.patterns.dynamic import (
     LastQueries,
     PooledBlocks,
     ProbedBlocks,
+    ProbedKeys,
     TopBlocks,
     VerticalSlash,
     VotedKeys,
@@ -86,6 +87,11 @@ def probed_blocks(*, mass: float = 0.95, block: int = 64, rows: int = 4, share: 
     return Pattern.of(ProbedBlocks(mass, block, rows, share=share))
 
 
+def probed_keys(*, mass: float = 0.9, block: int = 64, rows: int = 8, share: Share = "none") -> Pattern:
+    """Per block of queries, the fewest single keys with `mass` of the attention of `rows` of its queries."""
+    return Pattern.of(ProbedKeys(mass, block, rows, share=share))
+
+
 def antidiagonal_blocks(*, mass: float = 0.9, block: int = 64, stride: int = 8, share: Share = "none") -> Pattern:
     """Per query block, the fewest key blocks with `mass` of the antidiagonal scores (XAttention)."""
     return Pattern.of(AntidiagonalBlocks(mass, block, stride, share=share))
@@ -131,6 +137,7 @@ DYNAMIC = (
     vertical_slash,
     dam_online,
     probed_blocks,
+    probed_keys,
     antidiagonal_blocks,
     pooled_blocks,
     top_blocks,

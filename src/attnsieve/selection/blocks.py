@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnsieve.patterns.dynamic import AntidiagonalBlocks, PooledBlocks, ProbedBlocks, TopBlocks
+from attnsieve.patterns.dynamic import AntidiagonalBlocks, PooledBlocks, ProbedBlocks, ProbedKeys, TopBlocks
 from attnsieve.selection.sequence import Chosen, SequenceQK, fewest_with_mass
 
 # Cells of exact attention held at once: bounds memory, not the result.
@@ -15,14 +15,24 @@ CELLS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}
 
 def probed_blocks(atom: ProbedBlocks, sequence: SequenceQK) -> Chosen:
     """Exact attention of a few rows of every query block, summed over key blocks."""
+    return Chosen(table=fewest_with_mass(_probed(atom, sequence, atom.block), atom.mass), block=atom.block, keys=atom.block)
+
+
+def probed_keys(atom: ProbedKeys, sequence: SequenceQK) -> Chosen:
+    """Exact attention of a few rows of every query block, key by key."""
+    return Chosen(table=fewest_with_mass(_probed(atom, sequence, 1), atom.mass), block=atom.block, keys=1)
+
+
+def _probed(atom: ProbedBlocks | ProbedKeys, sequence: SequenceQK, keys: int) -> Tensor:
+    """float32 [S, C, rows of blocks, key blocks]: attention of sampled rows, summed over them and over `keys` keys each."""
     rows, fresh = _sampled_rows(sequence, atom.block, atom.rows)
     row_cells = sequence.q.shape[0] * sequence.q.shape[1] * atom.rows * sequence.tokens
     at_once = max(1, CELLS_AT_ONCE.get(sequence.q.device.type, CELLS_AT_ONCE["cuda"]) // row_cells)
     parts = [
-        (_sum_keys(sequence.attention(part.flatten()), atom.block).unflatten(2, part.shape) * new[..., None]).sum(3)
+        (_sum_keys(sequence.attention(part.flatten()), keys).unflatten(2, part.shape) * new[..., None]).sum(3)
         for part, new in zip(rows.split(at_once), fresh.split(at_once), strict=True)
     ]
-    return Chosen(table=fewest_with_mass(torch.cat(parts, dim=2), atom.mass), block=atom.block)
+    return torch.cat(parts, dim=2)
 
 
 def _sampled_rows(sequence: SequenceQK, block: int, count: int) -> tuple[Tensor, Tensor]:
@@ -48,14 +58,14 @@ def antidiagonal_blocks(atom: AntidiagonalBlocks, sequence: SequenceQK) -> Chose
     # Squares of padding, before the call's first query and after its last.
     asked = (row >= sequence.first_row // stride) & (row < -(-n // stride))
     mass = _sum_keys(weights * asked[:, None], block // stride).unflatten(2, (-1, block // stride)).sum(3)
-    return Chosen(table=fewest_with_mass(mass, atom.mass), block=block)
+    return Chosen(table=fewest_with_mass(mass, atom.mass), block=block, keys=block)
 
 
 def pooled_blocks(atom: PooledBlocks, sequence: SequenceQK) -> Chosen:
     """Weights of pooled keys against pooled queries, relative to the largest of the row of blocks."""
     scores, causal = _pooled_scores(sequence, atom.block)
     weights = sequence.merged((scores - scores.amax(-1, keepdim=True)).exp())
-    return Chosen(table=(weights >= atom.ratio) & causal, block=atom.block)
+    return Chosen(table=(weights >= atom.ratio) & causal, block=atom.block, keys=atom.block)
 
 
 def top_blocks(atom: TopBlocks, sequence: SequenceQK) -> Chosen:
@@ -64,7 +74,7 @@ def top_blocks(atom: TopBlocks, sequence: SequenceQK) -> Chosen:
     scores = sequence.merged(scores)
     best = scores.topk(min(atom.count, scores.shape[-1]), dim=-1).indices
     kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
-    return Chosen(table=kept & causal, block=atom.block)
+    return Chosen(table=kept & causal, block=atom.block, keys=atom.block)
 
 
 def _pooled_scores(sequence: SequenceQK, block: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """From the patterns of one layer and its q and k to a Layout, static and dynamic parts joined.
 
 A layer whose sequences have equal shapes takes a fixed number of operations for each of its atoms, whatever the number of heads
-and sequences, and never waits for the device.
+and sequences, and does not wait for the device, except once for the longest list where single keys are listed (`probed_keys`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from attnsieve.patterns.dynamic import (
     LastQueries,
     PooledBlocks,
     ProbedBlocks,
+    ProbedKeys,
     TopBlocks,
     VerticalSlash,
     VotedKeys,
 )
-from attnsieve.selection.blocks import antidiagonal_blocks, pooled_blocks, probed_blocks, top_blocks
+from attnsieve.selection.blocks import antidiagonal_blocks, pooled_blocks, probed_blocks, probed_keys, top_blocks
 from attnsieve.selection.carriers import carriers, per_group
 from attnsieve.selection.join import Part, Static, join
 from attnsieve.selection.keys import heavy_hitters, voted_keys
@@ -45,6 +46,7 @@ SELECTORS: dict[type[CallAtom], Callable[[Any, SequenceQK], Chosen]] = {
     VerticalSlash: vertical_slash,
     DamOnline: dam_online,
     ProbedBlocks: probed_blocks,
+    ProbedKeys: probed_keys,
     AntidiagonalBlocks: antidiagonal_blocks,
     PooledBlocks: pooled_blocks,
     TopBlocks: top_blocks,

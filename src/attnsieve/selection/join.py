@@ -24,7 +24,7 @@ class Static:
 
     @cached_property
     def table(self) -> Tensor | None:
-        """Its blocks as bool [1, H, nb, nb]."""
+        """Its blocks as bool [1, H, rows of blocks, key blocks]."""
         if self.layout.blocks is None:
             return None
         return torch.stack([self.layout.block_table(0, h)[:, :-1] for h in range(self.layout.heads)])[None]
@@ -75,33 +75,38 @@ def join(static: Static, sequences: int, parts: Sequence[Part]) -> Layout:
 
 
 def _join_blocks(static: Static, sequences: int, parts: Sequence[Part]) -> Blocks | None:
-    """Whole blocks of every sequence and head, in the finest block size in use, every causal block once, ascending."""
+    """Blocks of every sequence and head, of the finest sides in use, every causal block once, ascending."""
     base = static.layout
     listing = [part for part in parts if part.chosen.table is not None]
     if not listing:
         return base.blocks
-    size = gcd(*(part.chosen.block for part in listing), base.blocks.size if base.blocks else 0)
-    count = -(-base.length // size)
+    size = gcd(*(part.chosen.block for part in listing), base.blocks.rows if base.blocks else 0)
+    keys = gcd(*(part.chosen.keys for part in listing), base.blocks.keys if base.blocks else 0)
+    count, width = -(-base.length // size), -(-base.length // keys)
     # Rows of blocks before the first query are left open.
     first = min(part.first_row // part.chosen.block * part.chosen.block for part in listing) // size
-    table = torch.zeros(sequences, base.heads, count - first, count, dtype=torch.bool, device=base.device)
+    table = torch.zeros(sequences, base.heads, count - first, width, dtype=torch.bool, device=base.device)
     if static.table is not None and base.blocks is not None:
-        table |= _finer(static.table, base.blocks.size // size)[..., first:count, :count]
+        table |= _finer(static.table, base.blocks.rows // size, base.blocks.keys // keys)[..., first:count, :width]
     for part in listing:
         assert part.chosen.table is not None
         start = part.first_row // part.chosen.block * part.chosen.block // size - first
-        part.put(table[:, :, start:], _finer(part.chosen.table, part.chosen.block // size))
-    number = torch.arange(count, device=base.device)
-    return _listed(table & (number <= number[first:, None]), size, first)
+        part.put(table[:, :, start:], _finer(part.chosen.table, part.chosen.block // size, part.chosen.keys // keys))
+    stop = torch.arange(first + 1, count + 1, device=base.device)[:, None] * size
+    return _listed(table & (torch.arange(width, device=base.device) * keys < stop), size, keys, first)
 
 
-def _finer(table: Tensor, factor: int) -> Tensor:
-    return table if factor == 1 else table.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+def _finer(table: Tensor, rows: int, keys: int) -> Tensor:
+    table = table if rows == 1 else table.repeat_interleave(rows, -2)
+    return table if keys == 1 else table.repeat_interleave(keys, -1)
 
 
-def _listed(table: Tensor, size: int, first: int) -> Blocks:
-    # A stable sort of "not listed" brings the listed blocks to the front in ascending order.
-    order = torch.sort((~table).to(torch.uint8), dim=-1, stable=True).indices.to(torch.int32)
+def _listed(table: Tensor, rows: int, keys: int, first: int) -> Blocks:
     count = table.sum(-1, dtype=torch.int32)
-    index = order.masked_fill_(torch.arange(table.shape[-1], device=table.device) >= count[..., None], -1)
-    return Blocks(size, F.pad(count, (first, 0)), F.pad(index, (0, 0, first, 0), value=-1))
+    # Lists of single keys are read back for their length: room for the longest possible would be most of the memory.
+    room = table.shape[-1] if rows == keys else max(1, int(count.max()))
+    number = torch.arange(table.shape[-1], dtype=torch.int32, device=table.device)
+    index = torch.full((*table.shape[:-1], room + 1), -1, dtype=torch.int32, device=table.device)
+    place = torch.where(table, table.cumsum(-1) - 1, room)
+    index = index.scatter_(-1, place, number.expand_as(place))[..., :room]
+    return Blocks(rows, keys, F.pad(count, (first, 0)), F.pad(index, (0, 0, first, 0), value=-1))

@@ -16,7 +16,7 @@ def last_queries(atom: LastQueries, sequence: SequenceQK) -> Chosen:
     block = atom.block
     blocks, first = -(-sequence.tokens // block), max(sequence.first_row, sequence.tokens - atom.count) // block
     row = torch.arange(sequence.first_row // block, blocks, device=sequence.q.device)
-    return Chosen(table=(row >= first)[:, None].expand(1, 1, len(row), blocks), block=block)
+    return Chosen(table=(row >= first)[:, None].expand(1, 1, len(row), blocks), block=block, keys=block)
 
 
 def dense_prefill(_: DensePrefill, sequence: SequenceQK) -> Chosen:

@@ -66,12 +66,13 @@ class SequenceQK:
 @dataclass(frozen=True, eq=False)
 class Chosen:
     """A choice in the vectors of a layout: end int32 [S, C, n], offset bool [S, C, n], table bool [S, C, rows, nb] of blocks of
-    `block` tokens, for the rows of blocks that hold queries. S and C may be 1 where all choose alike."""
+    `block` queries by `keys` keys, for the rows of blocks that hold queries. S and C may be 1 where all choose alike."""
 
     end: Tensor | None = None
     offset: Tensor | None = None
     table: Tensor | None = None
     block: int = 0
+    keys: int = 0
 
 
 def fewest_with_mass(weights: Tensor, mass: float) -> Tensor:

@@ -64,8 +64,9 @@ def _why_not_layout(call: Call) -> str | None:
         return "the layout has a captured corner, which tile lists cannot express"
     if layout.passing or layout.most_keys is not None or layout.sequences > 1:
         return "the keys are chosen from the input: lists of tiles would have to be built and read back for one call"
-    if layout.blocks is not None and (not known.only_blocks or layout.blocks.size % TILE):
-        return f"blocks must stand alone and be a multiple of {TILE} tokens, the layout's have {layout.blocks.size}"
+    blocks = layout.blocks
+    if blocks is not None and (not known.only_blocks or blocks.rows != blocks.keys or blocks.rows % TILE):
+        return f"blocks must stand alone, square and a multiple of {TILE} wide; the layout's are {blocks.rows} x {blocks.keys}"
     if (call.k.shape[2] - call.q.shape[2]) % TILE:
         return f"a chunk must start at a multiple of {TILE} positions, it starts at {call.k.shape[2] - call.q.shape[2]}"
     return None

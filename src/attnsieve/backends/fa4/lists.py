@@ -31,8 +31,8 @@ class TileLists(NamedTuple):
 
 
 def lists_of_blocks(blocks: Blocks, tile: int) -> TileLists:
-    """Whole blocks, a multiple of `tile` wide, cut into tiles; the tile on the diagonal is kept in part."""
-    finer = blocks.size // tile
+    """Square blocks, a multiple of `tile` wide, cut into tiles; the tile on the diagonal is kept in part."""
+    finer = blocks.rows // tile
     index = blocks.index.repeat_interleave(finer, dim=2)
     cut = index[..., None] * finer + torch.arange(finer, dtype=torch.int32, device=index.device)
     index = torch.where(index[..., None] < 0, -1, cut).flatten(-2)

@@ -111,8 +111,8 @@ def _build(layout: Layout, z: int, h: int, t: int) -> Tile:
 def _in_blocks(layout: Layout, z: int, h: int, first: int, stop: int) -> Tensor:
     touched = torch.zeros(stop, dtype=torch.bool, device=layout.device)
     if layout.blocks is not None:
-        size = layout.blocks.size
-        for row in range(first // size, -(-stop // size)):
-            for block in layout.blocks.index[z, h, row, : int(layout.blocks.count[z, h, row])].tolist():
-                touched[block * size : (block + 1) * size] = True
+        rows, keys = layout.blocks.rows, layout.blocks.keys
+        listed = layout.blocks.index[z, h, first // rows : -(-stop // rows)].long()
+        block = torch.arange(-(-stop // keys), device=layout.device)
+        touched |= torch.isin(block, listed).repeat_interleave(keys)[:stop]
     return touched

@@ -20,8 +20,11 @@ def why_not(call: Call) -> str | None:
     reason = why_not_tensors(call.q, call.v, call.scale)
     if reason is not None:
         return reason
-    if call.layout.blocks is not None and call.layout.blocks.size < _SMALLEST_BLOCK:
-        return f"blocks must have at least {_SMALLEST_BLOCK} tokens, the layout's have {call.layout.blocks.size}"
+    blocks = call.layout.blocks
+    if blocks is not None and (blocks.rows != blocks.keys or blocks.rows < _SMALLEST_BLOCK):
+        return (
+            f"blocks must be square and at least {_SMALLEST_BLOCK} tokens wide, the layout's are {blocks.rows} x {blocks.keys}"
+        )
     return None
 
 

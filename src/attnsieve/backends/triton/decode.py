@@ -94,7 +94,7 @@ def _plan(layout: Layout) -> Plan:
         distances = torch.arange(layout.length, dtype=torch.int32, device=layout.device).expand_as(layout.end).contiguous()
         n_distances = layout.length
     blocks, corner = layout.blocks, layout.corner
-    block_places = 0 if blocks is None else blocks.index.shape[-1] * blocks.size
+    block_places = 0 if blocks is None else blocks.index.shape[-1] * blocks.keys
     side = 0 if corner is None else corner.shape[1]
     sections = Sections(
         layout.end.contiguous(),
@@ -319,7 +319,7 @@ def decode(call: Call) -> tuple[Tensor, Tensor]:
         padded(width),
         v_width,
         padded(v_width),
-        1 if call.layout.blocks is None else call.layout.blocks.size,
+        1 if call.layout.blocks is None else call.layout.blocks.rows,
         "ieee" if call.q.dtype == torch.float32 else "tf32",
         _STAGES,
         num_warps=_WARPS,

@@ -86,7 +86,7 @@ def _build(layout: Layout, positions: int, keys: int, listing: bool) -> Schedule
         listed, flags = LISTED_FLAGGED.value, _flagged(layout, keys)
     else:
         listed = LISTED_NOTHING.value
-    block = 1 if layout.blocks is None else layout.blocks.size
+    block = 1 if layout.blocks is None else layout.blocks.rows
     built = Schedule(positions, keys, _mask(layout, flags, positions), None, None, listed, block)
     if listed != LISTED_ALL.value or _beyond_end(layout):
         summary = _summary(layout, built)
