@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnsieve.backends.call import Call
+from attnsieve.layout import Blocks
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WIDEST = 256
@@ -21,11 +22,7 @@ def why_not(call: Call) -> str | None:
     if reason is not None:
         return reason
     blocks = call.layout.blocks
-    if blocks is not None and (blocks.rows != blocks.keys or blocks.rows < _SMALLEST_BLOCK):
-        return (
-            f"blocks must be square and at least {_SMALLEST_BLOCK} tokens wide, the layout's are {blocks.rows} x {blocks.keys}"
-        )
-    return None
+    return None if blocks is None else _why_not_blocks(blocks, call)
 
 
 def why_not_tensors(q: Tensor, v: Tensor, scale: float) -> str | None:
@@ -43,6 +40,17 @@ def why_not_tensors(q: Tensor, v: Tensor, scale: float) -> str | None:
     if max(q.shape[-1], v.shape[-1]) > _WIDEST:
         return f"head widths are limited to {_WIDEST}, got {q.shape[-1]} and {v.shape[-1]}"
     return None
+
+
+def _why_not_blocks(blocks: Blocks, call: Call) -> str | None:
+    sides = f"the layout's are {blocks.rows} x {blocks.keys}"
+    if blocks.rows < _SMALLEST_BLOCK:
+        return f"blocks must have at least {_SMALLEST_BLOCK} rows, {sides}"
+    if blocks.rows == blocks.keys:
+        return None
+    if blocks.keys > blocks.rows or blocks.rows & (blocks.rows - 1):
+        return f"blocks that are not square must be narrower than long, with a power of two of rows; {sides}"
+    return "blocks that are not square have no gradients here" if torch.is_grad_enabled() and call.needs_grad else None
 
 
 def run(call: Call) -> tuple[Tensor, Tensor]:

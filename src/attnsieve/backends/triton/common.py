@@ -17,10 +17,12 @@ from torch import Tensor
 from attnsieve.backends.call import Call
 from attnsieve.spans import Spans
 
-# Which keys may be served by lists of single keys: none, those flagged by a complemented end, or all that `end` keeps.
+# Which keys may be served by lists of single keys: none, those flagged by a complemented end, all that `end` keeps, or those
+# of blocks narrower than long, where neither `end` nor an offset keeps them.
 LISTED_NOTHING = tl.constexpr(0)
 LISTED_FLAGGED = tl.constexpr(1)
 LISTED_ALL = tl.constexpr(2)
+LISTED_BLOCKS = tl.constexpr(3)
 # A cut above every position: lists serve all that they may.
 NO_CUT = tl.constexpr(2**31 - 1)
 # Vectors that are added to every row or column of scores are added by the matrix unit instead, as products with ones over 16
@@ -60,7 +62,9 @@ class Mask(NamedTuple):
     """The vectors of a layout as the predicate reads them; see `attnsieve.layout.Layout` and `schedule.Schedule`.
 
     ends int32 [Z, H, n]; words int32 [Z, H, n_words] or None; corner uint8 [H, L, L_bytes] and corner_rows int32 [H] or None;
-    block_bits int32 [Z, H, blocks, block_words] or None; cut int32 [Z, H, T] or None.
+    block_bits int32 [Z, H, blocks, block_words] or None; cut int32 [Z, H, T] or None. Where all ends are columns or windows, the
+    windows are among the words, and columns int32 [Z, H, column_words] holds a bit for each key that no row drops; listed, in
+    the same shape, for those in lists. Else both are None.
     """
 
     ends: Any
@@ -69,8 +73,11 @@ class Mask(NamedTuple):
     corner_rows: Any
     block_bits: Any
     cut: Any
+    columns: Any
+    listed: Any
     n: Any
     n_words: Any
+    column_words: Any
     corner_side: Any
     corner_bytes: Any
     n_blocks: Any
@@ -273,11 +280,25 @@ def corner_bits(mask, h, i, j, ok):
 
 
 @triton.jit
-def tile_keep(mask, o_zh, h, i, j, j0, ok, cut, N: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr):
+def tile_keep(mask, o_zh, h, i, j, j0, ok, cut, N: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr, RUNS: tl.constexpr):
     """The pairs that key tile j0 serves: all that the layout keeps, less those that a list serves (see `Schedule`).
 
-    i and j broadcast against each other, as everywhere here: rows by keys, or keys by rows in the backward pass.
+    i and j broadcast against each other, as everywhere here: rows by keys, with RUNS in the order of `bits.tile_keys`; or keys
+    by rows in the backward pass.
     """
+    if mask.columns is not None:
+        keep = keep_by_bits(mask, o_zh, i, tl.arange(0, N)[None, :] if RUNS else j - j0, j0, cut, N, RUNS)
+    else:
+        keep = _keep_by_ends(mask, o_zh, i, j, j0, ok, cut, N, LISTED, BLOCK)
+    if mask.corner is not None:
+        inside = i < tl.load(mask.corner_rows + h)
+        keep = tl.where(inside, corner_bits(mask, h, i, j, inside & (j <= i)) & (j <= i), keep)
+    return keep
+
+
+@triton.jit
+def _keep_by_ends(mask, o_zh, i, j, j0, ok, cut, N: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr):
+    """`tile_keep` for any ends, outside the corner."""
     end = tl.load(mask.ends + o_zh * mask.n + j, mask=ok, other=0)
     other_end = end * 0
     if LISTED == LISTED_FLAGGED:
@@ -299,17 +320,20 @@ def tile_keep(mask, o_zh, h, i, j, j0, ok, cut, N: tl.constexpr, LISTED: tl.cons
         if LISTED != LISTED_NOTHING:
             extra = extra & (i >= other_end)
         keep = keep | extra
-    keep = keep & (j <= i)
-    if mask.corner is not None:
-        inside = i < tl.load(mask.corner_rows + h)
-        keep = tl.where(inside, corner_bits(mask, h, i, j, inside & (j <= i)) & (j <= i), keep)
-    return keep
+    return keep & (j <= i)
 
 
 @triton.jit
 def list_keep(mask, o_zh, i, j, j_load, cut, ok, LISTED: tl.constexpr):
     """The pairs that listed keys j serve: what `end` keeps, before the cut. `j_load` equals j; ends are loaded at it."""
     end = tl.load(mask.ends + o_zh * mask.n + j_load, mask=ok, other=0)
+    if LISTED == LISTED_BLOCKS:
+        keep = ok & (j <= i) & (i >= end)
+        if mask.words is not None:
+            at = mask.n_words * 32 - 512 - tl.maximum(i - j, 0)
+            word = tl.load(mask.words + o_zh * mask.n_words + (at >> 5), mask=keep, other=0)
+            keep = keep & (((word >> (at & 31)) & 1) == 0)
+        return keep
     if LISTED == LISTED_FLAGGED:
         end = tl.where(end < 0, ~end, end)
     if mask.cut is not None:

@@ -56,6 +56,7 @@ class Sections(NamedTuple):
     n_distances: Any
     n_blocks: Any
     block_rows: Any
+    block_side: Any
     side: Any
     corner_bytes: Any
 
@@ -110,6 +111,7 @@ def _plan(layout: Layout) -> Plan:
         n_distances=n_distances,
         n_blocks=0 if blocks is None else blocks.index.shape[-1],
         block_rows=0 if blocks is None else blocks.index.shape[-2],
+        block_side=1 if blocks is None else blocks.rows,
         side=side,
         corner_bytes=0 if corner is None else corner.shape[2],
     )
@@ -150,7 +152,7 @@ def _place_keys(sections, o_zh, h, p, k_len, u, BLOCK: tl.constexpr):
     if sections.block_index is not None:
         u_corner = u_block - sections.n_blocks * BLOCK
         in_blocks = (u_block >= 0) & (u_corner < 0)
-        p_index = sections.block_index + (o_zh * sections.block_rows + p // BLOCK) * sections.n_blocks
+        p_index = sections.block_index + (o_zh * sections.block_rows + p // sections.block_side) * sections.n_blocks
         index = tl.load(p_index + u_block // BLOCK, mask=in_blocks, other=0)
         j = tl.where(in_blocks, index * BLOCK + u_block % BLOCK, j)
         ok = ok | (in_blocks & (index >= 0))
@@ -237,12 +239,13 @@ def decode_kernel(
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * fade[:, None], input_precision=PRECISION)
         total = total * fade + tl.sum(weights, 1)
         peak = new_peak
-    kept = total > 0
+    # A total of NaN is a NaN in K or q, not an empty share.
+    empty = total == 0
     o_row = (o_query * (H * G if PACKED else H) + head).to(tl.int64) * splits + split
     o_dv = tl.arange(0, DVP)
     row = r < (G if PACKED else 1)
-    tl.store(p_sum + o_row, tl.where(kept, peak + tl.log2(total), -float("inf")), mask=row)
-    acc = acc / tl.where(kept, total, 1.0)[:, None]
+    tl.store(p_sum + o_row, tl.where(empty, -float("inf"), peak + tl.log2(total)), mask=row)
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
     tl.store(p_acc + o_row[:, None] * DVP + o_dv[None, :], acc, mask=row[:, None])
 
 
@@ -278,10 +281,10 @@ def combine_kernel(
     weights = tl.exp2(sums - base)
     total = tl.sum(weights, 0)
     parts = tl.load(p_acc + (o_row + o_split)[:, None] * DVP + o_dv[None, :], mask=(o_split < splits)[:, None], other=0.0)
-    value = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+    value = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
     slot = q_start + p - first
     tl.store(head_base(out, batch, head) + slot * out.s_row + o_dv, value.to(out.p.dtype.element_ty), mask=o_dv < DV)
-    lse = tl.where(total > 0, (base + tl.log2(total)) * LN2, -float("inf"))
+    lse = tl.where(total == 0, -float("inf"), (base + tl.log2(total)) * LN2)
     tl.store(p_lse + (batch * heads + head) * q_slots + slot, lse)
 
 
@@ -319,7 +322,7 @@ def decode(call: Call) -> tuple[Tensor, Tensor]:
         padded(width),
         v_width,
         padded(v_width),
-        1 if call.layout.blocks is None else call.layout.blocks.rows,
+        1 if call.layout.blocks is None else call.layout.blocks.keys,
         "ieee" if call.q.dtype == torch.float32 else "tf32",
         _STAGES,
         num_warps=_WARPS,

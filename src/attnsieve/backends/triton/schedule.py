@@ -7,6 +7,9 @@ unless its key stands in the query tile's list of single keys. Two ways of listi
   a query tile on, its key tiles are visited without a gap and serve flagged keys as well.
 - all: where keys die scattered (DMA), every key that `end` keeps is listed per query tile.
 
+Blocks narrower than long (single keys for a block of queries) are lists already: key tiles serve what `end` and the offsets
+keep, and the keys of a row of blocks, in order, are the list of each of its query tiles.
+
 Everything is built on the device. Sizes that the host cannot bound (`Layout.most_keys`) are read back: twice when a layout is
 first used at a tile shape, never again.
 """
@@ -19,9 +22,9 @@ import torch
 from torch import Tensor
 
 from attnsieve.backends.triton import lists as kernels
-from attnsieve.backends.triton.common import LISTED_ALL, LISTED_FLAGGED, LISTED_NOTHING, Lists, Mask
+from attnsieve.backends.triton.common import LISTED_ALL, LISTED_BLOCKS, LISTED_FLAGGED, LISTED_NOTHING, Lists, Mask
 from attnsieve.backends.triton.vectors import bits_of_blocks, words_of_offsets
-from attnsieve.layout import Layout
+from attnsieve.layout import Blocks, Layout
 from attnsieve.patterns import FOREVER
 
 # A key tile holding this share of keys that no row drops is visited; below it they are listed.
@@ -78,6 +81,9 @@ def stretches(layout: Layout, built: Schedule, positions: int) -> tuple[Lists, i
 
 
 def _build(layout: Layout, positions: int, keys: int, listing: bool) -> Schedule:
+    if layout.blocks is not None and layout.blocks.keys < layout.blocks.rows:
+        rest = _build(replace(layout, blocks=None, schedules={}), positions, keys, listing=False)
+        return replace(rest, singles=_block_lists(layout, layout.blocks, positions), listed=LISTED_BLOCKS.value)
     survey = _survey(layout, positions, keys) if listing else _Survey(False, 0, 0)
     flags = None
     if survey.list_all:
@@ -226,6 +232,28 @@ def _columns(built: Schedule, flags: Tensor, most: int) -> Lists:
     count = torch.searchsorted(columns, torch.minimum(built.mask.cut, first + built.positions), out_int32=True)
     start = torch.arange(0, columns.numel(), columns.shape[-1], device=flags.device)
     return Lists(start.repeat_interleave(built.mask.tiles), whole, count, columns)
+
+
+def _block_lists(layout: Layout, blocks: Blocks, positions: int) -> Lists:
+    """The keys of every row of blocks, those that all its rows keep by nothing else first; query tiles must divide the rows."""
+    step = torch.arange(blocks.keys, dtype=torch.int32, device=layout.device)
+    keys = (blocks.index[..., None] * blocks.keys + step).flatten(-2)
+    real = ((blocks.index >= 0)[..., None] & (step >= 0)).flatten(-2) & (keys < layout.length)
+    keys = torch.where(real, keys, 0)
+    first = torch.arange(keys.shape[2], dtype=torch.int32, device=layout.device)[:, None] * blocks.rows
+    end = layout.end.expand(*keys.shape[:2], -1).gather(-1, keys.flatten(2).long()).view_as(keys)
+    whole = real & (keys <= first) & (end <= first)
+    if layout.offset is not None:
+        whole = torch.zeros_like(whole)
+    n_whole = whole.sum(-1, dtype=torch.int32)
+    room = keys.shape[-1]
+    place = torch.where(whole, whole.cumsum(-1), n_whole[..., None] + (real & ~whole).cumsum(-1)) - 1
+    items = torch.zeros(*keys.shape[:-1], room + 1, dtype=torch.int32, device=layout.device)
+    items.scatter_(-1, torch.where(real, place, room).long(), keys)
+    tile = torch.arange(-(-layout.length // positions), device=layout.device) * positions // blocks.rows
+    start = (torch.arange(n_whole.numel(), device=layout.device) * (room + 1)).view_as(n_whole)
+    starts, whole_counts, counts = (x[..., tile].contiguous() for x in (start, n_whole, real.sum(-1, dtype=torch.int32)))
+    return Lists(starts, whole_counts, counts, torch.nn.functional.pad(items.flatten(), (0, _SPARE)))
 
 
 def _key_lists(layout: Layout, built: Schedule, positions: int, most: int, sort: bool, drop: bool) -> Lists:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from attnsieve.backends.call import Call
-from attnsieve.backends.triton.geometry import Tiles, padded
+from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
 
 # Rows over which the gradients of listed keys are summed before they are added to memory.
 STRETCH_ROWS = 256
 
 
 def forward_tiles(call: Call) -> Tiles:
-    """Tiles of the prefill kernel."""
+    """Tiles of the prefill kernel. A query tile lies within one row of blocks where those are lists of keys."""
+    tiles, blocks = _any_forward_tiles(call), call.layout.blocks
+    if blocks is None or blocks.keys == blocks.rows:
+        return tiles
+    packed = Geometry(call, tiles).packed
+    return replace(tiles, rows=min(tiles.rows, blocks.rows * packed))
+
+
+def _any_forward_tiles(call: Call) -> Tiles:
     if call.q.element_size() == 4:
         return Tiles(64, 32, 4, 2) if _widest(call) <= 128 else Tiles(32, 16, 4, 2)
     return Tiles(128, 64, 8, 3) if _widest(call) <= 128 else Tiles(64, 32, 4, 2)
