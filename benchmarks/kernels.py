@@ -1,72 +1,100 @@
-"""Measure the kernels on a GPU and append rows to benchmarks/results: python benchmarks/kernels.py prefill decode backward
+"""The standard measurements, most telling first: `python benchmarks/kernels.py prefill decode backward layout --seconds 150`.
 
-Bfloat16, 32 query and 8 KV heads of width 128. A mask named with a + is shared by the heads of a KV group.
+Each suite is what `attnsieve bench` measures with the same words. After --seconds no further suite is started. Rows are written as
+they come; a kernel that fails the oracle ends the script.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
-from attnsieve.bench import kernels
-from attnsieve.bench.kernels import Case
+import torch
+
 from attnsieve.bench.rows import Row, write
+from attnsieve.bench.shapes import shape_of
+from attnsieve.bench.suite import Suite
 
-
-def prefill_rows(lengths: list[int]) -> Iterator[Row]:
-    """Masks by block and by token."""
-    for n in lengths:
-        for name in ("blocks-50", "blocks-25", "blocks-10", "blocks-5", "A", "B", "C", "columns-5"):
-            if n <= 32768 or name not in ("A", "blocks-50", "blocks-25"):
-                yield kernels.prefill(Case(name, n), "triton")
-        yield kernels.prefill(Case("C", n, shared=True), "triton")
-        for name in ("dma-1024", "dma-2048"):
-            yield kernels.prefill(Case(name, n, shared=True, bias=True), "triton")
-
-
-def decode_rows(lengths: list[int]) -> Iterator[Row]:
-    """Kept columns and a window."""
-    for n in lengths:
-        for name in ("columns-10", "columns-5", "columns-2"):
-            for shared in (True, False):
-                yield kernels.decode(Case(name, n, shared=shared), "triton")
-
-
-def backward_rows(lengths: list[int]) -> Iterator[Row]:
-    """Forward and backward."""
-    for n in lengths:
-        for name in ("dma-1024", "dma-2048"):
-            yield kernels.forward_backward(Case(name, n, shared=True, bias=True), "triton")
-        yield kernels.forward_backward(Case("C", n), "triton")
-        yield kernels.forward_backward(Case("blocks-10", n), "triton")
-
-
-def layout_rows(lengths: list[int]) -> Iterator[Row]:
-    """Schedules of the prefill kernel."""
-    from attnsieve.backends.triton.schedule import schedule
-
-    for n in lengths:
-        for name in ("blocks-10", "B", "C"):
-            yield kernels.schedule(Case(name, n), "triton", lambda layout: schedule(layout, 128, 64))
-        for name in ("dma-1024", "dma-2048"):
-            yield kernels.schedule(Case(name, n, shared=True), "triton", lambda layout: schedule(layout, 32, 64))
-
-
-SUITES = {"prefill": prefill_rows, "decode": decode_rows, "backward": backward_rows, "layout": layout_rows}
+LLAMA = "llama-3.1-8b"
+DMA = "dma-1024;dma-2048"
+# op, masks, shape, lengths, backends, baselines.
+STANDARD = {
+    "prefill": [
+        ("prefill", f"blocks-10;C;B;C+;{DMA}", LLAMA, "32768", "triton", "cudnn,flash"),
+        ("prefill", f"blocks-10;C;B;{DMA}", LLAMA, "131072", "triton", "cudnn"),
+        ("prefill", "blocks-50;blocks-25;blocks-5;A;columns-5;dense()", LLAMA, "32768", "triton", "cudnn"),
+        ("prefill", "blocks-50;blocks-25;blocks-10;C;B;dense()", LLAMA, "8192", "triton", "cudnn,flash"),
+        ("prefill", "blocks-50;blocks-25;C", LLAMA, "4096", "triton", "cudnn,flash"),
+        ("prefill", "blocks-25;blocks-5", LLAMA, "131072", "triton", "cudnn"),
+    ],
+    "decode": [
+        ("decode", "columns-10;columns-5;columns-10+;columns-5+;dense()", LLAMA, "131072", "triton", "cudnn,flash"),
+        ("decode", "columns-10;columns-5;dense()", LLAMA, "32768", "triton", "cudnn,flash"),
+        ("decode", "columns-2;columns-2+", LLAMA, "32768,131072", "triton", "cudnn"),
+    ],
+    "backward": [
+        ("forward_backward", DMA, LLAMA, "32768", "triton", "cudnn"),
+        ("forward_backward", "dma-2048", LLAMA, "131072", "triton", "cudnn"),
+        ("forward_backward", "C;blocks-10", LLAMA, "32768", "triton", "cudnn"),
+    ],
+    "layout": [
+        ("layout", f"blocks-10;B;C;{DMA}", LLAMA, "32768,131072", "triton", ""),
+        ("select", "vertical_slash(mass=0.95);dma-1024;dma-2048", LLAMA, "32768,131072", "auto", ""),
+    ],
+    "fa4": [
+        ("prefill", "blocks-10;sink(4) | window(1024)", LLAMA, "32768,131072", "fa4", "fa4"),
+        ("prefill", "blocks-50;blocks-25;blocks-5;B;window(4096);dense()", LLAMA, "32768", "fa4", "fa4"),
+        ("prefill", "blocks-25;blocks-10;window(1024);dense()", LLAMA, "8192", "fa4", "fa4"),
+    ],
+    "flex": [("prefill", "blocks-25;blocks-10", LLAMA, "32768", "flex-triton,flex-flash", "cudnn")],
+    "shapes": [
+        ("prefill", "blocks-10;C", shape, "32768", "triton", "cudnn")
+        for shape in ("llama-3.2-1b", "llama-3.2-3b", "qwen3-32b", "smollm2-135m")
+    ],
+    "auto": [("prefill", "blocks-50;blocks-25;C;dense()", LLAMA, "8192,32768", "auto", "cudnn,flash")],
+}
 
 
 def main() -> None:
-    """Run suites; rows are written as they come."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suites", nargs="+", choices=SUITES)
-    parser.add_argument("--lengths", default="32768,131072")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="+", choices=STANDARD)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--budget-ms", type=float, default=100.0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.jsonl")
-    args = parser.parse_args()
-    for suite in args.suites:
-        for row in SUITES[suite]([int(n) for n in args.lengths.split(",")]):
-            print(row, flush=True)
-            write([row], args.out)
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    # The first line of every suite comes before the second line of any.
+    lines = [
+        STANDARD[name][i]
+        for i in range(max(map(len, STANDARD.values())))
+        for name in arguments.suites
+        if i < len(STANDARD[name])
+    ]
+    for line in lines:
+        if time.monotonic() - start > arguments.seconds:
+            print(f"out of time, not measured: {line}")
+            continue
+        for row in suite(line, arguments.budget_ms).rows():
+            print(f"[{time.monotonic() - start:5.1f} s] {row}", flush=True)
+            if isinstance(row, Row):
+                write([row], arguments.out)
+
+
+def suite(line: tuple[str, ...], budget_ms: float) -> Suite:
+    op, masks, shape, lengths, backends, baselines = line
+    split = lambda text, by: [part for part in text.split(by) if part]  # noqa: E731
+    return Suite(
+        op,
+        split(masks, ";"),
+        [shape_of(shape)],
+        [int(n) for n in lengths.split(",")],
+        split(backends, ","),
+        split(baselines, ","),
+        torch.bfloat16,
+        "cuda",
+        budget_ms=budget_ms,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""What `auto` chooses on a GPU: always exact, named in reports, by measured costs where this GPU was measured."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from attnsieve import Plan, Spans, attend, compile_layout
+from attnsieve.attention import BACKENDS, choose_backend
+from attnsieve.backends import cost
+from attnsieve.backends.call import Call
+from attnsieve.bench.masks import mask
+from attnsieve.hf import apply, fingerprint
+from attnsieve.hf.random_model import random_model
+from attnsieve.patterns import dense, sink, vertical_slash, window
+from attnsieve.selection import choose
+from attnsieve.testing import assert_within_budget
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+# A prediction may be off by this factor: choices among backends that are closer than that do not matter.
+TOLERATED = 1.5
+
+
+def make(layout, n, q_len=None, heads=8, kv_heads=2, width=128):
+    q_len = n if q_len is None else q_len
+    draw = lambda count, length: torch.randn(1, count, length, width, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    return Call(draw(heads, q_len), draw(kv_heads, n), draw(kv_heads, n), layout, Spans.full(1, q_len, n, "cuda"), width**-0.5)
+
+
+LAYOUTS = {
+    "dense": lambda n: compile_layout([dense()] * 8, n, "cuda"),
+    "window": lambda n: compile_layout([window(200)] * 8, n, "cuda"),
+    "sink and window": lambda n: compile_layout([sink(4) | window(200)] * 8, n, "cuda"),
+    "blocks": lambda n: mask("blocks-25", n, 8, "cuda"),
+    "columns": lambda n: mask("columns-5", n, 8, "cuda"),
+    "selected": lambda n: mask("dma-512", n, 2, "cuda"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("n", "q_len"), [(300, 300), (2048, 2048), (2048, 1), (2048, 128)])
+def test_auto_is_exact(name, n, q_len):
+    call = make(LAYOUTS[name](max(n, 1100)), n, q_len)
+    out, lse = attend(call.q, call.k, call.v, call.layout, return_lse=True)
+    assert_within_budget(out, lse, call)
+    assert choose_backend(call) in BACKENDS
+
+
+def test_choosing_waits_for_nothing_once_a_layout_is_known():
+    call = make(LAYOUTS["blocks"](2048), 2048)
+    chosen = choose_backend(call)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert choose_backend(call) == chosen
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_choosing_for_keys_of_one_call_never_waits():
+    call = make(compile_layout([dense()] * 8, 512, "cuda"), 512)
+    layout = choose([vertical_slash(mass=0.5)] * 8, call.q, call.k)
+    fresh = make(layout, 512)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert choose_backend(fresh) == "triton"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("n", [8192, 32768])
+@pytest.mark.parametrize("name", ["blocks-10", "C", "dense()"])
+def test_predictions_are_near_what_is_measured(name, n):
+    from attnsieve.bench.timing import measure
+
+    call = make(mask(name, n, 32, "cuda"), n, heads=32, kv_heads=8)
+    known = cost.predict(call, [b for b in ("triton", "fa4", "dense") if b != "dense" or name == "dense()"])
+    if not known:
+        pytest.skip("this GPU was never measured: benchmarks/fit_cost.py")
+    for backend, predicted in known.items():
+        if import_module(BACKENDS[backend]).why_not(call) is not None:
+            continue
+        run = lambda backend=backend: attend(call.q, call.k, call.v, call.layout, backend=backend)  # noqa: E731
+        assert predicted / TOLERATED <= measure(run, 30).p50 <= predicted * TOLERATED, backend
+
+
+def test_reports_name_who_computed():
+    model = random_model("tiny", "cuda", torch.bfloat16)
+    ids = torch.randint(60, (1, 300), device="cuda")
+    plan = Plan.uniform(fingerprint(model), sink(1) | window(20))
+    with apply(model, plan) as handle, torch.inference_mode():
+        model(ids)
+    assert sum(layer.backends.total() for layer in handle.report().layers) == 2
