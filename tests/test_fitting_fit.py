@@ -10,7 +10,7 @@ from attnsieve.fingerprint import Fingerprint
 from attnsieve.fitting import PRESETS, fit
 from attnsieve.fitting.expect import Observed, expect
 from attnsieve.layout import compile as compile_layout
-from attnsieve.patterns import dense, sink, window
+from attnsieve.patterns import Pattern, dense, sink, window
 from attnsieve.plan import Plan
 from attnsieve.profiling import LongStatistics, Profile
 
@@ -150,6 +150,17 @@ def test_robust_makes_local_and_sink_heads_cheap_and_diffuse_heads_dense():
     assert plan.provenance["reach"] is None
 
 
+def test_adaptive_lets_diffuse_heads_choose_and_keeps_the_others():
+    profile = profile_of(special_heads()[None], 128)
+    robust, adaptive = (fit(profile, preset=preset, floor=0.95) for preset in ("robust", "adaptive"))
+    expected = Pattern.parse("sink(4) | window(32) | probed_keys(mass=0.95, block=64, rows=8)")
+    assert adaptive.row(0) == (*robust.row(0)[:2], expected, robust.row(0)[3])
+    assert adaptive.provenance["choice"] == [["local", "local", "adaptive", "dam"]]
+    # What the input decides is not expected to be anything.
+    assert adaptive.density is None
+    assert adaptive.retained is None
+
+
 def test_long_windows_are_not_local():
     n = 64
     distance = torch.arange(n)[:, None] - torch.arange(n)
@@ -249,7 +260,7 @@ def test_a_threshold_that_drops_everything_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "bold"}, "choose from paper, robust"),
+        ({"preset": "bold"}, "choose from paper, robust, adaptive"),
         ({"taux": 1}, "did you mean tau"),
         ({"threshold": "loud"}, "absolute, mass, relative"),
         ({"mu": 0}, "mu must"),

@@ -23,7 +23,10 @@ def fit(
     out: Annotated[Path, typer.Option(help="Directory for the plan.")],
     preset: Annotated[
         str | None,
-        typer.Option(help="For profiles. paper: DAM as published. robust (default): made to keep what each head does."),
+        typer.Option(
+            help="For profiles. paper: DAM as published. robust (default): made to keep what each head does. "
+            "adaptive: as robust, but heads that no fixed mask serves choose their keys from the input."
+        ),
     ] = None,
     tau: Annotated[float | None, typer.Option(help="Threshold on the Box-Cox map; 0.3 in the paper.")] = None,
     mu: Annotated[str | None, typer.Option(help="Share of a diagonal or column that must be kept, as 0.8 or 4/5.")] = None,

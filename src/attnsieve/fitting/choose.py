@@ -13,7 +13,7 @@ from torch import Tensor
 from attnsieve import dam
 from attnsieve.errors import UserError, require
 from attnsieve.fitting.expect import Observed
-from attnsieve.fitting.heads import SINKS, Candidate, dam_heads, dense_heads, local_heads
+from attnsieve.fitting.heads import SINKS, Candidate, adaptive_heads, dam_heads, dense_heads, local_heads
 from attnsieve.fitting.settings import Settings, resolve
 from attnsieve.patterns import Pattern
 from attnsieve.plan import Plan
@@ -25,7 +25,9 @@ def fit(profile: Profile | Sequence[Profile], *, preset: str = "robust", **overr
 
     preset "paper": DAM as published (arXiv 2506.11104), its edge artefacts included. preset "robust": true masks by mass,
     patterns with enough support only, self key and sinks always kept; of that and sink | window each head takes the cheaper one
-    that keeps enough mass, and is dense if neither does. `overrides`: fields of `Settings`, such as tau=0.1.
+    that keeps enough mass, and is dense if neither does. preset "adaptive": the same, but a head that no fixed mask serves
+    chooses its keys from the input; its plan has no expected density, since that depends on the input. `overrides`: fields of
+    `Settings`, such as tau=0.1.
 
     Several profiles, one per kind of text, count alike in DAM's mean maps, and each must meet the floor. That keeps a head that
     one kind of text needs; in one mixed profile the others would outvote it. A plan's retained mass is that of the worst kind.
@@ -46,7 +48,10 @@ def fit(profile: Profile | Sequence[Profile], *, preset: str = "robust", **overr
         torch.stack([getattr(layer, name) for layer in layers]).clamp(0, 1).float() for name in ("density", "retained")
     )
     provenance = _provenance(profiles, preset, settings, pcl, layers)
-    return Plan(model, tuple(layer.patterns for layer in layers), provenance, density, retained)
+    patterns = tuple(layer.patterns for layer in layers)
+    if any(pattern.dynamic for row in patterns for pattern in row):
+        return Plan(model, patterns, provenance)
+    return Plan(model, patterns, provenance, density, retained)
 
 
 def candidates(observed: Observed, settings: Settings, pcl: int) -> list[Candidate]:
@@ -54,7 +59,8 @@ def candidates(observed: Observed, settings: Settings, pcl: int) -> list[Candida
     rules = [dam_heads(observed, settings, pcl)]
     if settings.local:
         rules += [local_heads(observed, settings.floor, sinks) for sinks in SINKS]
-    return [*rules, dense_heads(observed)]
+    last = dense_heads(observed) if settings.fallback == "dense" else adaptive_heads(observed, settings.floor)
+    return [*rules, last]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Candidate rules for the heads of one layer: DAM's, a sink with a window, and dense."""
+"""Candidate rules for the heads of one layer: DAM's, a sink with a window, keys chosen from the input, and dense."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from attnsieve import dam
 from attnsieve.fitting.expect import Expectation, Observed, expect
 from attnsieve.fitting.settings import Settings
-from attnsieve.patterns import Pattern, dense, sink, window
+from attnsieve.patterns import Pattern, dense, probed_keys, sink, window
 
 # Windows are rounded up to this many tokens, and tried with each of these sinks.
 WINDOW_STEP = 16
@@ -115,6 +115,17 @@ def dense_heads(observed: Observed) -> Candidate:
     """Every key for every head."""
     ones = torch.ones(observed.heads, dtype=torch.float64)
     return Candidate("dense", (dense(),) * observed.heads, Expectation(ones, ones, ones, ones), (None,) * observed.heads)
+
+
+def adaptive_heads(observed: Observed, mass: float) -> Candidate:
+    """Single keys with `mass`, chosen from the input for every block of queries, beside a sink and a window.
+
+    A profile cannot tell how many keys that will be: the density stands at 1, which no rule that is known to be enough reaches.
+    """
+    chosen, ones = sink(SINKS[0]) | window(2 * WINDOW_STEP) | probed_keys(mass=mass), torch.ones(observed.heads).double()
+    return Candidate(
+        "adaptive", (chosen,) * observed.heads, Expectation(ones, ones, ones, mass * ones), (None,) * observed.heads
+    )
 
 
 def _least(enough: Callable[[Tensor], Tensor], most: int, heads: int) -> Tensor:

@@ -20,7 +20,8 @@ class Settings:
     stands for a quarter of the capture length. pcl: a capture length below the profile's, or None for the profile's.
     force_self, force_sink: keep every query's own key and the first force_sink keys, whatever the map says.
     join: matched patterns also hold below the capture length, beside the true mask.
-    floor: a head whose patterns keep less than this share of mass becomes dense; 0 turns that off.
+    floor: a head whose patterns keep less than this share of mass takes the fallback; 0 turns that off.
+    fallback: "dense", or "keys": single keys with `floor` of the mass, chosen from the input for every block of queries.
     local: also consider sink(s) | window(w) per head, and take it where it meets the floor with fewer pairs.
     dense_layers: the first layers that stay dense, a guard rail.
     """
@@ -38,6 +39,7 @@ class Settings:
     force_sink: int = 0
     join: bool = False
     floor: float = 0.0
+    fallback: Literal["dense", "keys"] = "dense"
     local: bool = False
     dense_layers: int = 0
 
@@ -52,6 +54,7 @@ class Settings:
             type(self.dense_layers) is int and self.dense_layers >= 0,
             f"dense_layers must be a whole number, got {self.dense_layers!r}",
         )
+        require(self.fallback in ("dense", "keys"), f"fallback must be dense or keys, got {self.fallback!r}")
         require(not self.local or self.floor > 0, "local rules are chosen by their mass: set a floor above 0 with local")
 
     def to_json(self) -> dict[str, Any]:
@@ -59,12 +62,10 @@ class Settings:
         return asdict(self)
 
 
-PRESETS = {
-    "paper": Settings(),
-    "robust": Settings(
-        threshold="mass", share=0.95, min_support=None, force_self=True, force_sink=4, join=True, floor=0.9, local=True
-    ),
-}
+ROBUST = Settings(
+    threshold="mass", share=0.95, min_support=None, force_self=True, force_sink=4, join=True, floor=0.9, local=True
+)
+PRESETS = {"paper": Settings(), "robust": ROBUST, "adaptive": replace(ROBUST, fallback="keys")}
 
 
 def resolve(preset: str, overrides: dict[str, Any]) -> Settings:
