@@ -18,7 +18,8 @@ class RecallTask:
     """`pairs` distinct keys, each followed by its value, then every key once more; after it the model must name the value.
 
     Keys are tokens 1 .. vocabulary / 2 - 1, values the upper half. The gaps between the pairs and their queries follow
-    Zoology's power law p(gap) ~ gap^(power - 1), without replacement, in steps of two tokens; all other tokens are random.
+    Zoology's power law p(gap) ~ gap^(power - 1), without replacement, in steps of two tokens. All other tokens are random,
+    which makes pairs that nobody asks for, or 0 without `noise`.
 
     Raises UserError unless 4 * pairs <= length (so that the queries have room), the length is even, and the vocabulary
     holds enough distinct keys and values.
@@ -28,6 +29,7 @@ class RecallTask:
     pairs: int
     vocabulary: int = 8192
     power: float = 0.01
+    noise: bool = True
 
     def __post_init__(self) -> None:
         require(
@@ -40,22 +42,31 @@ class RecallTask:
             f"a vocabulary of {self.vocabulary} is too small for {self.pairs} pairs at length {self.length}",
         )
 
-    def sample(self, examples: int, seed: int) -> tuple[Tensor, Tensor]:
+    def sample(self, examples: int, random: int | torch.Generator, levels: int = 1) -> tuple[Tensor, Tensor]:
         """input_ids, labels, int64 [examples, length]; labels are the values where they are asked for, else -100.
 
-        As in transformers, the logits at t are scored with labels[t + 1].
+        As in transformers, the logits at t are scored with labels[t + 1]. random: a seed, or a generator, on whose device
+        the examples are made, without waiting for it. levels: of every `levels` rows one has all pairs, the next one half of
+        them, then a quarter and so on, other tokens in place of the rest. Models learn from easy rows first.
         """
-        random = torch.Generator().manual_seed(seed)
-        half = self.vocabulary // 2
-        keys = 1 + _distinct(torch.ones(half - 1), examples, self.pairs, random)
-        values = half + _distinct(torch.ones(self.vocabulary - half), examples, self.pairs, random)
-        ids = torch.randint(self.vocabulary, (examples, self.length), generator=random)
-        ids[:, : 2 * self.pairs] = torch.stack([keys, values], dim=-1).flatten(1)
+        if isinstance(random, int):
+            random = torch.Generator().manual_seed(random)
+        half, device = self.vocabulary // 2, random.device
+        keys = 1 + _distinct(torch.ones(half - 1, device=device), examples, self.pairs, random)
+        values = half + _distinct(torch.ones(self.vocabulary - half, device=device), examples, self.pairs, random)
+        highest = self.vocabulary if self.noise else 1
+        ids = torch.randint(highest, (examples, self.length), generator=random, device=device)
+        count = (self.pairs >> (torch.arange(examples, device=device) % levels)).clamp_min(1)
+        real = torch.arange(self.pairs, device=device) < count[:, None]
         room = (self.length - 2 * self.pairs) // 2
-        gap = torch.arange(1, room + 1, dtype=torch.float32) ** (self.power - 1)
+        gap = torch.arange(1, room + 1, dtype=torch.float32, device=device) ** (self.power - 1)
         asked = 2 * self.pairs + 2 * _distinct(gap, examples, self.pairs, random)
-        ids.scatter_(1, asked, keys)
-        labels = torch.full_like(ids, IGNORED).scatter_(1, asked + 1, values)
+        for place, tokens in ((2 * torch.arange(self.pairs, device=device), keys), (asked, keys)):
+            place = place.expand_as(tokens)
+            ids.scatter_(1, place, torch.where(real, tokens, ids.gather(1, place)))
+        place = 2 * torch.arange(self.pairs, device=device).expand_as(values) + 1
+        ids.scatter_(1, place, torch.where(real, values, ids.gather(1, place)))
+        labels = torch.full_like(ids, IGNORED).scatter_(1, asked + 1, torch.where(real, values, IGNORED))
         return ids, labels
 
 
@@ -71,6 +82,6 @@ def _distinct(weights: Tensor, rows: int, count: int, random: torch.Generator) -
     # The Gumbel trick: the order of log weights plus Gumbel noise is that of drawing one after the other.
     parts = []
     for first in range(0, rows, _ROWS):
-        uniform = torch.rand(min(_ROWS, rows - first), len(weights), generator=random)
+        uniform = torch.rand(min(_ROWS, rows - first), len(weights), generator=random, device=random.device)
         parts.append((weights.log() - (-uniform.log()).log()).topk(count, dim=1).indices)
     return torch.cat(parts)
