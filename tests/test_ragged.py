@@ -25,7 +25,7 @@ STATIC = [pattern for pattern in SAMPLES if not any(atom.blocks(8) is not None f
 CAPACITY = 140
 
 
-def run(row, kv_heads, pieces, *, pads=(0,), backend="portable", width=16, v_width=8, dtype=None):
+def run(row, kv_heads, pieces, *, pads=(0,), backend="portable", width=16, v_width=8, dtype=None, programs=4):
     """Feed random tokens: several at once, or as negative pieces in single steps, which are compared with the oracle.
 
     Returns the store and the number of rows that were compared.
@@ -38,7 +38,7 @@ def run(row, kv_heads, pieces, *, pads=(0,), backend="portable", width=16, v_wid
     for b, pad in enumerate(pads):
         k[b, :, :pad], v[b, :, :pad] = torch.nan, torch.nan  # padding is never read
     kept = Kept.of(row, kv_heads, CAPACITY)
-    store = RaggedStore(kept, kept.index(torch.device("cpu"), 4), k, v)
+    store = RaggedStore(kept, kept.index(torch.device("cpu"), programs), k, v)
     layout, past, compared = compile_layout(row, CAPACITY), 0, 0
     for piece in pieces:
         end = past + abs(piece)
@@ -116,6 +116,12 @@ def test_the_last_head_of_the_largest_group(backend):
 
 def test_rows_of_different_length():
     run(MIXED, 3, [30, -6, 20, -5], pads=(0, 3, 29, 30))  # the last row starts with the first step
+
+
+@TRITON
+def test_many_shares_in_triton(monkeypatch):
+    monkeypatch.setattr("attnsieve.ragged.kept.LEAST_SHARE", 2)
+    run([dense(), MIXED[1]], 1, [130, -2], backend="triton", programs=1000)
 
 
 @TRITON

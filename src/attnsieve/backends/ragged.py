@@ -49,11 +49,11 @@ class Index(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """keys [B, slots, D]; values [B, slots, Dv]; state int32 [B, Hkv, 2]: positions so far, and how many columns are below."""
+    """key [B, slots, D]; value [B, slots, Dv]; state int32 [B, Hkv, 2]: positions so far, and how many columns are below."""
 
-    keys: Tensor
-    values: Tensor
-    state: Tensor
+    key: Any
+    value: Any
+    state: Any
 
 
 def append(memory: Memory, index: Index, k: Tensor, v: Tensor) -> None:
@@ -66,8 +66,8 @@ def append(memory: Memory, index: Index, k: Tensor, v: Tensor) -> None:
     column = torch.where(at_column & (heads.own > 0), heads.slot + rank, ring)
     row = torch.arange(len(k), device=k.device)[:, None]
     for slots in (ring, column):
-        memory.keys[row, slots] = k.squeeze(2)
-        memory.values[row, slots] = v.squeeze(2)
+        memory.key[row, slots] = k.squeeze(2)
+        memory.value[row, slots] = v.squeeze(2)
     memory.state.add_(torch.stack([torch.ones_like(rank), at_column.to(rank.dtype)], dim=-1))
 
 
@@ -90,10 +90,10 @@ def _head(q: Tensor, memory: Memory, state: Tensor, head: Heads, index: Index, s
     query = torch.arange(q.shape[1], device=q.device)[:, None]
     kept = (bits[:, None] >> query) & 1 > 0
     row = torch.arange(len(q), device=q.device)[:, None]
-    scores = (q @ memory.keys[row, slots].to(q.dtype).mT * scale).masked_fill(~kept, -torch.inf)
+    scores = (q @ memory.key[row, slots].to(q.dtype).mT * scale).masked_fill(~kept, -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - torch.where(lse.isfinite(), lse, 0.0)[..., None]).exp()
-    return weights @ memory.values[row, slots].to(q.dtype), lse
+    return weights @ memory.value[row, slots].to(q.dtype), lse
 
 
 def _column_places(state: Tensor, head: Heads, index: Index) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ class RaggedStore:
         head, position = self._positions(length)
         new = ((position >= before) & (position < length))[..., None]
         row, source = torch.arange(len(k), device=device)[:, None], (first + position - past).clamp(0, tokens - 1)
-        for stored, given in ((self.memory.keys, k), (self.memory.values, v)):
+        for stored, given in ((self.memory.key, k), (self.memory.value, v)):
             stored.copy_(torch.where(new, given[row, head, source], stored))
         self._advance(length)
 
@@ -76,7 +76,7 @@ class RaggedStore:
         place = torch.where(filled, head * slots + first + position, heads * slots)
         row = torch.arange(batch, device=k.device)[:, None]
         whole = []
-        for stored, given in ((self.memory.keys, k), (self.memory.values, v)):
+        for stored, given in ((self.memory.key, k), (self.memory.value, v)):
             buffer = given.new_zeros(batch, heads * slots + 1, given.shape[-1])
             buffer[row, place] = stored
             full = buffer[:, :-1].unflatten(1, (heads, slots))
@@ -92,7 +92,7 @@ class RaggedStore:
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self.select(torch.arange(len(self.memory.keys)))
+        return self.select(torch.arange(len(self.memory.key)))
 
     def _positions(self, length: Tensor) -> tuple[Tensor, Tensor]:
         """KV head of every slot, int64 [slots], and the position that it holds of texts of `length` [B, 1] positions, int64
@@ -114,7 +114,7 @@ class RaggedStore:
         state[:, :, 1] = below[:, heads.first_column + heads.columns] - below[:, heads.first_column]
 
     def _check(self, k: Tensor, v: Tensor) -> None:
-        for given, stored, name in ((k, self.memory.keys, "keys"), (v, self.memory.values, "values")):
+        for given, stored, name in ((k, self.memory.key, "keys"), (v, self.memory.value, "values")):
             expected = (len(stored), self.memory.state.shape[1], stored.shape[-1])
             found = (given.shape[0], given.shape[1], given.shape[3])
             require(

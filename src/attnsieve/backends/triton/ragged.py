@@ -13,13 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from attnsieve.backends.ragged import Index, Memory
-from attnsieve.backends.triton.common import LN2, LOG2E, load_rows, rows_of
+from attnsieve.backends.triton.common import LN2, LOG2E, head_base, load_rows, rows_of
 from attnsieve.backends.triton.geometry import padded
 
-# Small chunks: several programs fit on a multiprocessor, each with some chunks in flight.
+# Small chunks: several programs fit on a multiprocessor, each with two chunks in flight (three stages are spent on looking
+# places up, their slots and bits, and then keys). Looking places up one step ahead by hand keeps the compiler from overlapping.
 _KEYS = 32
 _WARPS = 4
-_STAGES = 3
+_STAGES = 5
 _SHARES = 32
 
 
@@ -47,20 +48,20 @@ def append_kernel(
     ring = first + own + position % tl.load(heads.reach + h)
     column = tl.where(at_column & (own > 0), first + rank, ring)
     o_d, o_dv = tl.arange(0, DP), tl.arange(0, DVP)
-    key = tl.load(k.p + b.to(tl.int64) * k.s_batch + h * k.s_head + o_d, mask=o_d < D)
-    value = tl.load(v.p + b.to(tl.int64) * v.s_batch + h * v.s_head + o_dv, mask=o_dv < DV)
+    key = tl.load(head_base(k, b, h) + o_d, mask=o_d < D)
+    value = tl.load(head_base(v, b, h) + o_dv, mask=o_dv < DV)
     row = b.to(tl.int64) * slots
-    tl.store(memory.keys + (row + ring) * D + o_d, key, mask=o_d < D)
-    tl.store(memory.values + (row + ring) * DV + o_dv, value, mask=o_dv < DV)
-    tl.store(memory.keys + (row + column) * D + o_d, key, mask=o_d < D)
-    tl.store(memory.values + (row + column) * DV + o_dv, value, mask=o_dv < DV)
+    tl.store(memory.key + (row + ring) * D + o_d, key, mask=o_d < D)
+    tl.store(memory.value + (row + ring) * DV + o_dv, value, mask=o_dv < DV)
+    tl.store(memory.key + (row + column) * D + o_d, key, mask=o_d < D)
+    tl.store(memory.value + (row + column) * DV + o_dv, value, mask=o_dv < DV)
     tl.store(p_state, position + 1)
     tl.store(p_state + 1, rank + at_column.to(tl.int32))
 
 
 @triton.jit
 def _places(heads, entries, bits, h, is_column, newest, u, stop):
-    """Slots [N] of the places u below `stop`, and bits of the query heads that they serve."""
+    """Slots [N] of the places u below `stop`, which of them exist, and bits of the query heads that they serve."""
     ok = u < stop
     first, own = tl.load(heads.slot + h), tl.load(heads.own + h)
     reach, window = tl.load(heads.reach + h), tl.load(heads.window + h)
@@ -74,7 +75,7 @@ def _places(heads, entries, bits, h, is_column, newest, u, stop):
     served = tl.load(bits + own_bits, mask=ok, other=0)
     elsewhere = tl.load(bits + near_base + distance, mask=ok & is_column & (distance < reach), other=0)
     slot = tl.where(is_column & (own > 0), first + u, first + own + position % reach)
-    return tl.where(ok, slot, 0), served & ~elsewhere
+    return slot, ok, served & ~elsewhere
 
 
 @triton.jit
@@ -110,22 +111,20 @@ def attend_kernel(
     stop = tl.minimum(stop, tl.where(is_column, rank, newest + 1))
     r = tl.arange(0, ROWS)
     o_d, o_dv = tl.arange(0, DP), tl.arange(0, DVP)
-    p_q = q.p + b.to(tl.int64) * q.s_batch + (h * G + r).to(tl.int64) * q.s_head
+    p_q = head_base(q, b, h * G + r)
     q_tile = tl.load(p_q[:, None] + o_d[None, :], mask=(r < G)[:, None] & (o_d < D)[None, :], other=0.0)
-    p_keys = memory.keys + b.to(tl.int64) * slots * D
-    p_values = memory.values + b.to(tl.int64) * slots * DV
+    p_keys = memory.key + b.to(tl.int64) * slots * D
+    p_values = memory.value + b.to(tl.int64) * slots * DV
     acc = tl.zeros([ROWS, DVP], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], -float("inf"), tl.float32)
-    # Places are looked up one step ahead: the loads of keys and values then wait for no other load.
-    slot, served = _places(heads, entries, bits, h, is_column, newest, start + tl.arange(0, N), stop)
     for x in tl.range(start, stop, N, num_stages=STAGES):
-        k_tile = load_rows(p_keys, slot, D, served != 0, D, DP, True)
-        v_tile = load_rows(p_values, slot, DV, served != 0, DV, DVP, True)
+        slot, ok, served = _places(heads, entries, bits, h, is_column, newest, x + tl.arange(0, N), stop)
+        k_tile = load_rows(p_keys, slot, D, ok, D, DP, True)
+        v_tile = load_rows(p_values, slot, DV, ok, DV, DVP, True)
         kept = ((served[None, :] >> r[:, None]) & 1) != 0
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
         s = tl.where(kept & (r < G)[:, None], s, -float("inf"))
-        slot, served = _places(heads, entries, bits, h, is_column, newest, x + N + tl.arange(0, N), stop)
         new_peak = tl.maximum(peak, tl.max(s, 1))
         base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
         weights = tl.exp2(s - base[:, None])
@@ -189,7 +188,7 @@ def append(memory: Memory, index: Index, k: Tensor, v: Tensor) -> None:
         index.heads,
         index.entries,
         kv_heads,
-        memory.keys.shape[1],
+        memory.key.shape[1],
         width,
         padded(width),
         v.shape[-1],
@@ -200,7 +199,7 @@ def append(memory: Memory, index: Index, k: Tensor, v: Tensor) -> None:
 def attend(q: Tensor, memory: Memory, index: Index, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of the newest position, already stored. q [B, Hq, 1, D]; out [B, Hq, 1, Dv] in q's dtype, LSE [B, Hq, 1]."""
     batch, heads, _, width = q.shape
-    kv_heads, slots, v_width = memory.state.shape[1], memory.keys.shape[1], memory.values.shape[-1]
+    kv_heads, slots, v_width = memory.state.shape[1], memory.key.shape[1], memory.value.shape[-1]
     group, items = heads // kv_heads, len(index.items)
     acc = q.new_empty(batch, items, group, padded(v_width), dtype=torch.float32)
     sums = q.new_empty(batch, items, group, dtype=torch.float32)
