@@ -148,10 +148,36 @@ def test_show_describes_and_draws(work, tmp_path):
     assert done.exit_code == 0
     assert "plan for llama: 2 layers x 4 heads" in done.stdout
     assert "profile of llama: 2 layers x 4 heads" in done.stdout
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["density.png", "heads.png", "retained.png"]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        "density.png",
+        "heads.png",
+        "kinds.png",
+        "retained.png",
+    ]
+    page = attnsieve("show", work / "plan", work / "profile", "--html", tmp_path / "report.html", "--heads", "1:0")
+    assert page.exit_code == 0, page.output
+    assert "wrote" in page.stderr
+    assert (tmp_path / "report.html").stat().st_size > 30_000
     printed = json.loads(attnsieve("show", work / "plan", "--json").stdout)
     assert printed["plan"]["heads"] == {"static": 8}
     assert printed["figures"] == []
+
+
+def test_show_compares_profiles_and_draws_measurements(work, tmp_path):
+    common = ["--pcl", 16, "--lengths", "32", "--documents", 1, "--seed", 5]
+    attnsieve("profile", work / "model", "--data", work / "text.txt", *common, "--out", tmp_path / "other")
+    done = attnsieve("show", work / "profile", tmp_path / "other", "--preset", "paper", "--out", tmp_path / "figures", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["stability"]["names"] == [str(work / "profile"), str(tmp_path / "other")]
+    assert (tmp_path / "figures" / "stability.png").exists()
+    told = attnsieve("show", work / "profile", tmp_path / "other").stdout
+    assert "a fixed mask can serve" in told
+    arguments = ["--data", work / "text.txt", "--lengths", "64", "--candidates", "window(8)", "--out", tmp_path / "m"]
+    attnsieve("measure", work / "model", *arguments)
+    done = attnsieve("show", tmp_path / "m", work / "plan", "--out", tmp_path / "figures")
+    assert done.exit_code == 0, done.output
+    assert "| window(8) " in done.stdout
+    assert (tmp_path / "figures" / "retained-by-length.png").exists()
 
 
 def test_eval_writes_rows_that_show_reads(work, tmp_path):
@@ -200,9 +226,11 @@ def test_eval_writes_rows_that_show_reads(work, tmp_path):
         (["measure", "{}/model", "--out", "{}/x"], "say what to measure on"),
         (["measure", "{}/model", "--data", "synthetic", "--candidates", "windw(3)", "--out", "{}/x"], "did you mean window?"),
         (["show", "{}/nowhere"], "is not there: give the directory"),
-        (["show", "{}/model"], "expected a saved plan or profile"),
+        (["show", "{}/model"], "expected a saved plan, profile or measurement"),
         (["show", "{}/plan", "{}/plan"], "a second plan"),
         (["show", "{}/plan", "--heads", "0:1"], "say where with --out"),
+        (["show", "{}/profile", "{}/profile"], "was given twice"),
+        (["show", "{}/plan", "--html", "{}/x.pdf"], "saved as .html"),
         (["show", "{}/plan", "--heads", "9:1", "--out", "{}/x"], "no layer 9, head 1"),
         (["show", "{}/rows.jsonl"], "rows.jsonl is not there"),
         (["eval", "{}/model"], "say what to measure"),

@@ -16,9 +16,24 @@ from attnsieve.errors import UserError
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.patterns import Captured, Pattern
 from attnsieve.plan import Plan
-from attnsieve.profiling import Profile
-from attnsieve.show import density_grid, draw_all, draw_results, head_figure, head_view, mass_grid, result_figure, save
+from attnsieve.profiling import Measurement, Profile, Stability
+from attnsieve.show import (
+    density_grid,
+    draw_all,
+    draw_results,
+    head_figure,
+    head_view,
+    kind_map,
+    length_figure,
+    mass_grid,
+    result_figure,
+    save,
+    stability_figure,
+    stability_text,
+)
 from attnsieve.show.heads import PIXELS, _cells
+from attnsieve.show.lengths import plan_by_length
+from attnsieve.show.results import family
 from attnsieve.show.views import HeadView
 
 MODEL = Fingerprint("llama", 3, 4, 2, 16, "0" * 16)
@@ -173,10 +188,12 @@ def test_files_are_written_in_the_format_of_their_name(tmp_path):
 def test_the_usual_figures(tmp_path):
     profile, plan = random_profile(), random_plan()
     names = lambda paths: [path.name for path in paths if path.stat().st_size > 5000]  # noqa: E731
-    assert names(draw_all(tmp_path, profile=profile, plan=plan, heads=[(0, 0)])) == ["heads.png", "density.png", "retained.png"]
+    every = ["heads.png", "kinds.png", "density.png", "retained.png"]
+    assert names(draw_all(tmp_path, profile=profile, plan=plan, heads=[(0, 0)])) == every
     assert names(draw_all(tmp_path, profile=profile, heads=[(0, 0)])) == ["heads.png"]
     assert names(draw_all(tmp_path, plan=Plan.uniform(Fingerprint("llama", 1, 2, 2, 8, "0"), "sink(4) | window(8)"))) == [
-        "heads.png"
+        "heads.png",
+        "kinds.png",
     ]
     assert names(draw_results(tmp_path, result_rows()[:8])) == ["answer_nll.png", "exact_match.png"]
 
@@ -187,3 +204,65 @@ def test_drawing_does_not_touch_pyplot():
         "mass_grid(torch.rand(2, 2)); assert 'matplotlib' in sys.modules; assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def measured(candidates=("sink(4) | window(32)", "sink(4) | vertical_slash(mass=0.9)", "dense()")) -> Measurement:
+    shape = (2, len(candidates), 3, 4)
+    texts = tuple(str(Pattern.parse(text)) for text in candidates)
+    return Measurement(MODEL, texts, (512, 1024), torch.rand(shape), torch.rand(shape), torch.rand(shape))
+
+
+def stable() -> Stability:
+    shape = (3, 3, 3, 4)
+    return Stability(MODEL, ("a", "b", "c"), 1024, torch.rand(shape), torch.rand(shape), torch.rand(3, 3, 4))
+
+
+def test_kinds_are_told_apart():
+    plan = random_plan()
+    rules = ["dense()", "sink(4) | window(8)", "window(3) | top_blocks(2)", "dilated(4, step=2)"]
+    mixed = Plan(MODEL, [[*map(Pattern.parse, rules)], *plan.patterns[1:]])
+    figure = kind_map(mixed)
+    assert_labels_are_readable(figure)
+    assert [text.get_text() for text in figure.axes[0].texts][:5] == ["d", "s", "i", "p", "D"]
+    written = [text for text, _ in shown_texts(figure)]
+    assert "D  DAM: 6 heads" in written
+    assert "d  dense: 3 heads" in written
+
+
+def test_retained_mass_by_length_is_that_of_the_heads_own_rules():
+    measurement = measured()
+    choice = torch.randint(0, 3, (3, 4))
+    plan = Plan(MODEL, [[Pattern.parse(measurement.candidates[c]) for c in row] for row in choice.tolist()])
+    kept = plan_by_length(measurement, plan)
+    for layer, head in itertools.product(range(3), range(4)):
+        assert torch.equal(kept[:, layer, head], measurement.retained[:, choice[layer, head], layer, head])
+    figure = length_figure(measurement, plan)
+    assert_labels_are_readable(figure)
+    np.testing.assert_allclose(figure.axes[0].lines[-1].get_ydata(), kept.mean((1, 2)))
+    assert_labels_are_readable(length_figure(measured(tuple(f"window({w})" for w in range(1, 30)))))
+    with pytest.raises(UserError, match="does not know the plan's rule"):
+        length_figure(measurement, Plan.uniform(MODEL, "window(7)"))
+
+
+def test_stability_is_drawn_and_told():
+    found = stable()
+    figure = stability_figure(found)
+    assert_labels_are_readable(figure)
+    np.testing.assert_array_equal(figure.axes[1].images[0].get_array(), found.worst())
+    found.retained[:, :, 1], found.density[:] = 1.0, 0.2
+    text = stability_text(found, floor=0.95)
+    assert "can serve 4 of 12 heads" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("|     1 |")]
+    assert "4/4" in line
+
+
+def test_plans_of_a_family_are_joined():
+    rows = [
+        row | {"plan": f"budget-{density}", "density": density} for row in result_rows()[:1] for density in (0.5, 0.1, 0.25)
+    ]
+    (axes,) = result_figure(rows, "exact_match").axes
+    curves = [line for line in axes.lines if line.get_marker() != "_"]
+    assert [line.get_xdata().tolist() for line in curves] == [[10.0, 25.0, 50.0]]
+    assert family("budget-0.25") == family("budget-.1") == "budget"
+    assert family("streaming-llm") == "streaming-llm"
+    assert family("sink(4) | window(256)") == "sink(4) | window(256)"

@@ -8,11 +8,14 @@ from typing import Any
 
 from attnsieve.errors import require
 from attnsieve.plan import Plan
-from attnsieve.profiling import Profile
+from attnsieve.profiling import Measurement, Profile, Stability
 from attnsieve.show.canvas import save
 from attnsieve.show.grids import density_grid, mass_grid
 from attnsieve.show.heads import head_figure
+from attnsieve.show.kinds import kind_map
+from attnsieve.show.lengths import length_figure
 from attnsieve.show.results import Row, result_figure
+from attnsieve.show.stability import stability_figure
 from attnsieve.show.views import head_view, spread_heads, typical_heads
 
 
@@ -23,7 +26,7 @@ def draw_all(
     plan: Plan | None = None,
     heads: Sequence[tuple[int, int]] | None = None,
 ) -> list[Path]:
-    """heads.png and, as far as the plan knows them, density.png and retained.png in `folder`; the paths that were written.
+    """heads.png, of a plan kinds.png too and, as far as it knows them, density.png and retained.png; the paths that were written.
 
     heads: (layer, head) pairs, by default four typical ones. Raises UserError for heads that do not exist and for a profile
     without maps that comes alone.
@@ -33,6 +36,8 @@ def draw_all(
         heads = typical_heads(plan) if plan is not None else spread_heads(profile.fingerprint)  # type: ignore[union-attr]
     views = [head_view(layer, head, profile=profile, plan=plan) for layer, head in heads]
     figures = {"heads.png": head_figure(views, **_boxcox(plan))}
+    if plan is not None:
+        figures["kinds.png"] = kind_map(plan)
     if plan is not None and plan.density is not None:
         figures["density.png"] = density_grid(plan.density)
     if plan is not None and plan.retained is not None:
@@ -44,6 +49,16 @@ def draw_results(folder: str | Path, rows: Sequence[Row]) -> list[Path]:
     """One figure per metric of the rows, METRIC.png in `folder`; the paths that were written."""
     metrics = sorted({str(row["metric"]) for row in rows})
     return [save(result_figure(rows, metric), Path(folder) / f"{metric.replace(' ', '-')}.png") for metric in metrics]
+
+
+def draw_measurement(folder: str | Path, measurement: Measurement, plan: Plan | None = None) -> list[Path]:
+    """retained-by-length.png in `folder`, with the plan where it was fitted from this measurement; the paths that were written."""
+    return [save(length_figure(measurement, plan), Path(folder) / "retained-by-length.png")]
+
+
+def draw_stability(folder: str | Path, found: Stability) -> list[Path]:
+    """stability.png in `folder`; the paths that were written."""
+    return [save(stability_figure(found), Path(folder) / "stability.png")]
 
 
 def _boxcox(plan: Plan | None) -> dict[str, Any]:

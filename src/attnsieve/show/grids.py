@@ -37,24 +37,32 @@ def mass_grid(mass: Tensor, title: str = "retained mass: share of attention insi
 def share_grid(share: Tensor, title: str, norm: Normalize, ticks: tuple[float, ...]) -> Figure:
     """share: [layers, heads] in 0 .. 1, printed in percent where there is room. Raises UserError for another shape."""
     require(share.ndim == 2 and share.numel() > 0, f"a grid is drawn from [layers, heads], got shape {tuple(share.shape)}")
-    layers, heads = share.shape
-    numbers = share.numel() <= MOST_NUMBERS
-    cell_width, cell_height = (0.42, 0.24) if numbers else (0.2, 0.16)
-    figure = new_figure(max(4.2, cell_width * heads + 1.8), max(2.4, cell_height * layers + 1.1))
-    axes = figure.subplots()
+    figure = new_figure(*grid_size(*share.shape))
+    draw_share(figure, figure.subplots(), share, title, norm, ticks)
+    return figure
+
+
+def grid_size(layers: int, heads: int) -> tuple[float, float]:
+    """Inches that a grid needs to be read."""
+    cell_width, cell_height = (0.42, 0.24) if layers * heads <= MOST_NUMBERS else (0.2, 0.16)
+    return max(4.2, cell_width * heads + 1.8), max(2.4, cell_height * layers + 1.1)
+
+
+def draw_share(figure: Figure, axes: Axes, share: Tensor, title: str, norm: Normalize, ticks: tuple[float, ...]) -> None:
+    """One grid with its colour bar."""
     image = axes.imshow(share.numpy(), cmap="cividis", norm=norm, aspect="auto")
-    _label(axes, layers, heads, title)
-    if numbers:
+    label_grid(axes, len(share), share.shape[1], title)
+    if share.numel() <= MOST_NUMBERS:
         _print_numbers(axes, share, norm)
     bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=40, pad=0.02)
     bar.set_ticks(list(ticks), labels=[f"{100 * tick:g} %" for tick in ticks])
     bar.minorticks_off()
     bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)
-    return figure
+    bar.outline.set_visible(False)  # type: ignore[operator]
 
 
-def _label(axes: Axes, layers: int, heads: int, title: str) -> None:
+def label_grid(axes: Axes, layers: int, heads: int, title: str) -> None:
+    """Layers downwards, query heads to the right."""
     quiet_axes(axes)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("query head", fontsize=9)

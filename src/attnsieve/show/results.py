@@ -6,6 +6,7 @@ stderr, dense_value, paired_difference and paired_stderr.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,8 @@ def result_table(rows: Iterable[Row]) -> str:
 def result_figure(rows: Sequence[Row], metric: str) -> Figure:
     """`metric` against density: one panel per task and length, one mark per plan, dense attention as a line.
 
-    Error bars, and the band around the line, are one standard error.
+    Plans that differ only in a number at the end of their names ("budget-0.1", "budget-0.25") are one family, joined by a line
+    in the order of their densities. Error bars, and the band around the line of dense attention, are one standard error.
 
     Raises UserError when no row has the metric, or when there would be more than `MOST_PANELS` panels.
     """
@@ -66,22 +68,22 @@ def result_figure(rows: Sequence[Row], metric: str) -> Figure:
     require(bool(chosen), f"no row with a density has the metric {metric!r}; the rows have: {', '.join(known) or 'nothing'}")
     tasks = sorted({task_name(row) for row in chosen})
     lengths = sorted({int(row["length"]) for row in chosen})
-    plans = list(dict.fromkeys(str(row["plan"]) for row in chosen if row["plan"] != DENSE))
+    families = list(dict.fromkeys(family(str(row["plan"])) for row in chosen if row["plan"] != DENSE))
     require(
         len(tasks) * len(lengths) <= MOST_PANELS,
         f"{len(tasks)} tasks x {len(lengths)} lengths are too many panels: choose some",
     )
-    figure = new_figure(max(4.6, PANEL_WIDTH * len(lengths) + 0.4), PANEL_HEIGHT * len(tasks) + 0.3 + 0.2 * len(plans))
+    figure = new_figure(max(4.6, PANEL_WIDTH * len(lengths) + 0.4), PANEL_HEIGHT * len(tasks) + 0.3 + 0.2 * len(families))
     grid = figure.subplots(len(tasks), len(lengths), squeeze=False, sharex=True, sharey="row")
     for task, line in zip(tasks, grid, strict=True):
         for length, axes in zip(lengths, line, strict=True):
-            _panel(axes, [row for row in chosen if task_name(row) == task and row["length"] == length], plans)
+            _panel(axes, [row for row in chosen if task_name(row) == task and row["length"] == length], families)
             axes.set_title(f"{task}, {length} tokens", fontsize=9, loc="left")
         line[0].set_ylabel(METRIC_NAMES.get(metric, metric.replace("_", " ")), fontsize=9)
     grid[0, 0].set_xlim(min(0.4, *(70 * row["density"] for row in chosen)), 130)
     for axes in grid[-1]:
         axes.set_xlabel("density, % of causal pairs kept", fontsize=9)
-    _legend(figure, plans)
+    _legend(figure, families)
     return figure
 
 
@@ -98,7 +100,12 @@ def with_error(value: float | None, error: float | None = None, *, sign: bool = 
     return f"{text} ± {error:.2g}" if error else text
 
 
-def _panel(axes: Axes, rows: Sequence[Row], plans: Sequence[str]) -> None:
+def family(plan: str) -> str:
+    """The name of a plan without the number at its end."""
+    return re.sub(r"-\d*\.?\d+(e-?\d+)?$", "", plan)
+
+
+def _panel(axes: Axes, rows: Sequence[Row], families: Sequence[str]) -> None:
     quiet_axes(axes)
     axes.set_xscale("log")
     axes.set_xticks([1, 3, 10, 30, 100], labels=["1", "3", "10", "30", "100"])
@@ -106,10 +113,14 @@ def _panel(axes: Axes, rows: Sequence[Row], plans: Sequence[str]) -> None:
     axes.grid(axis="y", color="#ececec")
     axes.set_axisbelow(True)
     _dense_line(axes, rows)
-    for row in rows:
-        if row["plan"] != DENSE:
-            style = _mark(plans.index(str(row["plan"])))
-            axes.errorbar(100 * row["density"], row["value"], row.get("stderr"), **style, markersize=6, capsize=3, elinewidth=1)
+    for place, name in enumerate(families):
+        members = [row for row in rows if row["plan"] != DENSE and family(str(row["plan"])) == name]
+        members.sort(key=lambda row: row["density"])
+        if members:
+            density, value = ([row[field] for row in members] for field in ("density", "value"))
+            error = [row.get("stderr") or 0.0 for row in members]
+            style = _mark(place) | {"linestyle": "-" if len(members) > 1 else "none", "linewidth": 1.2, "markersize": 6}
+            axes.errorbar([100 * share for share in density], value, error, **style, capsize=3, elinewidth=1)
 
 
 def _dense_line(axes: Axes, rows: Sequence[Row]) -> None:
@@ -121,14 +132,14 @@ def _dense_line(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _mark(place: int) -> dict[str, Any]:
-    """Plans differ in colour and in shape."""
+    """Families differ in colour and in shape."""
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "linestyle": "none"}
 
 
-def _legend(figure: Figure, plans: Sequence[str]) -> None:
+def _legend(figure: Figure, families: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
-    marks = [Line2D([], [], label=_short(plan), **_mark(place)) for place, plan in enumerate(plans)]
+    marks = [Line2D([], [], label=_short(name), **_mark(place)) for place, name in enumerate(families)]
     marks.append(Line2D([], [], label="dense attention", color=GREY, linewidth=1, linestyle="--"))
     figure.legend(handles=marks, loc="outside lower left", fontsize=8, frameon=False, ncols=1)
 

@@ -42,7 +42,7 @@ def head_view(
     The plan's mask is written out for `tokens` positions, by default twice the capture length. Raises UserError for a layer
     or head that does not exist, for a profile and a plan of different models, and for more than `MOST_TOKENS` positions.
     """
-    _check_place(_model_of(profile, plan), layer, head)
+    check_place(model_of(profile, plan), layer, head)
     mean = None if profile is None or profile.maps is None else profile.maps[layer, head]
     name = f"layer {layer}, head {head}"
     if plan is None:
@@ -103,7 +103,8 @@ def _spread(places: Sequence[tuple[int, int]], count: int) -> list[tuple[int, in
     return [places[index * (len(places) - 1) // (count - 1)] for index in range(count)]
 
 
-def _model_of(profile: Profile | None, plan: Plan | None) -> Fingerprint:
+def model_of(profile: Profile | None, plan: Plan | None) -> Fingerprint:
+    """The model of both. Raises UserError where they differ."""
     if profile is not None and plan is not None:
         plan.check(profile.fingerprint)
     known = profile or plan
@@ -111,7 +112,8 @@ def _model_of(profile: Profile | None, plan: Plan | None) -> Fingerprint:
     return known.fingerprint
 
 
-def _check_place(model: Fingerprint, layer: int, head: int) -> None:
+def check_place(model: Fingerprint, layer: int, head: int) -> None:
+    """Raise UserError unless the model has that head."""
     require(
         0 <= layer < model.layers and 0 <= head < model.heads,
         f"there is no layer {layer}, head {head}: the model has layers 0 to {model.layers - 1} of heads 0 to {model.heads - 1}",
