@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from attnsieve.evaluation import Row
     from attnsieve.evaluation.text import TextSource
 
-PRESETS = ("paper", "robust")
+PRESETS = ("paper", "robust", "adaptive")
 TEXT = "python-docs"
 WIDTH = 100
 # Short documents steady the mean maps, which end at the capture length; a few long ones show what lies beyond.
@@ -43,7 +43,7 @@ def demo(
     ] = 2048,
     items: Annotated[int, typer.Option(help="Lists with eight questions each that every plan answers.", min=2)] = 4,
 ) -> None:
-    """Profile a small model, fit two plans, run and measure them beside dense attention, and draw it all.
+    """Profile a small model, fit three plans, run and measure them beside dense attention, and draw it all.
 
     Example: attnsieve demo --out runs/demo
     """
@@ -123,7 +123,7 @@ class Lab:
         return found
 
     def fit(self, profile: Profile) -> dict[str, Plan]:
-        """Fit both presets, save them, and go on with what was read back."""
+        """Fit all presets, save them, and go on with what was read back."""
         from attnsieve.fitting import fit
 
         self.story.title("2. Fit: one pattern per head")
@@ -132,8 +132,9 @@ class Lab:
             fit(profile, preset=preset).save_pretrained(self.out / preset)
             plans[preset] = Plan.from_pretrained(self.out / preset)
         self.story.say(
-            "paper: DAM as published. robust: masks by mass, and dense where no fixed mask keeps enough. Percent of causal "
-            f"pairs kept and of attention mass inside them, mean over the heads of a layer, at {self.length} tokens:"
+            "paper: DAM as published. robust: masks by mass, and dense where no fixed mask keeps enough. adaptive: as robust, "
+            "but those heads choose their keys from the input. Percent of causal pairs kept and of attention mass inside them, "
+            f"mean over the heads of a layer, at {self.length} tokens; what adaptive keeps depends on the input:"
         )
         self.story.show(layer_table(plans))
         return plans
@@ -169,7 +170,7 @@ class Lab:
         return [name, text, f"{seconds:.1f}", str(handle.report().sparse_calls if handle else 0)]
 
     def measure(self, plans: Mapping[str, Plan], items: int) -> list[dict[str, Any]]:
-        """Key-value retrieval and fidelity of both plans, each beside dense attention on the same items."""
+        """Key-value retrieval and fidelity of all plans, each beside dense attention on the same items."""
         from attnsieve.evaluation import evaluate, make_task
         from attnsieve.evaluation.tasks.language import Fidelity
 
@@ -201,8 +202,8 @@ class Lab:
 
 
 def layer_table(plans: Mapping[str, Plan]) -> str:
-    """Per layer and plan: density, retained mass, and how many heads are dense."""
-    header = ["layer", *(f"{name} {what}" for name in plans for what in ("density", "mass", "dense heads"))]
+    """Per layer and plan: density and retained mass where they are known, and how many heads are dense or choose."""
+    header = ["layer", *(f"{name} {what}" for name, plan in plans.items() for what in _layer_columns(plan))]
     layers = range(next(iter(plans.values())).fingerprint.layers)
     cells = [
         [str(layer), *(cell for plan in plans.values() for cell in _layer_cells(plan, slice(layer, layer + 1)))]
@@ -214,8 +215,18 @@ def layer_table(plans: Mapping[str, Plan]) -> str:
 
 def _layer_cells(plan: Plan, layers: slice) -> list[str]:
     heads = [rule for row in plan.patterns[layers] for rule in row]
-    shares = ["-" if share is None else percent(float(share[layers].mean())) for share in (plan.density, plan.retained)]
-    return [*shares, f"{sum(rule == dense() for rule in heads)} of {len(heads)}"]
+    shares = [percent(float(share[layers].mean())) for share in (plan.density, plan.retained) if share is not None]
+    choosing = sum(rule.dynamic for rule in heads) if _chooses(plan) else sum(rule == dense() for rule in heads)
+    return [*shares, f"{choosing} of {len(heads)}"]
+
+
+def _layer_columns(plan: Plan) -> list[str]:
+    shares = [name for name, share in (("density", plan.density), ("mass", plan.retained)) if share is not None]
+    return [*shares, "choosing heads" if _chooses(plan) else "dense heads"]
+
+
+def _chooses(plan: Plan) -> bool:
+    return any(rule.dynamic for row in plan.patterns for rule in row)
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]], plans: Sequence[str]) -> str:
