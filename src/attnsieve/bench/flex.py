@@ -48,14 +48,19 @@ def _block_mask(call: Call) -> Any:
     lists = _lists(layout).per_query_head(heads)
     return BlockMask.from_kv_blocks(
         lists.part_count,
-        lists.part.contiguous(),
+        _widened(lists.part, layout),
         lists.whole_count,
-        lists.whole.contiguous(),
+        _widened(lists.whole, layout),
         BLOCK_SIZE=(_TILE, _TILE),
         mask_mod=_mask_mod(layout, heads),
         seq_lengths=(call.q.shape[2], call.k.shape[2]),
         compute_q_blocks=False,
     )
+
+
+def _widened(index: Tensor, layout: Layout) -> Tensor:
+    """Lists with room for every key tile, which FlexAttention insists on."""
+    return torch.nn.functional.pad(index, (0, -(-layout.length // _TILE) - index.shape[-1])).contiguous()
 
 
 def _lists(layout: Layout) -> TileLists:
