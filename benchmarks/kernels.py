@@ -1,17 +1,23 @@
 """The standard measurements, most telling first: `python benchmarks/kernels.py prefill decode backward layout --seconds 150`.
 
-Each suite is what `attnsieve bench` measures with the same words. After --seconds no further suite is started. Rows are written as
-they come; a kernel that fails the oracle ends the script.
+Each line of a suite is what `attnsieve bench` measures with the same words. --warm first runs all of them short, several at a time,
+which compiles the kernels into the disk caches (and has them checked). After --seconds no further line is started. Rows are written
+as they come; a kernel that fails the oracle ends the script, or with --keep-going its line.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from attnsieve.bench.check import WrongResult
 from attnsieve.bench.rows import Row, write
 from attnsieve.bench.shapes import shape_of
 from attnsieve.bench.suite import Suite
@@ -61,24 +67,52 @@ def main() -> None:
     parser.add_argument("suites", nargs="+", choices=STANDARD)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--budget-ms", type=float, default=100.0)
+    parser.add_argument("--warm", type=int, default=0, metavar="PROCESSES")
+    parser.add_argument("--keep-going", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.jsonl")
     arguments = parser.parse_args()
     start = time.monotonic()
     # The first line of every suite comes before the second line of any.
-    lines = [
-        STANDARD[name][i]
-        for i in range(max(map(len, STANDARD.values())))
-        for name in arguments.suites
-        if i < len(STANDARD[name])
-    ]
+    longest = max(len(STANDARD[name]) for name in arguments.suites)
+    lines = [STANDARD[name][i] for i in range(longest) for name in arguments.suites if i < len(STANDARD[name])]
+    if arguments.warm:
+        warm(lines, arguments.warm)
+        print(f"[{time.monotonic() - start:5.1f} s] warm", flush=True)
+    failed = False
     for line in lines:
         if time.monotonic() - start > arguments.seconds:
             print(f"out of time, not measured: {line}")
             continue
-        for row in suite(line, arguments.budget_ms).rows():
-            print(f"[{time.monotonic() - start:5.1f} s] {row}", flush=True)
-            if isinstance(row, Row):
-                write([row], arguments.out)
+        try:
+            for row in suite(line, arguments.budget_ms).rows():
+                print(f"[{time.monotonic() - start:5.1f} s] {row}", flush=True)
+                if isinstance(row, Row):
+                    write([row], arguments.out)
+        except WrongResult as error:
+            failed = True
+            print(f"wrong result, no row: {line}: {error}", flush=True)
+            if not arguments.keep_going:
+                break
+    sys.exit(1 if failed else 0)
+
+
+def warm(lines: list[tuple[str, ...]], processes: int) -> None:
+    """Compile what the lines will run, each mask and shape once."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    jobs = {(op, mask, shape, "2048", backends, "") for op, masks, shape, _, backends, _ in lines for mask in masks.split(";")}
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        for job, problem in zip(jobs, pool.map(compile_one, jobs), strict=True):
+            if problem:
+                print(f"warming {job}: {problem}", flush=True)
+
+
+def compile_one(line: tuple[str, ...]) -> str | None:
+    """Run a line short; what went wrong, or None. The measurement itself will say it again."""
+    try:
+        list(suite(line, 0.0).rows())
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[-200:]}"
+    return None
 
 
 def suite(line: tuple[str, ...], budget_ms: float) -> Suite:
