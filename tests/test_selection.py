@@ -189,6 +189,15 @@ def test_probed_keys_hold_the_mass_of_every_block_of_queries(mass, block, n):
     assert layout.pairs(n).tolist() == kept.sum((1, 2))[None].tolist()
 
 
+def test_a_short_chunk_is_probed_by_all_its_queries():
+    """Queries of a chunk within a block ask for keys that no other asks for: each is heard."""
+    n, asked = 100, [3, 40, 7, 21]
+    key = torch.eye(n)[None, None]
+    query = 500 * torch.eye(n)[asked][None, None]
+    kept = mask(probed_keys(mass=0.99, block=64, rows=4), query, key)[0, 0]
+    assert kept.nonzero()[:, 1].unique().tolist() == sorted(asked)
+
+
 def test_top_blocks_keeps_its_count():
     q, k = random_qk(1, 2, 1, 6 * BLOCK)
     assert choose([top_blocks(2, block=BLOCK)] * 2, q, k).blocks.count[0].tolist() == [[1, 2, 2, 2, 2, 2]] * 2

@@ -36,12 +36,14 @@ def _probed(atom: ProbedBlocks | ProbedKeys, sequence: SequenceQK, keys: int) ->
 
 
 def _sampled_rows(sequence: SequenceQK, block: int, count: int) -> tuple[Tensor, Tensor]:
-    """int64 [blocks, count], positions of queries of every block, evenly spaced and its last among them; and bool, whether each
-    is there for the first time: a block with fewer queries has them several times."""
+    """int64 [blocks, count], positions of this call's queries of every block, evenly spaced and its last among them; and bool,
+    whether each is there for the first time: a block with fewer queries has them several times."""
     device, n, first = sequence.q.device, sequence.tokens, sequence.first_row
-    picks = torch.arange(1, count + 1, device=device) * block // count - 1
     starts = torch.arange(first // block, -(-n // block), device=device) * block
-    rows = (starts[:, None] + picks.clamp_min(0)).clamp(first, n - 1)
+    stops = (starts + block).clamp_max(n)
+    starts = starts.clamp_min(first)
+    picks = torch.arange(1, count + 1, device=device) * (stops - starts)[:, None] // count - 1
+    rows = starts[:, None] + picks.clamp_min(0)
     return rows, F.pad(rows.diff(dim=1) != 0, (1, 0), value=True)
 
 
