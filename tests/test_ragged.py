@@ -129,6 +129,27 @@ def test_rows_of_different_length_in_triton():
     run(MIXED[:3], 3, [30, -3, 20, -1], pads=(0, 30), backend="triton")
 
 
+@BACKEND
+@pytest.mark.parametrize(("where", "value"), [("k", torch.nan), ("v", torch.nan), ("v", torch.inf)])
+def test_what_is_not_finite_reaches_only_heads_that_keep_its_key(where, value, backend):
+    row, n, j = [window(9), columns(40, 70), window(25), diagonals(0, 20) | columns(3)], 60, 40
+    kept = Kept.of(row, 2, CAPACITY)
+    q, k, v = (torch.randn(1, heads, n + 1, 16, dtype=BACKENDS[backend]) for heads in (4, 2, 2))
+    results = []
+    for tensor in (None, k if where == "k" else v):
+        if tensor is not None:
+            tensor[:, :, j, 3] = value
+        store = RaggedStore(kept, kept.index(torch.device("cpu"), 4), k, v)
+        store.fill(k[:, :, :n], v[:, :, :n], [0], 0)
+        results.append(store.step(q[:, :, n:], k[:, :, n:], v[:, :, n:], 0.4, backend))
+    (clean, clean_lse), (out, lse) = results
+    keeps = torch.tensor([bool(pattern.keep(torch.tensor(n), torch.tensor(j))) for pattern in row])
+    assert keeps.tolist() == [False, True, True, True]
+    assert torch.equal(out.isfinite().all(-1).flatten(), ~keeps)
+    torch.testing.assert_close(out[:, ~keeps], clean[:, ~keeps])
+    assert bool((lse.isnan() if where == "k" else lse == clean_lse)[:, keeps].all())
+
+
 @given(data=st.data())
 @settings(max_examples=12)
 def test_any_patterns_in_any_pieces(data):

@@ -93,7 +93,11 @@ def _head(q: Tensor, memory: Memory, state: Tensor, head: Heads, index: Index, s
     scores = (q @ memory.key[row, slots].to(q.dtype).mT * scale).masked_fill(~kept, -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - torch.where(lse.isfinite(), lse, 0.0)[..., None]).exp()
-    return weights @ memory.value[row, slots].to(q.dtype), lse
+    value = memory.value[row, slots].to(q.dtype)
+    # Values that are not finite reach the heads that keep them; as factors of 0 they would reach all.
+    spoilt = ~value.isfinite().all(-1)
+    out = weights @ value.masked_fill(spoilt[..., None], 0.0)
+    return out.masked_fill((kept & spoilt[:, None]).any(-1, keepdim=True), torch.nan), lse
 
 
 def _column_places(state: Tensor, head: Heads, index: Index) -> tuple[Tensor, Tensor]:

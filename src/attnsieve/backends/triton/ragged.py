@@ -15,6 +15,7 @@ from torch import Tensor
 from attnsieve.backends.ragged import Index, Memory
 from attnsieve.backends.triton.common import LN2, LOG2E, head_base, load_rows, rows_of
 from attnsieve.backends.triton.geometry import padded
+from attnsieve.backends.triton.nonfinite import is_finite
 
 # Small chunks: several programs fit on a multiprocessor, each with two chunks in flight (three stages are spent on looking
 # places up, their slots and bits, and then keys). Looking places up one step ahead by hand keeps the compiler from overlapping.
@@ -79,6 +80,61 @@ def _places(heads, entries, bits, h, is_column, newest, u, stop):
 
 
 @triton.jit
+def _scores(
+    q_tile, p_keys, slot, ok, served, scale, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr
+):
+    """[ROWS, N] in base 2, minus infinity where a query head does not keep the key."""
+    k_tile = load_rows(p_keys, slot, D, ok, D, DP, True)
+    r = tl.arange(0, q_tile.shape[0])[:, None]
+    kept = (((served[None, :] >> r) & 1) != 0) & (r < G)
+    s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
+    return tl.where(kept, s, -float("inf"))
+
+
+@triton.jit
+def _sums_of_finite(
+    q_tile,
+    peak,
+    p_keys,
+    p_values,
+    heads,
+    entries,
+    bits,
+    h,
+    is_column,
+    newest,
+    start,
+    stop,
+    scale,
+    G: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sums [ROWS, DVP] of the weighted finite values, NaN for query heads that keep a key with others.
+
+    In a product of tiles 0 * NaN is NaN for every head of the group, also for those that do not keep the key.
+    """
+    base = tl.where(peak == -float("inf"), 0.0, peak)
+    acc = tl.zeros([q_tile.shape[0], DVP], tl.float32)
+    spoilt = tl.zeros([q_tile.shape[0]], tl.int32)
+    for x in tl.range(start, stop, N, num_stages=1):
+        slot, ok, served = _places(heads, entries, bits, h, is_column, newest, x + tl.arange(0, N), stop)
+        v_tile = load_rows(p_values, slot, DV, ok, DV, DVP, True)
+        finite = v_tile.to(tl.float32) - v_tile.to(tl.float32) == 0
+        bad = tl.min(finite.to(tl.int32), 1) == 0
+        s = _scores(q_tile, p_keys, slot, ok, served, scale, G, D, DP, PRECISION)
+        weights = tl.exp2(s - base[:, None]).to(v_tile.dtype)
+        acc = tl.dot(weights, tl.where(finite, v_tile, 0.0).to(v_tile.dtype), acc, input_precision=PRECISION)
+        kept = s != -float("inf")
+        spoilt = tl.maximum(spoilt, tl.max((kept & bad[None, :]).to(tl.int32), 1))
+    return tl.where((spoilt != 0)[:, None], float("nan"), acc)
+
+
+@triton.jit
 def attend_kernel(
     q,
     memory,
@@ -120,11 +176,8 @@ def attend_kernel(
     peak = tl.full([ROWS], -float("inf"), tl.float32)
     for x in tl.range(start, stop, N, num_stages=STAGES):
         slot, ok, served = _places(heads, entries, bits, h, is_column, newest, x + tl.arange(0, N), stop)
-        k_tile = load_rows(p_keys, slot, D, ok, D, DP, True)
         v_tile = load_rows(p_values, slot, DV, ok, DV, DVP, True)
-        kept = ((served[None, :] >> r[:, None]) & 1) != 0
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
-        s = tl.where(kept & (r < G)[:, None], s, -float("inf"))
+        s = _scores(q_tile, p_keys, slot, ok, served, scale, G, D, DP, PRECISION)
         new_peak = tl.maximum(peak, tl.max(s, 1))
         base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
         weights = tl.exp2(s - base[:, None])
@@ -132,7 +185,30 @@ def attend_kernel(
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * fade[:, None], input_precision=PRECISION)
         total = total * fade + tl.sum(weights, 1)
         peak = new_peak
-    kept_any = total > 0
+    if is_finite(acc) == 0:
+        acc = _sums_of_finite(
+            q_tile,
+            peak,
+            p_keys,
+            p_values,
+            heads,
+            entries,
+            bits,
+            h,
+            is_column,
+            newest,
+            start,
+            stop,
+            scale,
+            G,
+            N,
+            D,
+            DP,
+            DV,
+            DVP,
+            PRECISION,
+        )
+    kept_any = total != 0
     o_row = (b.to(tl.int64) * tl.num_programs(0) + item) * G + r
     tl.store(p_sum + o_row, tl.where(kept_any, peak + tl.log2(total), -float("inf")), mask=r < G)
     acc = acc / tl.where(kept_any, total, 1.0)[:, None]
@@ -171,7 +247,7 @@ def combine_kernel(
         acc = acc * fade + tl.sum(parts * weights[:, None], 0)
         total = total * fade + tl.sum(weights, 0)
         peak = new_peak
-    kept = total > 0
+    kept = total != 0
     o_head = b.to(tl.int64) * tl.num_programs(0) + head
     out = acc / tl.where(kept, total, 1.0)
     tl.store(p_out + o_head * DV + o_dv, out.to(p_out.dtype.element_ty), mask=o_dv < DV)
