@@ -1,15 +1,17 @@
 """Costs: fitted constants, predictions, and what `auto` and "fastest" make of them."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 from attnsieve import Plan, Spans, UserError, attention, compile_layout
 from attnsieve.backends import cost, cost_work
 from attnsieve.backends.call import Call
-from attnsieve.backends.fa4.lists import lists_of_blocks
+from attnsieve.backends.fa4.lists import lists_of_blocks, lists_of_rule
 from attnsieve.bench.fit_cost import fit, least_squares
 from attnsieve.hf import apply, fingerprint
-from attnsieve.patterns import dense, diagonals, random_blocks, sink, window
+from attnsieve.patterns import columns, dense, diagonals, random_blocks, sink, window
 from tests.hf_tiny import close, logits, oracle, tiny, tokens
 
 FIRST_CHOICE = "portable"
@@ -204,6 +206,39 @@ def test_lists_of_blocks_hold_each_causal_tile_once(size):
             assert listed == sorted(listed)
             assert sorted(listed + part[0, h, t, : part_count[0, h, t]].tolist()) == kept
             assert all(rows[:, b * tile : (b + 1) * tile].all() for b in listed)
+
+
+RULES = [sink(3) | window(40), window(9) | diagonals(100, 101, 150), dense()]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton's interpreter")
+def test_lists_of_a_rule_hold_each_tile_once_and_only_whole_ones_as_whole():
+    n, tile = 200, 16
+    layout = compile_layout(RULES, n)
+    part_count, part, whole_count, whole = lists_of_rule(layout, tile)
+    mask = layout.dense(torch.arange(n), torch.arange(n))[0]
+    for h in range(len(RULES)):
+        for t in range(-(-n // tile)):
+            rows = mask[h, t * tile : (t + 1) * tile]
+            listed = whole[0, h, t, : whole_count[0, h, t]].tolist()
+            both = listed + part[0, h, t, : part_count[0, h, t]].tolist()
+            needed = {b for b in range(t + 1) if rows[:, b * tile : (b + 1) * tile].any()}
+            assert len(both) == len(set(both))
+            assert needed <= set(both)
+            assert all(rows[:, b * tile : (b + 1) * tile].all() for b in listed)
+    assert int(whole_count[0, 2].sum()) == sum(range(-(-n // tile))), "a dense head's tiles below the diagonal are whole"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("rule", [window(40), sink(3) | window(40), columns(*range(0, 190, 9)) | window(20), dense()], ids=str)
+def test_triton_work_counts_every_pair_once(rule):
+    """At least the kept pairs; at most those of tiles around the window, and one column of rows for each listed key."""
+    call = make([rule, rule], 200, 200)
+    amounts = cost_work.work(call, "triton")
+    unit = 1e9 / (0.2 + 0.8 * 16 / 128)
+    scores = sum(amounts[kind] for kind in ("whole", "partial", "single")) * unit
+    kept = 2 * int(call.layout.pairs()[0, 0])
+    assert kept <= scores <= kept + 2 * 256 * 256
 
 
 def test_rows_of_lists_are_those_of_a_chunk():
