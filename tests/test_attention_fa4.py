@@ -1,0 +1,132 @@
+"""What the FA4 backend asks of flash_attn.cute, answered by a stand-in in torch: lists, windows, chunks, groups and predicates.
+
+The kernels themselves need a GPU (tests/gpu/test_fa4.py). The stand-in reads block lists and calls predicates as they do.
+"""
+
+import sys
+from collections import namedtuple
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from attnsieve import Spans, UserError, attend, compile_layout
+from attnsieve.backends import fa4
+from attnsieve.backends.call import Call
+from attnsieve.backends.reference import masked_softmax_matmul
+from attnsieve.patterns import columns, dense, diagonals, random_blocks, sink, window
+from attnsieve.testing import assert_within_budget
+
+Lists = namedtuple("Lists", "part_count part whole_count whole block_size")
+N = 600
+HEADS = {
+    "dense": [dense()] * 4,
+    "window": [window(100)] * 4,
+    "narrow window": [window(1)] * 4,
+    "sink and windows": [sink(3) | window(70), window(200), sink(130) | window(1), window(9)],
+    "empty rows": [columns(300)] * 4,
+    "diagonals": [diagonals(*range(0, 400, 3)), window(40) | diagonals(0, 200), diagonals(129), window(5)],
+    "blocks": [random_blocks(1, block=128), random_blocks(2, block=128, seed=1)] * 2,
+    "wide blocks": [random_blocks(1, block=256)] * 4,
+    "shared by groups": [sink(3) | window(70), window(200)],
+    "blocks shared by groups": [random_blocks(1, block=128), random_blocks(2, block=128, seed=1)],
+}
+# Layouts for which lists are found by the Triton backend's schedule.
+BY_SCHEDULE = {"sink and windows", "empty rows", "diagonals", "shared by groups"}
+
+
+def forward(q, k, v, *, softmax_scale, return_lse, causal=False, window_size_left=None, window_size_right=None, **lists):
+    """_flash_attn_fwd on [B, T, H, D] with the mask of its arguments: causality and windows end at the last key."""
+    assert return_lse
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+    i, j = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2], torch.arange(k.shape[2])[None, :]
+    mask = torch.ones(q.shape[1], q.shape[2], k.shape[2], dtype=torch.bool)
+    if causal or window_size_right == 0:
+        mask &= j <= i
+    if window_size_left is not None:
+        mask &= i - j <= window_size_left
+    if lists.get("block_sparse_tensors") is not None:
+        mask &= of_lists(lists, *mask.shape)
+    out, lse = masked_softmax_matmul(q @ k.mT * softmax_scale, mask, v)
+    return out.transpose(1, 2), lse, None, None, None
+
+
+def of_lists(arguments, heads, queries, keys):
+    lists, keep = arguments["block_sparse_tensors"], arguments.get("mask_mod")
+    tile = lists.block_size[0]
+    assert lists.part_count.shape == (1, heads, -(-queries // tile)), "one count for every query head and tile"
+    assert all(tensor.dtype == torch.int32 and tensor.is_contiguous() for tensor in lists[:4])
+    assert max(lists.part.shape[-1], lists.whole.shape[-1]) <= -(-keys // tile)
+    mask = torch.zeros(heads, queries + tile, keys + tile, dtype=torch.bool)
+    sizes = SimpleNamespace(seqlen_q=queries, seqlen_k=keys)
+    for h in range(heads):
+        for t in range(lists.part_count.shape[-1]):
+            rows = slice(t * tile, (t + 1) * tile)
+            for b in lists.whole[0, h, t, : lists.whole_count[0, h, t]].tolist():
+                mask[h, rows, b * tile : (b + 1) * tile] = True
+            for b in lists.part[0, h, t, : lists.part_count[0, h, t]].tolist():
+                i, j = torch.arange(tile)[:, None] + t * tile, torch.arange(tile)[None, :] + b * tile
+                kept = torch.ones(tile, tile, dtype=torch.bool)
+                mask[h, rows, b * tile : (b + 1) * tile] = (
+                    kept if keep is None else keep(h, i, j, sizes, arguments["aux_tensors"])
+                )
+    return mask[:, :queries, :keys]
+
+
+def keep_by_end(head, query, key, sizes, vectors):
+    i = query + sizes.seqlen_k - sizes.seqlen_q
+    return (key <= i) & (i < vectors[0][head, key])
+
+
+def keep_by_end_or_offset(head, query, key, sizes, vectors):
+    i = query + sizes.seqlen_k - sizes.seqlen_q
+    return (key <= i) & ((i < vectors[0][head, key]) | (vectors[1][head, (i - key).clamp_min(0)] > 0))
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    modules = {
+        "flash_attn": {},
+        "flash_attn.cute": {},
+        "flash_attn.cute.interface": {"_flash_attn_fwd": forward},
+        "flash_attn.cute.block_sparsity": {"BlockSparseTensorsTorch": Lists},
+        "attnsieve.backends.fa4.keep": {"keep_by_end": keep_by_end, "keep_by_end_or_offset": keep_by_end_or_offset},
+    }
+    for name, content in modules.items():
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(fa4, "keep", sys.modules["attnsieve.backends.fa4.keep"], raising=False)
+    monkeypatch.setattr(fa4, "_why_not_here", lambda call: None)
+    monkeypatch.setattr(fa4, "_DTYPES", (torch.float32,))
+
+
+def make(patterns, q_len=N, n=N, batch=2, capacity=700):
+    q = torch.randn(batch, 4, q_len, 16)
+    k, v = (torch.randn(batch, 2, n, 16) for _ in range(2))
+    return Call(q, k, v, compile_layout(patterns, capacity), Spans.full(batch, q_len, n), 0.3)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(("q_len", "n"), [(N, N), (N - 384, N), (130, 130), (1, 1), (44, 300)])
+def test_equals_the_oracle(name, q_len, n, stand_in):
+    if name in BY_SCHEDULE and find_spec("triton") is None:
+        pytest.skip("needs Triton's interpreter")
+    call = make(HEADS[name], q_len, n)
+    assert fa4.why_not(call) is None
+    assert_within_budget(*fa4.run(call), call)
+
+
+def test_what_it_cannot_serve_is_refused_by_name(stand_in):
+    assert "multiple of 128" in fa4.why_not(make(HEADS["blocks"], 100, N))
+    assert "multiple of 128" in fa4.why_not(make([random_blocks(1, block=64)] * 4))
+    assert "multiple of 128" in fa4.why_not(make([random_blocks(1, block=128) | window(9)] * 4))
+    call = make(HEADS["dense"])
+    with pytest.raises(UserError, match="gradients"):
+        attend(call.q.requires_grad_(), call.k, call.v, call.layout, backend="fa4")
+
+
+def test_without_a_gpu_or_the_package_it_says_so():
+    assert "CUDA" in fa4.why_not(make(HEADS["dense"]))
