@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from attnsieve import UserError, compile_layout
 from attnsieve.backends.call import Call
 from attnsieve.patterns import columns, dense, diagonals, dilated, empty, random_blocks, sink, top_blocks, window
+from attnsieve.patterns.static import Window
 from attnsieve.ragged import Kept, RaggedStore
 from attnsieve.spans import Spans
 from attnsieve.testing import assert_within_budget
@@ -231,7 +232,7 @@ def test_copies_and_selected_rows_go_their_own_way():
     assert branch.index is store.index
 
 
-def test_refusals_name_the_reason():
+def test_refusals_name_the_reason(monkeypatch):
     for pattern, reason in [(random_blocks(1, block=4), "may read any earlier key"), (top_blocks(2), "from the input")]:
         with pytest.raises(UserError, match=reason):
             Kept.of([pattern], 1, 64)
@@ -245,3 +246,6 @@ def test_refusals_name_the_reason():
         store.step(q, k, v, 1.0, "fa4")
     with pytest.raises(UserError, match="backend 'triton' cannot serve"):
         store.step(q, k, v, 1.0, "triton")
+    monkeypatch.setattr(Window, "end", lambda self, n: 2 * torch.arange(n) + 1)
+    with pytest.raises(UserError, match=r"window\(4\) keeps some keys longer than others"):
+        Kept.of([window(4)], 1, 64)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnsieve.backends.ragged import Heads, Index
 from attnsieve.errors import UserError, require
-from attnsieve.patterns import FOREVER, Pattern
+from attnsieve.patterns import FOREVER, Atom, Pattern
 
 # Query heads of a group are bits of an int32.
 MOST_HEADS = 32
@@ -133,25 +133,27 @@ class _Rule:
 def _rule(pattern: Pattern, n: int) -> _Rule:
     """Columns and distances of the rows beyond the corner."""
     forever, distance = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
-    if pattern.dynamic:
-        raise UserError(f"{pattern} chooses its keys from the input, any earlier key may be chosen")
     for atom in pattern:
-        require(atom.blocks(n) is None, f"{atom} may read any earlier key")
+        if atom.dynamic:
+            raise UserError(f"{atom} chooses its keys from the input, any earlier key may be chosen")
+        if atom.blocks(n) is not None:
+            raise UserError(f"{atom} may read any earlier key")
         offsets, end = atom.offsets(n), atom.end(n)
         if offsets is not None:
             distance |= offsets
         if end is not None:
             forever |= end >= FOREVER
-            distance[: _window(str(atom), end)] = True
+            distance[: _window(atom, end)] = True
     return _Rule(torch.zeros_like(forever), torch.ones_like(distance)) if bool(forever.all()) else _Rule(forever, distance)
 
 
-def _window(atom: str, end: Tensor) -> int:
+def _window(atom: Atom, end: Tensor) -> int:
     """Rows for which an atom keeps the keys that it drops at all; must be the same for all of them."""
-    life = (end - torch.arange(len(end)))[end < FOREVER].clamp_min(0)
-    alike = len(life) == 0 or bool((life == life[0]).all())
-    require(alike, f"{atom} keeps some keys longer than others")
-    return int(life[0]) if len(life) else 0
+    life = torch.where(end < FOREVER, end - torch.arange(len(end)), 0).clamp_min_(0)
+    longest = int(life.max())
+    if longest and not bool(((life == longest) | (end >= FOREVER)).all()):
+        raise UserError(f"{atom} keeps some keys longer than others")
+    return longest
 
 
 def _united(rules: Sequence[_Rule]) -> HeadKept:
