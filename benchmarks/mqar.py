@@ -1,0 +1,251 @@
+"""Associative recall by attention layer: how many pairs each one can look up, and what a budget of w keys cannot.
+
+    python benchmarks/mqar.py --minutes 1 --out benchmarks/results/mqar.jsonl
+    python benchmarks/mqar.py --minutes 10 --seeds 3 --stages all
+
+Two layers of one head as wide as the model, trained on Zoology's task (4 x pairs <= length) with easier rows mixed in, tested
+with all pairs. A cell is trained with every learning rate, as in Zoology, and the best one counts. Cells come in stages, the most
+telling ones first; cells that the file holds already are not repeated. On a GPU a training step is one CUDA graph, and several
+cells run side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from experiment import RESULTS, Budget, Rows, Training, autocast, device_of, draw, mean_and_error, publish, written
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from attnsieve.nn import DmaConfig, DmaForCausalLM, RecallTask
+from attnsieve.nn.mqar import IGNORED
+
+LAYERS = ("mha", "dma", "dma-window", "swa", "mla", "nsa")
+RATES = (1e-3, 3e-3, 1e-2)
+EASIEST = 2  # pairs of the easiest rows
+CHECK_EVERY = 250  # steps between looks at the accuracy
+SOLVED = 0.995
+
+
+Result = tuple["Cell", dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run. keep: keys that a row of dma or swa keeps. noise: random tokens between pairs and questions."""
+
+    layer: str
+    length: int
+    pairs: int
+    width: int
+    keep: int
+    noise: bool
+    rate: float
+    seed: int
+    steps: int
+    batch: int
+    vocabulary: int
+
+    @property
+    def task(self) -> RecallTask:
+        return RecallTask(self.length, self.pairs, self.vocabulary, noise=self.noise)
+
+    @property
+    def levels(self) -> int:
+        """Halvings from all pairs down to the easiest rows."""
+        return max(1, (self.pairs // EASIEST).bit_length())
+
+    def configuration(self) -> DmaConfig:
+        sizes = {"hidden_size": self.width, "intermediate_size": self.width, "num_hidden_layers": 2, "num_attention_heads": 1}
+        common = {"vocab_size": self.vocabulary, "max_position_embeddings": self.length, "tie_word_embeddings": True}
+        return DmaConfig(**sizes, **common, **self._attention())
+
+    def _attention(self) -> dict[str, Any]:
+        keep = self.keep
+        return {
+            "mha": {"attention": "mha"},
+            "dma": {"attention": "dma", "keep_window_size": keep, "initial_A": 0.1},
+            "dma-window": {"attention": "dma", "keep_window_size": keep - keep // 4, "window": keep // 4, "initial_A": 0.1},
+            "swa": {"attention": "swa", "sliding_window": keep},
+            "mla": {"attention": "mla", "mla_kv_rank": self.width // 2, "mla_rope_width": max(16, self.width // 4)},
+            # Half of the budget in blocks of 8 (three of them fixed by the method), half in its window.
+            "nsa": {
+                "attention": "nsa",
+                "nsa_block": 8,
+                "nsa_stride": 4,
+                "nsa_selected_block": 8,
+                "nsa_selected": max(4, keep // 16),
+                "nsa_window": max(1, keep // 2),
+            },
+        }[self.layer]
+
+
+class Recall:
+    """A model that learns one cell."""
+
+    def __init__(self, cell: Cell, device: torch.device, graph: bool) -> None:
+        torch.manual_seed(cell.seed)
+        self.cell, self.device = cell, device
+        self.model = DmaForCausalLM(cell.configuration()).to(device).train()
+        self.right = torch.zeros((), device=device)
+        self.training = Training(self.model, self._loss, cell.steps, cell.rate, cell.seed, graph=graph)
+
+    def ends(self) -> bool:
+        """Whether all steps are done, or the training rows with all pairs are answered (looked at now and then)."""
+        done = self.training.done
+        return done >= self.cell.steps or (done % CHECK_EVERY == 0 and self.training.read(self.right) > SOLVED)
+
+    @torch.no_grad()
+    def test(self, examples: int) -> tuple[float, float]:
+        """Accuracy on rows with all pairs, and its standard error over rows."""
+        self.model.eval()
+        random = torch.Generator(self.device).manual_seed(2**20 + self.cell.seed)
+        rows = []
+        for _ in range(-(-examples // self.cell.batch)):
+            predicted, wanted = self._answers(*self.cell.task.sample(self.cell.batch, random))
+            rows += (predicted.argmax(-1) == wanted).float().mean(-1).tolist()
+        self.model.train()
+        return mean_and_error(rows)
+
+    def _loss(self, random: torch.Generator) -> Tensor:
+        levels = self.cell.levels
+        predicted, wanted = self._answers(*self.cell.task.sample(self.cell.batch, random, levels))
+        asked = wanted[::levels] != IGNORED
+        right = (predicted[::levels].argmax(-1) == wanted[::levels]) & asked
+        self.right.lerp_(right.sum() / asked.sum(), 0.05)
+        return F.cross_entropy(predicted.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
+
+    def _answers(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, pairs, vocabulary] where values are asked for, and the values; IGNORED in rows with fewer pairs."""
+        places = (labels[:, 1:] != IGNORED).int().topk(self.cell.pairs, dim=1).indices
+        with autocast(self.device):
+            hidden = self.model.model(ids, use_cache=False).last_hidden_state
+            logits = self.model.lm_head(hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])))
+        return logits.float(), labels[:, 1:].gather(1, places)
+
+
+def train_together(cells: list[Cell], device: torch.device, arguments: argparse.Namespace, budget: Budget) -> Iterator[Result]:
+    """Train cells side by side; the numbers of each as it ends. What the budget does not allow to end is left out."""
+    start = time.monotonic()
+    active = [Recall(cell, device, not arguments.no_graph) for cell in cells]
+    with tqdm(total=sum(cell.steps for cell in cells), desc=cells[0].layer, unit="step", leave=False, disable=None) as bar:
+        while active and budget.left > 0:
+            for one in active:
+                for _ in range(min(10, one.cell.steps - one.training.done)):
+                    one.training.step()
+                    bar.update()
+            for one in [one for one in active if one.ends()]:
+                active.remove(one)
+                yield one.cell, _numbers(one, arguments.test_examples, time.monotonic() - start)
+    for one in active:
+        print(f"out of time: {one.cell}")
+
+
+def _numbers(one: Recall, examples: int, seconds: float) -> dict[str, Any]:
+    torch.cuda.synchronize() if one.device.type == "cuda" else None
+    accuracy, error = one.test(examples)
+    numbers = {"accuracy": accuracy, "stderr": error, "trained_steps": one.training.done, "seconds": round(seconds, 2)}
+    numbers |= {"parameters": sum(parameter.numel() for parameter in one.model.parameters())}
+    numbers |= {"cuda_graph": one.training.graph is not None}
+    if one.cell.layer.startswith("dma"):
+        numbers["A"] = [layer.self_attn.A.tolist() for layer in one.model.model.layers]
+    return numbers
+
+
+def stages(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Lists of shapes, the most telling first: pairs below and above w, with and without noise; then widths; then lengths."""
+    n, width = arguments.length, arguments.width
+    shape = lambda n, pairs, width, noise: {"length": n, "keep": n // 8, "pairs": pairs, "width": width, "noise": noise}  # noqa: E731
+    yield [shape(n, n // 4, width, False), shape(n, n // 16, width, False)]
+    yield [shape(n, n // 4, width, True), shape(n, n // 16, width, True)]
+    yield [shape(n, n // 8, width, noise) for noise in (False, True)]
+    yield [shape(n, pairs, other, True) for other in (32, 128, 256) if other != width for pairs in (n // 4, n // 16)]
+    yield [shape(other, pairs, width, True) for other in (512, 1024, 2048) if other != n for pairs in (other // 4, other // 16)]
+
+
+def cells(arguments: argparse.Namespace) -> Iterator[list[Cell]]:
+    """What to train together: the learning rates of one layer, seed and shape."""
+    fixed = {"steps": arguments.steps, "batch": arguments.batch, "vocabulary": arguments.vocabulary}
+    count = None if arguments.stages == "all" else int(arguments.stages)
+    for stage in islice(stages(arguments), count):
+        for seed in range(arguments.seeds):
+            for layer in arguments.layers.split(","):
+                yield [Cell(layer, rate=rate, seed=seed, **fixed, **shape) for shape in stage for rate in arguments.rates]
+
+
+def told(cell: Cell, numbers: dict[str, Any]) -> str:
+    """One line."""
+    shape = f"{cell.length} tokens, {cell.pairs} pairs, w {cell.keep}, d {cell.width}{', noise' if cell.noise else ''}"
+    run = f"{numbers['trained_steps']} steps, {numbers['seconds']} s"
+    return f"{cell.layer:10} {shape}, lr {cell.rate:g}, seed {cell.seed}: {numbers['accuracy']:.3f} ({run})"
+
+
+def report(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Accuracy by layer and pairs: the best learning rate of every seed, mean over seeds."""
+    best: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row in rows:
+        key = row["length"], row["width"], row["noise"], row["keep"], row["pairs"], row["layer"]
+        of_seed = best.setdefault(key, {})
+        of_seed[row["seed"]] = max(of_seed.get(row["seed"], 0.0), row["accuracy"])
+    shapes = sorted({key[:5] for key in best})
+    layers = [layer for layer in LAYERS if any(key[5] == layer for key in best)]
+    header = ["tokens", "width", "noise", "w", "pairs", *layers]
+    body = [
+        [*map(str, shape), *(written(list(best.get((*shape, layer), {}).values())) for layer in layers)] for shape in shapes
+    ]
+    notes = "Share of asked values that are the most likely token; w keys a row for dma and swa; best of the learning rates."
+    publish(path, "Associative recall", header, body, notes)
+    panels: dict[str, dict[str, list[Any]]] = {}
+    marks = {}
+    for (length, width, noise, keep, pairs, layer), found in sorted(best.items()):
+        name = f"{length} tokens, d {width}, {'noise' if noise else 'no noise'}"
+        panels.setdefault(name, {}).setdefault(layer, []).append((pairs, *mean_and_error(list(found.values()))))
+        marks[name] = keep
+    draw(path, panels, "pairs (dashed: w)", "accuracy", marks=marks)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10, help="no cell is started or finished after this")
+    parser.add_argument("--stages", default="2", help="how many stages, or all")
+    parser.add_argument("--layers", default=",".join(LAYERS))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")], default=list(RATES))
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--test-examples", type=int, default=512)
+    parser.add_argument("--together", type=int, default=6, help="cells that are trained side by side")
+    parser.add_argument("--no-graph", action="store_true", help="launch every operation instead of CUDA graphs")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=RESULTS / "mqar.jsonl")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    rows, budget, device = Rows(arguments.out), Budget(arguments.minutes), device_of(arguments.device)
+    for group in cells(arguments):
+        missing = [cell for cell in group if rows.find(asdict(cell)) is None]
+        for first in range(0, len(missing), arguments.together):
+            if budget.left <= 0:
+                break
+            for cell, numbers in train_together(missing[first : first + arguments.together], device, arguments, budget):
+                rows.add(asdict(cell), numbers, device)
+                print(told(cell, numbers), flush=True)
+    if rows.all:
+        report(arguments.out, rows.all)
+
+
+if __name__ == "__main__":
+    main()
