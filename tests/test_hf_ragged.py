@@ -160,8 +160,8 @@ def test_memory_is_what_the_plan_says():
     assert report.layers[1].nbytes == 2 * 3 * 60 * width
     assert report.share == (slots / 300 + 1) / 2
     assert cache.nbytes == report.nbytes == report.index_bytes + sum(layer.nbytes for layer in report.layers)
-    assert "layer 1: all keys (by plan" in str(report)
-    assert "layer 0: 38.3% of the keys" in str(report)
+    assert "layers [1]: all keys (by plan" in str(report)
+    assert "layers [0]: 38.3% of the keys" in str(report)
 
 
 def test_all_keys_are_kept_until_every_row_is_past_the_corner():

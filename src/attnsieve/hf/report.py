@@ -99,7 +99,8 @@ class CacheReport:
             f"cache for {self.max_length} tokens: {self.share:.1%} of a dense one, now {self.nbytes / 2**20:.1f} MiB "
             f"({self.index_bytes / 2**20:.1f} MiB of it say where keys lie)"
         ]
+        alike: dict[str, list[int]] = {}
         for layer in self.layers:
             kept = f"all keys ({layer.whole})" if layer.whole else f"{layer.share:.1%} of the keys"
-            lines.append(f"layer {layer.layer}: {kept}, {layer.nbytes / 2**20:.1f} MiB")
-        return "\n".join(lines)
+            alike.setdefault(f"{kept}, {layer.nbytes / 2**20:.1f} MiB each", []).append(layer.layer)
+        return "\n".join(lines + [f"layers {layers}: {text}" for text, layers in alike.items()])
