@@ -221,7 +221,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")], default=list(RATES))
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--test-examples", type=int, default=512)

@@ -12,12 +12,16 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
 @pytest.fixture
 def command(monkeypatch):
     """Run a script in this process with these arguments."""
 
     def run(name: str, *arguments: object) -> None:
-        monkeypatch.syspath_prepend(str(FOLDER))
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         importlib.import_module(name).main()
 
@@ -32,12 +36,11 @@ def rows_of(path: Path) -> list[dict]:
 
 def test_recall(command, tmp_path, capsys):
     out = tmp_path / "mqar.jsonl"
-    sizes = ["--length", 32, "--width", 16, "--steps", 3, "--batch", 4, "--vocabulary", 64, "--test-examples", 4]
-    options = ["--rates", "0.01,0.003"]
-    options += ["--device", "cpu", "--minutes", 1, "--stages", 1, "--layers", "mha,dma,nsa", "--out", out]
+    sizes = ["--length", 32, "--width", 16, "--steps", 3, "--batch", 4, "--vocabulary", 64, "--rates", 0.01]
+    options = ["--device", "cpu", "--minutes", 1, "--stages", 1, "--test-examples", 4, "--layers", "mha,dma,nsa", "--out", out]
     command("mqar", *sizes, *options)
     rows = rows_of(out)
-    assert len(rows) == 3 * 2 * 2
+    assert len(rows) == 3 * 2
     assert {row["keep"] for row in rows} == {4}
     assert all(0 <= row["accuracy"] <= 1 and row["trained_steps"] == 3 for row in rows)
     assert {"A"} == set().union(*(set(row) for row in rows)) - set(rows[0])
@@ -46,3 +49,22 @@ def test_recall(command, tmp_path, capsys):
     command("mqar", *sizes, *options)
     assert len(rows_of(out)) == len(rows)
     assert "0.01, seed" in capsys.readouterr().out
+
+
+def test_language_models(command, tmp_path, monkeypatch):
+    language = importlib.import_module("language")
+    text = "".join(chr(97 + i * i % 23) + " " * (i % 3 == 0) for i in range(9000))
+    monkeypatch.setattr(language, "documents", lambda: iter(language.pieces(text, 400)))
+    tokens, out = ["--tokens", tmp_path / "tokens"], tmp_path / "language.jsonl"
+    command("language", "prepare", *tokens, "--vocabulary", 280)
+    sizes = ["--hidden", 32, "--intermediate", 64, "--depth", 2, "--heads", 2, "--length", 32, "--keep", 8, "--batch", 4]
+    options = ["--device", "cpu", "--windows", 2, "--layers", "mha,dma", "--rate", 0.01, "--steps", 25, "--out", out]
+    command("language", "train", *tokens, *sizes, *options)
+    rows = rows_of(out)
+    assert [row["layer"] for row in rows] == ["mha", "dma"]
+    assert rows[1]["parameters"] == pytest.approx(rows[0]["parameters"], rel=0.02)
+    assert all(row["curve"][-1] < row["curve"][0] - 0.5 for row in rows)
+    assert set(rows[0]["by_position"]) == {"32"}
+    assert "| dma" in out.with_suffix(".md").read_text()
+    command("language", "train", *tokens, *sizes, *options)
+    assert len(rows_of(out)) == 2

