@@ -7,6 +7,7 @@ from attnsieve import UserError
 from attnsieve.dam import mass
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.fitting import stability
+from attnsieve.patterns import Pattern
 from attnsieve.profiling import LongStatistics, Profile
 
 MODEL = Fingerprint("llama", 2, 3, 3, 8, "0" * 16)
@@ -82,3 +83,15 @@ def test_what_cannot_be_compared_is_refused():
     other = Profile(MODEL, L, one.maps, one.rows_seen)
     with pytest.raises(UserError, match="must agree"):
         stability([one, other])
+
+
+def test_a_window_serves_local_heads():
+    """The preset's windows count as fixed masks: what a document's own window keeps is kept of its like."""
+    profiles = [profile_of(local_scores(width)) for width in (3.0, 3.3)]
+    found = stability(profiles, progress=False)
+    assert found.own().min() >= 0.9
+    assert found.worst().min() >= 0.85
+    written = Pattern.parse("sink(4) | window(16)").keep(torch.arange(N)[:, None], torch.arange(N))
+    torch.testing.assert_close(found.density, torch.full((2, 2, 3), float(written.sum() / (N * (N + 1) / 2))))
+    masks_alone = stability(profiles, local=False, floor=0.0, progress=False)
+    assert masks_alone.worst().min() < found.worst().min()

@@ -35,45 +35,25 @@ class Candidate:
     overhead: float = 0.0
 
 
-@dataclass(frozen=True, eq=False)
-class DamRule:
-    """DAM's masks for the heads of a layer. corner: bool [H, L, L], rows below the capture length L; diagonal, column: bool
-    [H, L], matched; forced: int64 [H], cells forced into true masks.
+def dam_heads(observed: Observed, settings: Settings, pcl: int) -> Candidate:
+    """The paper's steps for every head, on the mean map of all profiles, up to `pcl` rows of it.
 
-    below: bool [H, P, P], columns, offsets: bool [H, n], the same rule written for what was observed.
+    forced: int64 [H], cells forced into true masks.
     """
-
-    corner: Tensor
-    diagonal: Tensor
-    column: Tensor
-    forced: Tensor
-    below: Tensor
-    columns: Tensor
-    offsets: Tensor
-
-
-def dam_rule(observed: Observed, settings: Settings, pcl: int) -> DamRule:
-    """The paper's steps for every head, on the mean map of all profiles, up to `pcl` rows of it."""
     maps = observed.maps.mean(0)[:, :pcl, :pcl]
     mask, forced = dam.force(true_mask(maps, settings), self_key=settings.force_self, sinks=min(settings.force_sink, pcl))
     support = max(1, pcl // 4) if settings.min_support is None else settings.min_support
     diagonal = dam.matched(dam.diagonal_sums(mask), mu=settings.mu, min_support=support)
     column = dam.matched(dam.column_sums(mask), mu=settings.mu, min_support=support)
+    make = dam.join if settings.join else dam.extend
+    patterns = tuple(make(*head) for head in zip(mask, diagonal, column, strict=True))
     columns, offsets = _widen(column, observed.length), _widen(diagonal, observed.length)
     below = _rule_rows(columns, offsets, observed.pcl)
     corner = below[:, :pcl, :pcl]
     corner.copy_(corner | mask if settings.join else mask)
-    return DamRule(mask, diagonal, column, forced, below, columns, offsets)
-
-
-def dam_heads(observed: Observed, settings: Settings, pcl: int) -> Candidate:
-    """DAM's rule as a candidate."""
-    rule = dam_rule(observed, settings, pcl)
-    make = dam.join if settings.join else dam.extend
-    patterns = tuple(make(*head) for head in zip(rule.corner, rule.diagonal, rule.column, strict=True))
-    reach = tuple(max(head.nonzero().flatten().tolist(), default=0) for head in rule.diagonal)
-    expected = expect(observed, rule.below, rule.columns, rule.offsets)
-    return Candidate("dam", patterns, expected, reach, rule.forced, overhead=2 * TILE / (observed.length + 1))
+    reach = tuple(max(head.nonzero().flatten().tolist(), default=0) for head in diagonal)
+    overhead = 2 * TILE / (observed.length + 1)
+    return Candidate("dam", patterns, expect(observed, below, columns, offsets), reach, forced, overhead)
 
 
 def true_mask(maps: Tensor, settings: Settings) -> Tensor:
