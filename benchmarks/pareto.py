@@ -16,19 +16,10 @@ from attnsieve.evaluation.baselines import DYNAMIC, STATIC, dynamic_baseline, st
 from attnsieve.evaluation.compare import evaluate
 from attnsieve.evaluation.tasks import make_task
 from attnsieve.evaluation.text import text_source, token_windows
-from attnsieve.fitting import fit_budget
+from attnsieve.fitting import default_candidates, fit_budget
 from attnsieve.hf import fingerprint, load_model, measure
 
 CALIBRATION_SEED = 1_000_003
-LOCAL = "sink(4) | window({})"
-CANDIDATES = [LOCAL.format(w) for w in (32, 64, 128, 256, 512, 1024)] + [
-    f"sink(4) | window(64) | {atom}(mass={mass}{rest})"
-    for atom, masses, rest in (
-        ("probed_blocks", (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98), ", block=16, rows=4"),
-        ("vertical_slash", (0.5, 0.7, 0.8, 0.9, 0.95, 0.98), ""),
-    )
-    for mass in masses
-]
 
 
 def main() -> None:
@@ -36,6 +27,7 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     model, tokenizer = load_model(arguments.model, dtype=dtype, device=arguments.device)
     plans = budget_plans(model, tokenizer, arguments) | baseline_plans(model, arguments)
+    plans = {name: plan for name, plan in plans.items() if name.startswith(arguments.only)}
     tasks = [make_task(name, text=arguments.text) for name in arguments.tasks.split(",")]
     rows = evaluate(model, tokenizer, plans, tasks, arguments.lengths, arguments.items, out=arguments.out)
     for row in rows:
@@ -57,6 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=2, help="texts of each kind to measure candidates on")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", type=lambda text: tuple(text.split(",")), default=("",), help="starts of plans' names")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -72,7 +65,8 @@ def calibration_texts(tokenizer, arguments) -> list[list[int]]:
 
 
 def budget_plans(model, tokenizer, arguments) -> dict[str, Plan]:
-    measured = measure(model, calibration_texts(tokenizer, arguments), CANDIDATES)
+    texts = calibration_texts(tokenizer, arguments)
+    measured = measure(model, texts, default_candidates(len(texts[0])))
     measured.save_pretrained(arguments.out.with_suffix("") / "measurement")
     plans = {}
     for density in arguments.densities:
@@ -95,6 +89,7 @@ def baseline_plans(model, arguments) -> dict[str, Plan]:
         plans[f"probed-{mass:g}"] = Plan.uniform(
             mark, Pattern.parse(f"sink(4) | window(64) | probed_blocks(mass={mass}, block=16)")
         )
+        plans[f"keys-{mass:g}"] = Plan.uniform(mark, Pattern.parse(f"sink(4) | window(32) | probed_keys(mass={mass})"))
     return plans
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from attnsieve.errors import require
-from attnsieve.patterns import Pattern, dense, last_queries, probed_blocks, sink, vertical_slash, window
+from attnsieve.patterns import Pattern, dense, last_queries, probed_blocks, probed_keys, sink, vertical_slash, window
 
 BLOCK_MASSES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+KEY_MASSES = (0.5, 0.7, 0.8, 0.9, 0.95)
 SLASH_MASSES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 BLOCK, ROWS = 16, 4
 
@@ -33,5 +34,6 @@ def default_candidates(
     widths = [local << step for step in range((length // (2 * local)).bit_length())]
     static = [guard | window(width) for width in widths]
     blocks = [guard | probed_blocks(mass=mass, block=BLOCK, rows=ROWS, share=share) for mass in BLOCK_MASSES]
+    single = [guard | probed_keys(mass=mass, share=share) for mass in KEY_MASSES]
     slashes = [guard | vertical_slash(mass=mass, share=share) for mass in SLASH_MASSES]
-    return [*static, *blocks, *slashes, dense()]
+    return [*static, *blocks, *single, *slashes, dense()]
