@@ -140,13 +140,17 @@ def parameters(config: DmaConfig) -> int:
         return sum(parameter.numel() for parameter in DmaForCausalLM(config).parameters())
 
 
-class Language:
-    """A model that learns the text."""
+def new_model(layer: str, arguments: argparse.Namespace, vocabulary: int, seed: int) -> DmaForCausalLM:
+    torch.manual_seed(seed)
+    return DmaForCausalLM(configuration(layer, arguments, vocabulary))
 
-    def __init__(self, config: DmaConfig, text: Tensor, steps: int, seed: int, arguments: argparse.Namespace) -> None:
-        torch.manual_seed(seed)
+
+class Language:
+    """A model that learns the text, int64 [tokens]."""
+
+    def __init__(self, model: DmaForCausalLM, text: Tensor, steps: int, seed: int, arguments: argparse.Namespace) -> None:
         self.text, self.length, self.batch = text, arguments.length, arguments.batch
-        self.model = DmaForCausalLM(config).to(text.device).train()
+        self.model = model.to(text.device).train()
         self.offsets = torch.arange(self.length + 1, device=text.device)
         self.training = Training(self.model, self._loss, steps, arguments.rate, seed, graph=not arguments.no_graph)
 
@@ -173,7 +177,7 @@ def held_out_losses(model: DmaForCausalLM, text: Tensor, length: int, windows: i
 
 def seconds_per_step(layer: str, text: Tensor, vocabulary: int, arguments: argparse.Namespace) -> float:
     """Of a throw-away model; kernels are compiled on the way."""
-    probe = Language(configuration(layer, arguments, vocabulary), text, PROBE_STEPS, 0, arguments)
+    probe = Language(new_model(layer, arguments, vocabulary, 0), text, PROBE_STEPS, 0, arguments)
     times = []
     for _ in range(PROBE_STEPS):
         start = time.monotonic()
@@ -206,7 +210,7 @@ def train(arguments: argparse.Namespace) -> None:
         for layer in layers:
             key = {"layer": layer, "seed": seed, **shape, "steps": steps}
             if rows.find(key) is None and budget.left > 0:
-                language = Language(configuration(layer, arguments, vocabulary), text, steps, seed, arguments)
+                language = Language(new_model(layer, arguments, vocabulary, seed), text, steps, seed, arguments)
                 numbers = run(language, layer, budget)
                 if numbers is not None:
                     losses = held_out_losses(language.model, held_out, arguments.length, arguments.windows)

@@ -7,7 +7,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from tests.cli_tiny import save_tiny_model
+from tests.nn_tiny import VOCAB, dma
+from tests.test_nn_layers import OPTIONS
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -68,3 +74,56 @@ def test_language_models(command, tmp_path, monkeypatch):
     assert "| dma" in out.with_suffix(".md").read_text()
     command("language", "train", *tokens, *sizes, *options)
     assert len(rows_of(out)) == 2
+
+
+def tokens_and_models(folder: Path, layers: tuple[str, ...]) -> None:
+    """What prepare and train leave behind, without training."""
+    torch.manual_seed(0)
+    (folder / "tokens").mkdir()
+    np.save(folder / "tokens" / "held_out.npy", np.random.default_rng(0).integers(0, VOCAB, 6000).astype(np.uint16))
+    for layer in layers:
+        dma(attention=layer, **OPTIONS[layer]).save_pretrained(folder / "models" / f"{layer}-0")
+
+
+def test_needles(command, tmp_path):
+    tokens_and_models(tmp_path, ("gqa", "dma"))
+    out = tmp_path / "needle.jsonl"
+    options = ["--models", tmp_path / "models", "--tokens", tmp_path / "tokens", "--lengths", "320,400", "--depths", "0,0.5"]
+    command("needle", *options, "--items", 2, "--device", "cpu", "--out", out)
+    rows = rows_of(out)
+    assert len(rows) == 8
+    assert all(row["exact"] <= 1 and row["trained_length"] == 512 and row["nll"] > 0 for row in rows)
+    assert (tmp_path / "needle-answer.png").exists()
+    assert (tmp_path / "needle-text.png").exists()
+    command("needle", *options, "--items", 2, "--device", "cpu", "--out", out)
+    assert len(rows_of(out)) == 8
+
+
+def test_a_needle_is_where_it_should_be():
+    needle = importlib.import_module("needle")
+    ids, answers = needle.contexts(torch.arange(5000), 400, 0.5, 3, 100000, 0)
+    assert ids.shape == (6, 400)
+    size = needle.CUE + needle.ANSWER
+    for row, without, answer in zip(ids[:3], ids[3:], answers, strict=True):
+        assert torch.equal(row[-needle.ANSWER :], answer)
+        assert torch.equal(row[176 : 176 + size], row[-size:])
+        assert not torch.equal(without[176 : 176 + size], row[-size:])
+        assert torch.equal(without[-size:], row[-size:])
+        assert torch.equal(row[:176], without[:176])
+
+
+def test_conversion(command, tmp_path, monkeypatch):
+    module = importlib.import_module("convert")
+    monkeypatch.setattr(module, "documents", lambda: iter(["def function(argument): return argument + 1\n" * 200] * 40))
+    model = save_tiny_model(tmp_path / "tiny")
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<s>"}))
+    out = tmp_path / "convert.jsonl"
+    options = ["--steps", 4, "--length", 64, "--batch", 2, "--tokens", 20000, "--lengths", 256, "--items", 2, "--rate", 0.01]
+    command("convert", model, "--keeps", 300, *options, "--device", "cpu", "--out", out)
+    rows = rows_of(out)
+    assert [(row["stage"], row["keep"]) for row in rows] == [("dense", 0), ("converted", 300), ("trained", 300)]
+    nll = [row["nll@256"] for row in rows]
+    assert nll[1] == pytest.approx(nll[0], abs=0.05)
+    assert nll[2] < nll[1]
+    assert "converted" in out.with_suffix(".md").read_text()
