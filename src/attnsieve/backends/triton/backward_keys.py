@@ -216,7 +216,7 @@ def dkv_tiles_kernel(
         cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_zh * mask.tiles + t)
         t = tl.load(p_items + x + 1)
         row_ok = (i >= first) & (i < k_len) & (r // M < G)
-        keep = tile_keep(mask, o_zh, h, i[None, :], j[:, None], b * N, ok[:, None], cut, N, LISTED, BLOCK)
+        keep = tile_keep(mask, o_zh, h, i[None, :], j[:, None], b * N, ok[:, None], cut, N, LISTED, BLOCK, False)
         dk, dv, d_bias = _add_dkv(
             dk,
             dv,

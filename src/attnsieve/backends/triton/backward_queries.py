@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnsieve.backends.triton.bits import tile_keys
 from attnsieve.backends.triton.common import (
     BIAS_COLUMN,
     DELTA_COLUMN,
@@ -220,10 +221,10 @@ def dq_kernel(
         b = tl.load(p_tiles)
         for x in tl.range(0, n_tiles, num_stages=STAGES):
             j0 = b * N
-            j = j0 + tl.arange(0, N)
+            j = tile_keys(mask, j0, N)
             b = tl.load(p_tiles + x + 1)
             ok = j < k_len
-            keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK)
+            keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK, True)
             dq, rest = _add_dq(
                 dq,
                 rest,

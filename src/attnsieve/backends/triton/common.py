@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnsieve.backends.call import Call
+from attnsieve.backends.triton.bits import block_words, bounds, keep_by_bits, keep_by_offset, tile_words
 from attnsieve.spans import Spans
 
 # Which keys may be served by lists of single keys: none, those flagged by a complemented end, all that `end` keeps, or those
@@ -240,38 +241,6 @@ def chunk_keys(tiles, singles, p_tiles, p_singles, n_tiles, x, N: tl.constexpr):
 
 
 @triton.jit
-def offset_words(mask, o_zh, i, j0):
-    """Two words per row: bit c of the pair says whether distance i - (j0 + c) is kept.
-
-    `mask.words` holds the bits in descending order of distance, so the bits of a row and a key tile are consecutive.
-    """
-    at = mask.n_words * 32 - 512 - i + j0
-    p_word = mask.words + o_zh * mask.n_words + (at >> 5)
-    shift = (at & 31).to(tl.uint64)
-    first = tl.load(p_word).to(tl.uint32, bitcast=True).to(tl.uint64)
-    second = tl.load(p_word + 1).to(tl.uint32, bitcast=True).to(tl.uint64)
-    third = tl.load(p_word + 2).to(tl.uint32, bitcast=True).to(tl.uint64)
-    low = (((second << 32) | first) >> shift).to(tl.uint32)
-    high = (((third << 32) | second) >> shift).to(tl.uint32)
-    return low, high
-
-
-@triton.jit
-def word_bits(low, high, c):
-    """Bit c of each pair of words. The bit is moved to the sign: one shift and one comparison a pair."""
-    return (tl.where(c < 32, low, high) << (31 - (c & 31)).to(tl.uint32)).to(tl.int32, bitcast=True) < 0
-
-
-@triton.jit
-def block_words(mask, o_zh, i, j0, j, N: tl.constexpr, SIZE: tl.constexpr):
-    """The words that say which blocks of key tile j0 are listed for rows i: one per row where the tile lies in one block."""
-    key = j0 // SIZE if SIZE % N == 0 else j // SIZE
-    row = tl.minimum(i // SIZE, mask.n_blocks - 1)
-    p_word = mask.block_bits + o_zh * mask.n_blocks * mask.block_words + row * mask.block_words
-    return tl.load(p_word + tl.minimum(key >> 5, mask.block_words - 1)) >> (key & 31)
-
-
-@triton.jit
 def corner_bits(mask, h, i, j, ok):
     """Bits of the captured corner."""
     p_byte = mask.corner + (h * mask.corner_side + i).to(tl.int64) * mask.corner_bytes + (j >> 3)
@@ -287,13 +256,27 @@ def tile_keep(mask, o_zh, h, i, j, j0, ok, cut, N: tl.constexpr, LISTED: tl.cons
     by rows in the backward pass.
     """
     if mask.columns is not None:
-        keep = keep_by_bits(mask, o_zh, i, tl.arange(0, N)[None, :] if RUNS else j - j0, j0, cut, N, RUNS)
+        word, far = tile_words(mask, o_zh, i, j0, cut, N, BLOCK)
+        keep = keep_by_bits(word, far, tl.arange(0, N)[None, :] if RUNS else j - j0, N // 4 if RUNS else 0)
     else:
         keep = _keep_by_ends(mask, o_zh, i, j, j0, ok, cut, N, LISTED, BLOCK)
     if mask.corner is not None:
         inside = i < tl.load(mask.corner_rows + h)
         keep = tl.where(inside, corner_bits(mask, h, i, j, inside & (j <= i)) & (j <= i), keep)
     return keep
+
+
+@triton.jit
+def masked(s, word, far, mask, o_zh, h, i, j, j0, ok, cut, N: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr):
+    """Scores [M, N] of rows i and the keys of tile j0 in the order of `bits.tile_keys`, -inf where the tile does not serve them.
+
+    word, far: the tile's, from `bits.tile_words`.
+    """
+    if mask.columns is not None and mask.corner is None:
+        return tl.minimum(s, bounds(word, far, N))
+    else:
+        keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK, True)
+        return tl.where(keep, s, -float("inf"))
 
 
 @triton.jit
@@ -313,8 +296,7 @@ def _keep_by_ends(mask, o_zh, i, j, j0, ok, cut, N: tl.constexpr, LISTED: tl.con
     if mask.words is not None or mask.block_bits is not None:
         extra = i < 0
         if mask.words is not None:
-            low, high = offset_words(mask, o_zh, i, j0)
-            extra = extra | word_bits(low, high, j - j0)
+            extra = extra | keep_by_offset(mask, o_zh, i, j - j0, j0, N)
         if mask.block_bits is not None:
             extra = extra | ((block_words(mask, o_zh, i, j0, j, N, BLOCK) & 1) != 0)
         if LISTED != LISTED_NOTHING:

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnsieve.backends.call import Call
+from attnsieve.backends.triton.bits import tile_keys, tile_words
 from attnsieve.backends.triton.common import (
     LN2,
     LOG2E,
@@ -17,11 +18,11 @@ from attnsieve.backends.triton.common import (
     head_base,
     list_keep,
     load_rows,
+    masked,
     places_of,
     rows_of,
     scores,
     span_of,
-    tile_keep,
 )
 from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
 from attnsieve.backends.triton.nonfinite import is_finite, sums_of_finite
@@ -133,14 +134,17 @@ def forward_kernel(
             k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
             s = scores(q_tile, k_tile, p_bias, s_bias, j, j, one, False, PRECISION)
             acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)
+        word, far = tile_words(mask, o_zh, i[:, None], b * N, cut, N, BLOCK)
         for x in tl.range(n_whole, n_tiles, num_stages=STAGES):
             j0 = b * N
-            j = j0 + tl.arange(0, N)
+            j = tile_keys(mask, j0, N)
             b = tl.load(p_tiles + x + 1)
             ok = j < k_len
-            keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK)
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION), -float("inf"))
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION)
+            s = masked(s, word, far, mask, o_zh, h, i, j, j0, ok, cut, N, LISTED, BLOCK)
+            # The entry after the last one may be any tile's: the words of a later one than these rows' are not there to be read.
+            word, far = tile_words(mask, o_zh, i[:, None], tl.minimum(b * N, t * M + M), cut, N, BLOCK)
             acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
 
     if singles is not None:

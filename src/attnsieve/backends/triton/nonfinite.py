@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnsieve.backends.triton.bits import tile_keys
 from attnsieve.backends.triton.common import list_keep, load_rows, scores, tile_keep
 
 
@@ -71,9 +72,9 @@ def sums_of_finite(
         p_tiles = tiles.items + tl.load(tiles.start + o_list)
         for x in tl.range(0, tl.load(tiles.count + o_list), num_stages=1):
             j0 = tl.load(p_tiles + x) * N
-            j = j0 + tl.arange(0, N)
+            j = tile_keys(mask, j0, N)
             ok = j < k_len
-            keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK) & ok[None, :]
+            keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK, True) & ok[None, :]
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
             s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION)
             acc, spoilt = _absorb_finite(acc, spoilt, s, base, scale, keep, v, p_v, j, ok, DV, DVP, PRECISION)

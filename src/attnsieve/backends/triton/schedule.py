@@ -23,7 +23,7 @@ from torch import Tensor
 
 from attnsieve.backends.triton import lists as kernels
 from attnsieve.backends.triton.common import LISTED_ALL, LISTED_BLOCKS, LISTED_FLAGGED, LISTED_NOTHING, Lists, Mask
-from attnsieve.backends.triton.vectors import bits_of_blocks, words_of_offsets
+from attnsieve.backends.triton.vectors import bits_of_blocks, words_of_keys, words_of_offsets
 from attnsieve.layout import Blocks, Layout
 from attnsieve.patterns import FOREVER
 
@@ -93,7 +93,8 @@ def _build(layout: Layout, positions: int, keys: int, listing: bool) -> Schedule
     else:
         listed = LISTED_NOTHING.value
     block = 1 if layout.blocks is None else layout.blocks.rows
-    built = Schedule(positions, keys, _mask(layout, flags, positions), None, None, listed, block)
+    by_bits = not survey.list_all and (block == 1 or block % keys == 0)
+    built = Schedule(positions, keys, _mask(layout, flags, positions, by_bits), None, None, listed, block)
     if listed != LISTED_ALL.value or _beyond_end(layout):
         summary = _summary(layout, built)
         built = _with_cut(layout, built, summary)
@@ -155,9 +156,12 @@ def _per_tile(vector: Tensor, keys: int) -> Tensor:
     return tiles
 
 
-def _mask(layout: Layout, flags: Tensor | None, positions: int) -> Mask:
+def _mask(layout: Layout, flags: Tensor | None, positions: int, by_bits: bool) -> Mask:
     ends = layout.end.contiguous() if flags is None else torch.where(flags, ~layout.end, layout.end)
-    words = None if layout.offset is None else words_of_offsets(layout.offset)
+    distances = _distances(layout) if by_bits else None
+    columns = None if distances is None else words_of_keys(layout.end == FOREVER)
+    distances = layout.offset if distances is None else distances
+    words = None if distances is None else words_of_offsets(distances)
     bits = None if layout.blocks is None else bits_of_blocks(layout.blocks)
     corner = None if layout.corner is None else layout.corner.contiguous()
     return Mask(
@@ -167,14 +171,38 @@ def _mask(layout: Layout, flags: Tensor | None, positions: int) -> Mask:
         layout.corner_rows,
         bits,
         cut=None,
+        columns=columns,
+        listed=None if columns is None or flags is None else words_of_keys(flags),
         n=layout.length,
         n_words=1 if words is None else words.shape[-1],
+        column_words=1 if columns is None else columns.shape[-1],
         corner_side=1 if corner is None else corner.shape[1],
         corner_bytes=1 if corner is None else corner.shape[2],
         n_blocks=1 if bits is None else bits.shape[-2],
         block_words=1 if bits is None else bits.shape[-1],
         tiles=-(-layout.length // positions),
     )
+
+
+def _distances(layout: Layout) -> Tensor | None:
+    """bool [Z, H, n]: what each head keeps by distance, its window included; None where ends are not windows and columns.
+
+    Reads the device once; never for masks chosen from the input.
+    """
+    return None if layout.most_keys is not None else layout.schedule("triton distances", lambda: _window_and_offsets(layout))
+
+
+def _window_and_offsets(layout: Layout) -> Tensor | None:
+    position = torch.arange(layout.length, dtype=torch.int32, device=layout.device)
+    forever = layout.end == FOREVER
+    window = torch.where(forever, 0, layout.end - position).amax(-1, keepdim=True).clamp_min(0)
+    # A key that is never seen counts as one seen by a window of 0.
+    limit = torch.where(window > 0, position + window, 0).clamp_max(layout.length)
+    found = torch.where(layout.end > position, layout.end, 0).clamp_max(layout.length)
+    if not bool((forever | (found == limit)).all()):
+        return None
+    kept = position < window
+    return kept if layout.offset is None else kept | layout.offset
 
 
 def _summary(layout: Layout, built: Schedule) -> kernels.Summary:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnsieve.backends.triton.bits import TAIL
 from attnsieve.layout import Blocks
 
-# Zero bits after distance 0: a key tile that starts after a query reads up to 128 + 128 + 64 of them.
-_TAIL = 512
+_TAIL = TAIL.value
 
 
 def words_of_offsets(offset: Tensor) -> Tensor:
@@ -18,8 +18,17 @@ def words_of_offsets(offset: Tensor) -> Tensor:
     bits = -(-(n + 128) // 32) * 32 + _TAIL
     reversed_bits = offset.new_zeros(*offset.shape[:-1], bits)
     reversed_bits[..., bits - _TAIL - n + 1 : bits - _TAIL + 1] = offset.flip(-1)
-    weights = torch.ones(32, dtype=torch.int64, device=offset.device) << torch.arange(32, device=offset.device)
-    words = (reversed_bits.unflatten(-1, (-1, 32)) * weights).sum(-1)
+    return _packed(reversed_bits)
+
+
+def words_of_keys(flags: Tensor) -> Tensor:
+    """int32 [Z, H, words] of bool [Z, H, n], the first key in the lowest bit, with spare words for the last key tile."""
+    return _packed(torch.nn.functional.pad(flags, (0, -flags.shape[-1] % 128)))
+
+
+def _packed(bits: Tensor) -> Tensor:
+    weights = torch.ones(32, dtype=torch.int64, device=bits.device) << torch.arange(32, device=bits.device)
+    words = (bits.unflatten(-1, (-1, 32)) * weights).sum(-1)
     return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
 
 
