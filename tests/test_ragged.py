@@ -16,6 +16,7 @@ from attnsieve.patterns.static import Window
 from attnsieve.ragged import Kept, RaggedStore
 from attnsieve.spans import Spans
 from attnsieve.testing import assert_within_budget
+from tests.gpu_compiler import compiled
 from tests.laws.samples import SAMPLES, dam, patterns
 
 INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -249,3 +250,24 @@ def test_refusals_name_the_reason(monkeypatch):
     monkeypatch.setattr(Window, "end", lambda self, n: 2 * torch.arange(n) + 1)
     with pytest.raises(UserError, match=r"window\(4\) keeps some keys longer than others"):
         Kept.of([window(4)], 1, 64)
+
+
+PROGRAM = """
+import torch
+from attnsieve.backends.triton import ragged
+from attnsieve.patterns import columns, window
+from attnsieve.ragged import Kept, RaggedStore
+
+kept = Kept.of([window(9), columns(20)] * {group}, 2, 300)
+k = torch.zeros(1, 2, 1, {width}, dtype={dtype})
+store = RaggedStore(kept, kept.index(torch.device("cpu"), 8), k, k)
+ragged.append(store.memory, store.index, k, k)
+ragged.attend(k.expand(1, 2, 1, {width}).repeat_interleave({group}, 1), store.memory, store.index, 0.1)
+"""
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
+@pytest.mark.parametrize(("dtype", "width", "group"), [("torch.bfloat16", 128, 4), ("torch.float32", 80, 1)])
+def test_kernels_compile_for_a_gpu(dtype, width, group):
+    names = compiled(PROGRAM.format(dtype=dtype, width=width, group=group))
+    assert names == ["append_kernel", "attend_kernel", "combine_kernel"]
