@@ -1,0 +1,81 @@
+"""The ablation script at a tiny size: every factor is varied alone, nothing is measured twice, failures are rows."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli_tiny import save_tiny_model
+
+
+@pytest.fixture
+def ablation(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    script = importlib.import_module("ablation")
+
+    def run(*arguments) -> None:
+        monkeypatch.setattr(sys, "argv", ["ablation", *map(str, arguments)])
+        script.main()
+
+    script.run = run
+    return script
+
+
+def test_one_factor_at_a_time(ablation, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("All that is gold does not glitter, not all those who wander are lost. " * 80)
+    model = save_tiny_model(tmp_path / "model", positions=1024)
+    out = tmp_path / "rows.jsonl"
+    levels = [
+        "--pcls",
+        "8,16",
+        "--lams",
+        "1",
+        "--taus",
+        "0.2,2.5",
+        "--mus",
+        "0.5",
+        "--counts",
+        "1",
+        "--domains",
+        "text,code,dialogue",
+    ]
+    sizes = ["--pcl", 16, "--documents", 2, "--length", 256, "--items", 2, "--device", "cpu"]
+    ablation.run(model, "--text", tmp_path / "text.txt", *levels, *sizes, "--out", out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    varied = [(row["factor"], row[row["factor"]]) for row in rows[1:]]
+    assert varied == [
+        ("pcl", 8), ("lam", 1.0), ("tau", 0.2), ("tau", 2.5), ("mu", 0.5), ("documents", 1), ("domain", "code"), ("domain", "dialogue"),
+    ]  # fmt: skip
+    assert rows[0]["factor"] == "base"
+    for row in rows[1:]:
+        same = {"preset", "pcl", "lam", "tau", "mu", "documents", "domain"} - {row["factor"]}
+        assert all(row[name] == rows[0][name] for name in same)
+    failed = [row for row in rows if row["failure"]]
+    assert [row["tau"] for row in failed] == [2.5]
+    assert "keep no key in any row" in failed[0]["failure"]
+    good = [row for row in rows if not row["failure"]]
+    assert all(0 < row["density"] <= 1 and row["calibration"]["seconds"] > 0 for row in good)
+    assert good[1]["calibration"]["bytes_of_sums"] < good[0]["calibration"]["bytes_of_sums"]
+    metrics = {(score["task"], score["metric"]) for score in good[0]["scores"]}
+    assert {("perplexity", "nll"), ("fidelity", "kl"), ("fidelity", "retained_mass"), ("kv", "answer_nll")} <= metrics
+    assert ablation.score(good[0], "fidelity", "retained_mass")["value"] > 0
+    assert len([score for score in good[-1]["scores"] if score["task"] == "perplexity"]) == 2
+    assert out.with_suffix(".md").read_text().count("\n") == 2 + len(rows)
+    capsys.readouterr()
+    ablation.run(model, "--text", tmp_path / "text.txt", *levels, *sizes, "--out", out)
+    assert len(out.read_text().splitlines()) == len(rows)
+
+
+def test_calibration_and_scoring_read_different_text(ablation):
+    source = ablation.code()
+    early, late = (ablation.part_of(source, *part).read(20_000) for part in ((0, 0.6), (0.6, 1)))
+    assert early not in late
+    assert late not in early
+    whole = source.read(0)
+    assert whole.startswith(early)
+    assert whole.endswith(late)
+    spoken = ablation.dialogue().read(30_000)
+    assert len(spoken) >= 30_000
+    assert spoken.count("USER") > 50
