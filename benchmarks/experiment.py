@@ -160,7 +160,14 @@ def publish(path: Path, title: str, header: Sequence[str], cells: Iterable[Seque
 
 
 def draw(
-    path: Path, panels: Mapping[str, Curves], x: str, y: str, *, log: bool = True, marks: Mapping[str, float] | None = None
+    path: Path,
+    panels: Mapping[str, Curves],
+    x: str,
+    y: str,
+    *,
+    log: bool = True,
+    log_y: bool = False,
+    marks: Mapping[str, float] | None = None,
 ) -> None:
     """One panel of curves per name; `marks`: panel -> an x to point out. Same colour for the same method everywhere."""
     methods = list(dict.fromkeys(method for curves in panels.values() for method in curves))
@@ -170,8 +177,9 @@ def draw(
         quiet_axes(panel)
         panel.set_title(name, fontsize=9, loc="left")
         panel.set_xlabel(x, fontsize=9)
-        if log:
-            panel.set_xscale("log", base=2)
+        panel.set_xscale("log", base=2)
+        if log_y:
+            panel.set_yscale("log")
         if marks and name in marks:
             panel.axvline(marks[name], color=GREY, linewidth=1, linestyle="--")
         for method, points in curves.items():

@@ -127,3 +127,21 @@ def test_conversion(command, tmp_path, monkeypatch):
     assert nll[1] == pytest.approx(nll[0], abs=0.05)
     assert nll[2] < nll[1]
     assert "converted" in out.with_suffix(".md").read_text()
+
+
+def test_kernel_rows(command, tmp_path):
+    out = tmp_path / "dma.jsonl"
+    options = ["--device", "cpu", "--lengths", "256,300", "--budgets", "32", "--baselines", "sdpa", "--shape", "smollm2-135m"]
+    command("dma", "forward", "backward", "decode", "windows", *options, "--budget-ms", 1, "--out", out)
+    rows = rows_of(out)
+    sparse = [(row["op"], row["mask"], row["kv_len"]) for row in rows if row["mask"] != "dense()"]
+    assert set(sparse) == {
+        *((op, "dma-32", n) for op in ("prefill", "forward_backward", "decode") for n in (256, 300)),
+        *(("prefill", "window(32)", n) for n in (256, 300)),
+    }
+    module = [row for row in rows if row["backend"] == "dynamic_mask_attention"]
+    assert all(row["speedup"] > 0 and row["includes_mask_building"] for row in module)
+    assert len({row["peak_bytes"] for row in module if row["op"] == "decode"}) == 1
+    before = len(rows)
+    command("dma", "forward", "decode", *options, "--budget-ms", 1, "--out", out)
+    assert len(rows_of(out)) == before

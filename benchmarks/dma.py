@@ -1,0 +1,254 @@
+"""DMA on a GPU, selection included: forward, forward and backward, and decode, beside dense attention and sliding windows.
+
+    python benchmarks/dma.py forward backward decode windows --seconds 90 --out benchmarks/results/dma.jsonl
+
+forward, backward: `dynamic_mask_attention` from q, k, v to the output (and to the gradients of q, k, v, dt_weight and A): scores,
+selection, tile lists and attention. decode: a step with the bounded cache after n tokens, as a CUDA graph. windows: the same
+kernels on a sliding window of w keys, whose layout is given. Dense kernels are measured once for each length. Lines come in the
+order of what they tell; after --seconds no further one is started; lines that the file holds already are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from experiment import RESULTS, Rows, draw, publish
+from torch import Tensor
+
+from attnsieve.backends.call import Call
+from attnsieve.backends.cost import device_name
+from attnsieve.bench import kernels
+from attnsieve.bench.check import check_rows
+from attnsieve.bench.rows import Row, write
+from attnsieve.bench.shapes import SHAPES, Shape, shape_of
+from attnsieve.bench.suite import Skipped, Suite
+from attnsieve.bench.timing import measure
+from attnsieve.layout import Layout
+from attnsieve.nn import BoundedCache, SelectionRule, dynamic_mask_attention
+from attnsieve.nn.scores import key_scores
+from attnsieve.spans import Spans
+
+LENGTHS = (32768, 131072, 8192, 65536, 4096, 262144)
+BUDGETS = (2048, 1024, 512)
+DECODE_LENGTHS = (4096, 131072, 1048576, 32768)
+FILL = 16384  # tokens that fill a cache at once
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Random q, k, v of one layer and its parameters."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    weight: Tensor
+    a: Tensor
+
+    @classmethod
+    def random(cls, shape: Shape, n: int, dtype: torch.dtype, device: str, grad: bool = False) -> Inputs:
+        torch.manual_seed(0)
+        make = lambda *size, kind=dtype: torch.randn(size, device=device, dtype=kind).requires_grad_(grad)  # noqa: E731
+        heads, width = shape.kv_heads, shape.head_dim
+        weight = (torch.randn(heads, heads * width, device=device) * 0.02).requires_grad_(grad)
+        a = torch.full((heads,), 0.1, device=device).requires_grad_(grad)
+        return cls(make(1, shape.q_heads, n, width), make(1, heads, n, width), make(1, heads, n, width), weight, a)
+
+    def attend(self, budget: int) -> Tensor:
+        return dynamic_mask_attention(self.q, self.k, self.v, dt_weight=self.weight, A=self.a, keep_window_size=budget)
+
+    def leaves(self) -> list[Tensor]:
+        return [self.q, self.k, self.v, self.weight, self.a]
+
+    def call(self, budget: int) -> Call:
+        """What the attention kernel computes inside, for the oracle."""
+        delta, sigma = key_scores(self.v, self.weight, None, self.a)
+        rule, n = SelectionRule(budget), self.k.shape[2]
+        layout = Layout(n, rule.ends(sigma), most_keys=rule.slots)
+        spans = Spans.full(1, self.q.shape[2], n, self.q.device)
+        return Call(self.q, self.k, self.v, layout, spans, self.q.shape[-1] ** -0.5, delta.detach())
+
+
+class Bench:
+    """Measurements of one shape; dense attention of a length is measured once."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.shape, self.device, self.budget_ms = shape_of(arguments.shape), arguments.device, arguments.budget_ms
+        self.dtype = torch.bfloat16 if torch.device(self.device).type == "cuda" else torch.float32
+        self.baselines = arguments.baselines.split(",")
+        self._dense: dict[tuple[str, int], kernels.Dense | None] = {}
+
+    def dense(self, op: str, n: int) -> Iterator[Row]:
+        """Rows of dense kernels at this length, the first time; their fastest is what later rows are compared with.
+
+        Dense attention of long texts takes seconds: one kernel alone beyond 32K, no gradients beyond 128K.
+        """
+        if (op, n) not in self._dense:
+            short = n <= 32768 or op == "decode"
+            names = self.baselines if short else self.baselines[: n <= 131072 or op != "forward_backward"]
+            suite = Suite(op, ["window(1)"], [self.shape], [n], [], names, self.dtype, self.device, 1, self.budget_ms)
+            rows = [row for row in suite.rows() if not isinstance(row, Skipped)]
+            self._dense[op, n] = kernels.fastest(rows)
+            yield from rows
+
+    def forward(self, n: int, budget: int) -> Iterator[Row]:
+        yield from self.dense("prefill", n)
+        inputs = Inputs.random(self.shape, n, self.dtype, self.device)
+        verdict = check_rows(inputs.call(budget), inputs.attend(budget), None)
+        yield self._row("prefill", n, n, budget, lambda: inputs.attend(budget), verdict.error, verdict.budget)
+
+    def backward(self, n: int, budget: int) -> Iterator[Row]:
+        """The kernels' gradients were checked with op forward_backward of the suite, the module's by tests/gpu."""
+        yield from self.dense("forward_backward", n)
+        inputs = Inputs.random(self.shape, n, self.dtype, self.device, grad=True)
+        d_out = torch.randn_like(inputs.q)
+        run = lambda: torch.autograd.grad(inputs.attend(budget), inputs.leaves(), d_out)  # noqa: E731
+        verdict = check_rows(inputs.call(budget), inputs.attend(budget).detach(), None)
+        yield self._row("forward_backward", n, n, budget, run, verdict.error, verdict.budget)
+
+    def decode(self, n: int, budget: int) -> Iterator[Row]:
+        yield from self.dense("decode", n)
+        cache, step = BoundedCache(SelectionRule(budget)), Inputs.random(self.shape, 1, self.dtype, self.device)
+        for first in range(0, n, FILL):
+            part = Inputs.random(self.shape, min(FILL, n - first), self.dtype, self.device)
+            cache.attend(part.q, part.k, part.v, *key_scores(part.v, part.weight, None, part.a))
+        scores = key_scores(step.v, step.weight, None, step.a)
+        run = recorded(lambda: cache.attend(step.q, step.k, step.v, *scores), self.device)
+        yield replace(self._row("decode", 1, n, budget, run, None, None), peak_bytes=cache.nbytes)
+
+    def windows(self, n: int, budget: int) -> Iterator[Row]:
+        masks, backends = [f"window({budget})"], ["triton", "fa4"] if torch.device(self.device).type == "cuda" else ["auto"]
+        suite = Suite("prefill", masks, [self.shape], [n], backends, [], self.dtype, self.device, 1, self.budget_ms)
+        for row in [*self.dense("prefill", n), *suite.rows()]:
+            if isinstance(row, Skipped):
+                print(row)
+            else:
+                yield row
+
+    def _row(
+        self, op: str, q_len: int, n: int, budget: int, run: Callable[[], Any], error: float | None, allowed: float | None
+    ) -> Row:
+        gpu = torch.device(self.device).type == "cuda"
+        torch.cuda.reset_peak_memory_stats() if gpu else None
+        run()
+        peak = torch.cuda.max_memory_allocated() if gpu else None
+        times, dense = measure(run, self.budget_ms, device=self.device), self._dense[op, n]
+        kept, pairs = budget * n - budget * (budget - 1) / 2 if budget < n else n * (n + 1) / 2, n * (n + 1) / 2
+        return Row(
+            op=op,
+            backend="dynamic_mask_attention",
+            mask=f"dma-{budget}",
+            batch=1,
+            q_heads=self.shape.q_heads,
+            kv_heads=self.shape.kv_heads,
+            head_dim=self.shape.head_dim,
+            q_len=q_len,
+            kv_len=n,
+            dtype=str(self.dtype).removeprefix("torch."),
+            density=kept / pairs if q_len > 1 else min(1.0, budget / n),
+            ms_p20=times.p20,
+            ms_p50=times.p50,
+            ms_p80=times.p80,
+            includes_mask_building=True,
+            baseline=dense and dense.name,
+            baseline_ms_p50=dense and dense.ms,
+            error=error,
+            error_budget=allowed,
+            peak_bytes=peak,
+            device=device_name(torch.device(self.device)),
+            shape=self.shape.name,
+        )
+
+
+def recorded(run: Callable[[], object], device: str) -> Callable[[], object]:
+    """A CUDA graph of `run`, so that its time is the device's."""
+    if torch.device(device).type == "cpu":
+        return run
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def lines(arguments: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
+    """(suite, n, w): the first length of every suite comes before the second of any."""
+    lengths = {suite: DECODE_LENGTHS if suite == "decode" else LENGTHS for suite in arguments.suites}
+    if arguments.lengths:
+        lengths = {suite: [int(n) for n in arguments.lengths.split(",")] for suite in arguments.suites}
+    budgets = [int(w) for w in arguments.budgets.split(",")]
+    for place in range(max(map(len, lengths.values()))):
+        for suite in arguments.suites:
+            yield from ((suite, lengths[suite][place], w) for w in budgets if place < len(lengths[suite]))
+
+
+def report(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A line per operation, mask and length; and the times against the length."""
+    ordered = sorted(rows, key=lambda row: (row["op"], row["kv_len"], row["mask"], row["backend"]))
+    number = lambda value, digits=2: "-" if value is None else f"{value:.{digits}f}"  # noqa: E731
+    header = ["op", "tokens", "mask", "backend", "lists and selection", "ms", "over fastest dense", "efficiency", "MiB"]
+    body = [
+        [
+            row["op"],
+            str(row["kv_len"]),
+            row["mask"],
+            row["backend"],
+            "included" if row["includes_mask_building"] else "given",
+            number(row["ms_p50"], 3),
+            number(row["speedup"]),
+            number(row["efficiency"]),
+            number(row["peak_bytes"] and row["peak_bytes"] / 2**20, 0),
+        ]
+        for row in ordered
+    ]
+    publish(path, "DMA, selection included", header, body)
+    panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for row in ordered:
+        name = row["mask"] if row["mask"].startswith(("dma", "window")) else row["backend"]
+        panels.setdefault(row["op"], {}).setdefault(name, []).append((row["kv_len"], row["ms_p50"], 0.0))
+    draw(path, panels, "tokens", "ms", log_y=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="+", choices=("forward", "backward", "decode", "windows"))
+    parser.add_argument("--seconds", type=float, default=90)
+    parser.add_argument("--budget-ms", type=float, default=100.0, help="how long one measurement is repeated")
+    parser.add_argument("--lengths", default="")
+    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="w")
+    parser.add_argument("--baselines", default="cudnn,flash,fa4", help="those that are missing are skipped")
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=RESULTS / "dma.jsonl")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments, start = parse(), time.monotonic()
+    bench, found = Bench(arguments), Rows(arguments.out)
+    for suite, n, budget in lines(arguments):
+        mask = f"window({budget})" if suite == "windows" else f"dma-{budget}"
+        op = {"forward": "prefill", "backward": "forward_backward", "windows": "prefill"}.get(suite, suite)
+        if found.find({"op": op, "mask": mask, "kv_len": n, "shape": arguments.shape}):
+            continue
+        if time.monotonic() - start > arguments.seconds:
+            print(f"out of time, not measured: {suite} {n} {mask}")
+            continue
+        try:
+            for row in getattr(bench, suite)(n, budget):
+                print(f"[{time.monotonic() - start:5.1f} s] {row}", flush=True)
+                write([row], arguments.out)
+        except torch.OutOfMemoryError:
+            print(f"out of memory: {suite} {n} {mask}")
+    found = Rows(arguments.out)
+    if found.all:
+        report(arguments.out, found.all)
+
+
+if __name__ == "__main__":
+    main()
