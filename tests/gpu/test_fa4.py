@@ -14,7 +14,7 @@ from attnsieve.testing import assert_within_budget
 from tests.gpu.test_triton import poison
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-needs_fa4 = pytest.mark.skipif(not fa4._installed(), reason="needs flash-attn-4")
+needs_fa4 = pytest.mark.skipif(not fa4.installed(), reason="needs flash-attn-4")
 
 
 def make(layout, *, q_len=None, n=517, group=2, kv_heads=2, width=128, dtype=torch.bfloat16, batch=1, spans=None, bias=None):

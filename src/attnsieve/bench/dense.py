@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from attnsieve.backends import fa4
 from attnsieve.backends.call import Call
 from attnsieve.bench import flex
 from attnsieve.errors import UserError, require
@@ -55,5 +56,7 @@ KERNELS: dict[str, Callable[[Call], Tensor]] = {
 
 
 def default_baselines(device: str) -> list[str]:
-    """Dense kernels that every machine of the kind has."""
-    return ["cudnn", "flash"] if torch.device(device).type == "cuda" else ["sdpa"]
+    """Dense kernels that are there: the fastest of them is what sparse ones have to beat."""
+    if torch.device(device).type != "cuda":
+        return ["sdpa"]
+    return ["cudnn", "flash", *(["fa4"] if fa4.installed() else [])]

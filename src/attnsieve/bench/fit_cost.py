@@ -17,8 +17,9 @@ from attnsieve.errors import require
 def fit(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What `cost.json` holds for the devices in `rows`: device -> constants, and how they came about.
 
-    Constants are not negative and minimise the relative error of the predictions of `ms_p20`, which other load disturbs least. Of several dense kernels the fastest at each
-    shape counts, which is what torch's own choice is taken to be. Raises UserError where no row says what work it was.
+    Constants are not negative and minimise the relative error of the predictions of `ms_p20`, which other load disturbs least.
+    Of several dense kernels the fastest at each shape counts, which is what torch's own choice is taken to be. Raises UserError
+    where no row says what work it was.
     """
     groups: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:

@@ -62,8 +62,9 @@ class Row:
         return None if self.speedup is None else self.speedup * self.density
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, with what follows from it."""
-        return asdict(self) | {"speedup": self.speedup, "efficiency": self.efficiency}
+        """Plain data, with what follows from it, to six digits."""
+        plain = asdict(self) | {"speedup": self.speedup, "efficiency": self.efficiency}
+        return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in plain.items()}
 
     def __str__(self) -> str:
         if self.failure is not None:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+# Calls this long vary little and cost much: three repeats do.
+_LONG_MS = 200.0
+
 
 @dataclass(frozen=True)
 class Times:
@@ -30,8 +33,9 @@ def measure(run: Callable[[], object], budget_ms: float = 200.0, cold: bool = Tr
         times = sorted(_clock(run, min(50, max(3, int(budget_ms / max(once, 1e-3))))))
     else:
         flush = torch.empty(64 * 2**20, dtype=torch.int32, device=device) if cold else None
-        once = _queue(run, flush, 3)[-1]
-        times = sorted(_queue(run, flush, min(100, max(5, int(budget_ms / max(once, 1e-3))))))
+        once = _queue(run, flush, 1)[0]
+        fewest = 5 if once < _LONG_MS else 3
+        times = sorted(_queue(run, flush, min(100, max(fewest, int(budget_ms / max(once, 1e-3))))))
     return Times(*(times[int(share * (len(times) - 1))] for share in (0.2, 0.5, 0.8)))
 
 

@@ -26,7 +26,7 @@ def why_not(call: Call) -> str | None:
 def _why_not_here(call: Call) -> str | None:
     if not call.q.is_cuda:
         return f"FlashAttention-4 needs a CUDA device, the tensors are on {call.q.device}"
-    if not _installed():
+    if not installed():
         return "FlashAttention-4 is not installed (pip install attnsieve[fa4])"
     major, minor = torch.cuda.get_device_capability(call.q.device)
     if major != _HOPPER:
@@ -35,7 +35,8 @@ def _why_not_here(call: Call) -> str | None:
 
 
 @cache
-def _installed() -> bool:
+def installed() -> bool:
+    """Whether flash_attn.cute can be imported."""
     return find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
 
 
