@@ -2,6 +2,7 @@
 
     python benchmarks/ragged.py                                  # one layer, 128K keys, 32/8 heads of width 128, bf16
     python benchmarks/ragged.py --n 8192 --device cpu            # the portable backend
+    python benchmarks/ragged.py --tune                           # step times by chunk, stages in flight and programs
 
 Patterns are random columns and a window of 256; per-head ones differ between the query heads of a KV head, which then stores
 their union. A step stores one token and attends to it, replayed from a CUDA graph on a GPU, L2 cold. Every row passes the oracle.
@@ -13,6 +14,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from attnsieve.backends.call import Call
 from attnsieve.bench.check import check_rows
 from attnsieve.bench.rows import environment
 from attnsieve.bench.timing import measure
+from attnsieve.hf.ragged import PROGRAMS
 from attnsieve.patterns import Pattern, columns, window
 from attnsieve.ragged import Kept, RaggedStore
 
@@ -67,9 +70,7 @@ def run(n: int, density: float, per_head: bool, device: str = "cuda") -> Result:
     q = torch.randn(1, Q_HEADS, 1, WIDTH, device=device, dtype=dtype)
     row = _row(n, density, per_head)
     kept = Kept.of(row, KV_HEADS, n + 1024)
-    programs = 4 * torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else 4
-    store = RaggedStore(kept, kept.index(torch.device(device), programs), k, v)
-    store.fill(k[:, :, :-1], v[:, :, :-1], [0], 0)
+    store = _store(kept, k, v, PROGRAMS)
     scale = WIDTH**-0.5
     step = lambda: store.step(q, k[:, :, -1:], v[:, :, -1:], scale)  # noqa: E731
     layout = compile_layout(row if per_head else row[:: Q_HEADS // KV_HEADS], n, device)
@@ -93,6 +94,30 @@ def run(n: int, density: float, per_head: bool, device: str = "cuda") -> Result:
     )
 
 
+def tune(n: int) -> None:
+    """Print step times of choices that the kernel leaves open, at 10 % per KV head and per query head."""
+    from attnsieve.backends.triton import ragged as kernels
+
+    k, v = (torch.randn(1, KV_HEADS, n, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(1, Q_HEADS, 1, WIDTH, device="cuda", dtype=torch.bfloat16)
+    kept = [Kept.of(_row(n, 0.1, per_head), KV_HEADS, n + 1024) for per_head in (False, True)]
+    for keys, stages, programs in product((32, 64), (3, 4, 5, 6), (2, 4, 8)):
+        kernels._KEYS, kernels._STAGES = keys, stages
+        times = []
+        for plan in kept:
+            store = _store(plan, k, v, programs)
+            times.append(_ms(lambda store=store: store.step(q, k[:, :, -1:], v[:, :, -1:], 0.1), "cuda", budget_ms=30.0))
+        print(f"keys {keys}, stages {stages}, programs {programs}: {times[0]:.4f} and {times[1]:.4f} ms", flush=True)
+
+
+def _store(kept: Kept, k: Tensor, v: Tensor, programs: int) -> RaggedStore:
+    """All tokens but the last, with work for so many programs per multiprocessor."""
+    processors = torch.cuda.get_device_properties(k.device).multi_processor_count if k.is_cuda else 1
+    store = RaggedStore(kept, kept.index(k.device, programs * processors), k, v)
+    store.fill(k[:, :, :-1], v[:, :, :-1], [0], 0)
+    return store
+
+
 def _row(n: int, density: float, per_head: bool) -> list[Pattern]:
     """One pattern per query head, of the same size."""
     count = max(1, int(density * n) - WINDOW)
@@ -106,14 +131,14 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, device: str) -> Tensor:
         return scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-def _ms(run: Callable[[], object], device: str, record: bool = True) -> float:
+def _ms(run: Callable[[], object], device: str, record: bool = True, budget_ms: float = 200.0) -> float:
     if device == "cuda" and record:
         run()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
         run = graph.replay
-    return measure(run, device=device).p50
+    return measure(run, budget_ms, device=device).p50
 
 
 def main() -> None:
@@ -123,7 +148,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--densities", default="0.1,0.05,0.02")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ragged.jsonl")
+    parser.add_argument("--tune", action="store_true", help="only compare choices of the kernel")
     args = parser.parse_args()
+    if args.tune:
+        tune(args.n)
+        return
     for density in (float(text) for text in args.densities.split(",")):
         for per_head in (False, True):
             result = run(args.n, density, per_head, args.device)
