@@ -21,8 +21,8 @@ BACKENDS = {
     "fa4": "attnsieve.backends.fa4",
     "dense": "attnsieve.backends.dense",
 }
-# Who "auto" compares on each kind of device: the first one serves where nothing was measured, the last one serves everything.
-_ON_GPU = ("triton", "fa4", "dense", "portable")
+# Who "auto" compares on each kind of device: the first that can serve is taken where nothing was measured, portable if none can.
+_ON_GPU = ("triton", "fa4", "dense")
 _ON_CPU = ("portable", "dense")
 
 
@@ -59,14 +59,14 @@ def attend(
 def choose_backend(call: Call) -> str:
     """The backend that "auto" takes: of those that can serve this call the one that `cost.predict` finds the fastest.
 
-    On a device that nothing was measured on, the first that can serve of Triton, FA4, dense and portable on a GPU; portable
-    on a CPU.
+    On a device that nothing was measured on, and under torch.compile, which must not read the device, the first that can
+    serve of Triton, FA4, dense and portable on a GPU; portable on a CPU.
     """
-    if not call.q.is_cuda:
-        serving = [name for name in _ON_CPU if _module(name).why_not(call) is None]
-        return cost.cheapest(call, serving)
-    serving = [name for name in _ON_GPU[:-1] if _module(name).why_not(call) is None]
-    return cost.cheapest(call, serving) if serving else _ON_GPU[-1]
+    candidates = _ON_GPU if call.q.is_cuda else _ON_CPU
+    if torch.compiler.is_compiling():
+        candidates = candidates[:1]
+    serving = [name for name in candidates if _module(name).why_not(call) is None]
+    return cost.cheapest(call, serving) if serving else "portable"
 
 
 def dense_is_faster(call: Call, backend: str) -> bool:
