@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Zero bits after distance 0: a key tile that starts after a query reads up to 128 + 128 + 64 of them.
+# Zero bits after distance 0: a key tile that starts after a query reads up to 256 + 128 + 80 of them.
 TAIL = tl.constexpr(512)
 
 
@@ -72,7 +72,7 @@ def row_words(mask, o_zh, i, j, cut, N: tl.constexpr, BLOCK: tl.constexpr):
         listed = block_words(mask, o_zh, i, j, j, N, BLOCK) & 1
         wanted = wanted | (-listed).to(tl.int64).to(tl.uint64, bitcast=True)
     newest = tl.minimum(tl.maximum(i - j, 0), 63)
-    ones = (newest - newest - 1).to(tl.int64).to(tl.uint64, bitcast=True)
+    ones = tl.full([1, 1], -1, tl.int64).to(tl.uint64, bitcast=True)
     causal = tl.where(i < j, 0, ones >> (63 - newest).to(tl.uint64))
     word = offset_words(mask, o_zh, i, j) | (wanted & causal)
     if mask.listed is not None:
@@ -82,7 +82,7 @@ def row_words(mask, o_zh, i, j, cut, N: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def tile_words(mask, o_zh, i, j0, cut, N: tl.constexpr, BLOCK: tl.constexpr):
-    """`row_words` at a tile's first key and 64 keys later, for tiles of up to 128 keys; None, None without columns."""
+    """`row_words` at a tile's first key and 64 keys later, for tiles of up to 128 keys; anything without columns."""
     if mask.columns is None:
         return i, i
     else:

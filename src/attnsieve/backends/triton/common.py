@@ -267,15 +267,15 @@ def tile_keep(mask, o_zh, h, i, j, j0, ok, cut, N: tl.constexpr, LISTED: tl.cons
 
 
 @triton.jit
-def masked(s, word, far, mask, o_zh, h, i, j, j0, ok, cut, N: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr):
+def masked(s, word, far, mask, o_zh, i, j, j0, ok, cut, N: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr):
     """Scores [M, N] of rows i and the keys of tile j0 in the order of `bits.tile_keys`, -inf where the tile does not serve them.
 
-    word, far: the tile's, from `bits.tile_words`.
+    For rows outside the corner. word, far: the tile's, from `bits.tile_words`.
     """
-    if mask.columns is not None and mask.corner is None:
+    if mask.columns is not None:
         return tl.minimum(s, bounds(word, far, N))
     else:
-        keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK, True)
+        keep = _keep_by_ends(mask, o_zh, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK)
         return tl.where(keep, s, -float("inf"))
 
 
@@ -308,6 +308,10 @@ def _keep_by_ends(mask, o_zh, i, j, j0, ok, cut, N: tl.constexpr, LISTED: tl.con
 @triton.jit
 def list_keep(mask, o_zh, i, j, j_load, cut, ok, LISTED: tl.constexpr):
     """The pairs that listed keys j serve: what `end` keeps, before the cut. `j_load` equals j; ends are loaded at it."""
+    if LISTED == LISTED_FLAGGED:
+        # No row drops a flagged key.
+        keep = ok & (j_load < cut) & (j <= i)
+        return keep
     end = tl.load(mask.ends + o_zh * mask.n + j_load, mask=ok, other=0)
     if LISTED == LISTED_BLOCKS:
         keep = ok & (j <= i) & (i >= end)
@@ -316,8 +320,6 @@ def list_keep(mask, o_zh, i, j, j_load, cut, ok, LISTED: tl.constexpr):
             word = tl.load(mask.words + o_zh * mask.n_words + (at >> 5), mask=keep, other=0)
             keep = keep & (((word >> (at & 31)) & 1) == 0)
         return keep
-    if LISTED == LISTED_FLAGGED:
-        end = tl.where(end < 0, ~end, end)
     if mask.cut is not None:
         end = tl.where(j_load < cut, end, 0)
     return (j <= i) & (i < end)

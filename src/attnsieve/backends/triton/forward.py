@@ -23,6 +23,7 @@ from attnsieve.backends.triton.common import (
     rows_of,
     scores,
     span_of,
+    tile_keep,
 )
 from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
 from attnsieve.backends.triton.nonfinite import is_finite, sums_of_finite
@@ -134,15 +135,27 @@ def forward_kernel(
             k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
             s = scores(q_tile, k_tile, p_bias, s_bias, j, j, one, False, PRECISION)
             acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)
+        n_corner = n_whole
+        if mask.corner is not None:
+            # A program that touches the corner is one of few: it runs a loop of its own, which is not made to be fast.
+            n_corner = tl.where(t * M < tl.load(mask.corner_rows + h), n_tiles, n_whole)
+            for x in tl.range(n_whole, n_corner, num_stages=1):
+                j0 = tl.load(p_tiles + x) * N
+                j = tile_keys(mask, j0, N)
+                ok = j < k_len
+                keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK, True)
+                k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
+                s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION), -float("inf"))
+                acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
         word, far = tile_words(mask, o_zh, i[:, None], b * N, cut, N, BLOCK)
-        for x in tl.range(n_whole, n_tiles, num_stages=STAGES):
+        for x in tl.range(n_corner, n_tiles, num_stages=STAGES):
             j0 = b * N
             j = tile_keys(mask, j0, N)
             b = tl.load(p_tiles + x + 1)
             ok = j < k_len
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
             s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION)
-            s = masked(s, word, far, mask, o_zh, h, i, j, j0, ok, cut, N, LISTED, BLOCK)
+            s = masked(s, word, far, mask, o_zh, i, j, j0, ok, cut, N, LISTED, BLOCK)
             # The entry after the last one may be any tile's: the words of a later one than these rows' are not there to be read.
             word, far = tile_words(mask, o_zh, i[:, None], tl.minimum(b * N, t * M + M), cut, N, BLOCK)
             acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)

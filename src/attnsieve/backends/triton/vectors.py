@@ -14,16 +14,16 @@ _TAIL = TAIL.value
 def words_of_offsets(offset: Tensor) -> Tensor:
     """int32 [Z, H, words] of bool [Z, H, n]: bit u is distance C - u with C = 32 words - 512, so a row's keys ascend in u."""
     n = offset.shape[-1]
-    # Rows of the last query tile may lie up to 128 positions beyond the capacity.
-    bits = -(-(n + 128) // 32) * 32 + _TAIL
+    # Rows of the last query tile may lie up to 256 positions beyond the capacity.
+    bits = -(-(n + 256) // 32) * 32 + _TAIL
     reversed_bits = offset.new_zeros(*offset.shape[:-1], bits)
     reversed_bits[..., bits - _TAIL - n + 1 : bits - _TAIL + 1] = offset.flip(-1)
     return _packed(reversed_bits)
 
 
 def words_of_keys(flags: Tensor) -> Tensor:
-    """int32 [Z, H, words] of bool [Z, H, n], the first key in the lowest bit, with spare words for the last key tile."""
-    return _packed(torch.nn.functional.pad(flags, (0, -flags.shape[-1] % 128)))
+    """int32 [Z, H, words] of bool [Z, H, n], the first key in the lowest bit, with spare words: the next tile is read ahead."""
+    return _packed(torch.nn.functional.pad(flags, (0, -flags.shape[-1] % 128 + _TAIL)))
 
 
 def _packed(bits: Tensor) -> Tensor:
