@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
@@ -62,7 +63,7 @@ def choose_backend(call: Call) -> str:
     On a device that nothing was measured on, and under torch.compile, which must not read the device, the first that can
     serve of Triton, FA4, dense and portable on a GPU; portable on a CPU.
     """
-    candidates = _ON_GPU if call.q.is_cuda else _ON_CPU
+    candidates: Sequence[str] = _ON_GPU if call.q.is_cuda else _ON_CPU
     if torch.compiler.is_compiling():
         candidates = candidates[:1]
     serving = [name for name in candidates if _module(name).why_not(call) is None]
