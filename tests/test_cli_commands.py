@@ -152,6 +152,7 @@ def test_show_describes_and_draws(work, tmp_path):
         "density.png",
         "heads.png",
         "kinds.png",
+        "masks.png",
         "retained.png",
     ]
     page = attnsieve("show", work / "plan", work / "profile", "--html", tmp_path / "report.html", "--heads", "1:0")

@@ -25,6 +25,7 @@ from attnsieve.show import (
     head_view,
     kind_map,
     length_figure,
+    mask_gallery,
     mass_grid,
     result_figure,
     save,
@@ -188,11 +189,12 @@ def test_files_are_written_in_the_format_of_their_name(tmp_path):
 def test_the_usual_figures(tmp_path):
     profile, plan = random_profile(), random_plan()
     names = lambda paths: [path.name for path in paths if path.stat().st_size > 5000]  # noqa: E731
-    every = ["heads.png", "kinds.png", "density.png", "retained.png"]
+    every = ["heads.png", "masks.png", "kinds.png", "density.png", "retained.png"]
     assert names(draw_all(tmp_path, profile=profile, plan=plan, heads=[(0, 0)])) == every
     assert names(draw_all(tmp_path, profile=profile, heads=[(0, 0)])) == ["heads.png"]
     assert names(draw_all(tmp_path, plan=Plan.uniform(Fingerprint("llama", 1, 2, 2, 8, "0"), "sink(4) | window(8)"))) == [
         "heads.png",
+        "masks.png",
         "kinds.png",
     ]
     assert names(draw_results(tmp_path, result_rows()[:8])) == ["answer_nll.png", "exact_match.png"]
@@ -215,6 +217,25 @@ def measured(candidates=("sink(4) | window(32)", "sink(4) | vertical_slash(mass=
 def stable() -> Stability:
     shape = (3, 3, 3, 4)
     return Stability(MODEL, ("a", "b", "c"), 1024, torch.rand(shape), torch.rand(shape), torch.rand(3, 3, 4))
+
+
+def test_the_gallery_shows_every_mask():
+    rules = ["dense()", "sink(16) | window(16)", "window(16) | top_blocks(2)", "columns(0)"]
+    plan = Plan(MODEL, [[*map(Pattern.parse, rules)], *random_plan().patterns[1:]])
+    figure = mask_gallery(plan, 48)
+    assert_labels_are_readable(figure)
+    sheet = np.asarray(figure.axes[0].images[0].get_array())
+    assert sheet.shape == (3 * 48 + 2 * 5, 4 * 48 + 3 * 5, 3)
+    below = np.tril(np.ones((48, 48), dtype=bool))
+    position = torch.arange(48)
+    for head, text in enumerate(rules):
+        picture = sheet[:48, head * 53 : head * 53 + 48]
+        static = Pattern.of(*(atom for atom in Pattern.parse(text) if not atom.dynamic))
+        kept = static.keep(position[:, None], position[None, :]).numpy()
+        dark = picture.sum(-1) < 1.5
+        assert np.array_equal(dark & below, kept)
+        assert np.allclose(picture[~below], 0xE9 / 255, atol=1e-3)
+    assert mask_gallery(Plan.uniform(MODEL, "window(3)")).axes[0].get_title() == "masks, 512 tokens"
 
 
 def test_kinds_are_told_apart():

@@ -213,3 +213,53 @@ def test_a_browser_shows_rows_alone(tmp_path):
     assert 'data-ready="yes"' in dom
     assert "data-error" not in dom
     assert dom.count("<tr>") == 1 + len(result_rows())
+
+
+# A user in the page: clicks a head in the grid, turns the wheel, drags, types into the filter, sorts by density.
+USER = """
+async function act() {
+  while (document.body.dataset.ready !== "yes") await new Promise((done) => setTimeout(done, 20));
+  const note = (name, value) => (document.body.dataset[name] = value);
+  const send = (target, kind, name, at, more) => {
+    const box = target.getBoundingClientRect();
+    target.dispatchEvent(new kind(name, { clientX: box.left + at[0], clientY: box.top + at[1], bubbles: true, ...more }));
+  };
+  const { width, height } = gridCell();
+  send(element("grid"), MouseEvent, "click", [34 + 0.5 * width, 22 + 1.5 * height]);
+  await new Promise((done) => setTimeout(done, 300));
+  note("name", element("name").textContent);
+  const panel = state.panels[state.panels.length - 1];
+  const middle = [MARGIN.left + panel.side / 2, MARGIN.top + panel.side / 2];
+  panel.canvas.setPointerCapture = () => undefined;
+  note("before", panel.view.span);
+  send(panel.canvas, WheelEvent, "wheel", middle, { deltaY: -1 });
+  note("after", panel.view.span);
+  const { i0, j0 } = panel.view;
+  send(panel.canvas, PointerEvent, "pointerdown", middle, { pointerId: 1 });
+  send(panel.canvas, PointerEvent, "pointermove", [middle[0] + 10, middle[1] - 20], { pointerId: 1 });
+  note("moved", [(panel.view.i0 - i0) / panel.view.span * panel.side, (panel.view.j0 - j0) / panel.view.span * panel.side].join());
+  send(panel.canvas, MouseEvent, "dblclick", middle);
+  note("all", panel.view.span);
+  element("filter").value = "KV 1024 exact";
+  element("filter").dispatchEvent(new Event("input"));
+  note("count", element("count").textContent);
+  document.querySelectorAll("th button")[5].click();
+  note("order", [...document.querySelectorAll("tbody tr")].map((row) => row.children[5].textContent).join());
+}
+act().catch(fail);
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_user_can_move_about(report):
+    path, _ = report
+    acted = path.parent / "acted.html"
+    acted.write_text(path.read_text().replace("</body>", f"<script>{USER}</script></body>"))
+    (body,) = [attributes for tag, attributes, _ in Page(dom_of(acted)).found if tag == "body"]
+    assert "data-error" not in body
+    assert body["data-name"] == "Layer 1, head 0"
+    assert float(body["data-before"]) == float(body["data-all"]) == 1024
+    assert float(body["data-after"]) == pytest.approx(0.8 * 1024)
+    assert [float(number) for number in body["data-moved"].split(",")] == pytest.approx([20, -10])
+    assert body["data-count"] == "4 of 32 rows"
+    assert body["data-order"] == "3.0,20,40,100"

@@ -13,6 +13,7 @@ from attnsieve.show.grids import density_grid, mass_grid
 from attnsieve.show.heads import head_figure
 from attnsieve.show.kinds import kind_map
 from attnsieve.show.lengths import length_figure, measurement_text
+from attnsieve.show.masks import mask_gallery
 from attnsieve.show.report import write_report
 from attnsieve.show.results import result_figure, result_table
 from attnsieve.show.stability import stability_figure, stability_summary, stability_text
@@ -32,6 +33,7 @@ __all__ = [
     "kind_map",
     "length_figure",
     "markdown",
+    "mask_gallery",
     "mass_grid",
     "measurement_text",
     "parse_heads",

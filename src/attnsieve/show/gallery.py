@@ -14,6 +14,7 @@ from attnsieve.show.grids import density_grid, mass_grid
 from attnsieve.show.heads import head_figure
 from attnsieve.show.kinds import kind_map
 from attnsieve.show.lengths import length_figure
+from attnsieve.show.masks import mask_gallery
 from attnsieve.show.results import Row, result_figure
 from attnsieve.show.stability import stability_figure
 from attnsieve.show.views import head_view, spread_heads, typical_heads
@@ -26,10 +27,10 @@ def draw_all(
     plan: Plan | None = None,
     heads: Sequence[tuple[int, int]] | None = None,
 ) -> list[Path]:
-    """heads.png, of a plan kinds.png too and, as far as it knows them, density.png and retained.png; the paths that were written.
+    """heads.png, of a plan masks.png and kinds.png too and, as far as it knows them, density.png and retained.png in `folder`.
 
-    heads: (layer, head) pairs, by default four typical ones. Raises UserError for heads that do not exist and for a profile
-    without maps that comes alone.
+    Returns the paths that were written. heads: (layer, head) pairs, by default four typical ones. Raises UserError for heads
+    that do not exist and for a profile without maps that comes alone.
     """
     require(profile is not None or plan is not None, "figures are drawn from a profile, a plan, or both")
     if heads is None:
@@ -37,6 +38,7 @@ def draw_all(
     views = [head_view(layer, head, profile=profile, plan=plan) for layer, head in heads]
     figures = {"heads.png": head_figure(views, **_boxcox(plan))}
     if plan is not None:
+        figures["masks.png"] = mask_gallery(plan)
         figures["kinds.png"] = kind_map(plan)
     if plan is not None and plan.density is not None:
         figures["density.png"] = density_grid(plan.density)
