@@ -26,13 +26,20 @@ def probed_keys(atom: ProbedKeys, sequence: SequenceQK) -> Chosen:
 def _probed(atom: ProbedBlocks | ProbedKeys, sequence: SequenceQK, keys: int) -> Tensor:
     """float32 [S, C, rows of blocks, key blocks]: attention of sampled rows, summed over them and over `keys` keys each."""
     rows, fresh = _sampled_rows(sequence, atom.block, atom.rows)
+    again = _shortest(sequence, atom.block) < atom.rows
     row_cells = sequence.q.shape[0] * sequence.q.shape[1] * atom.rows * sequence.tokens
     at_once = max(1, CELLS_AT_ONCE.get(sequence.q.device.type, CELLS_AT_ONCE["cuda"]) // row_cells)
-    parts = [
-        (_sum_keys(sequence.attention(part.flatten()), keys).unflatten(2, part.shape) * new[..., None]).sum(3)
-        for part, new in zip(rows.split(at_once), fresh.split(at_once), strict=True)
-    ]
+    parts = []
+    for part, new in zip(rows.split(at_once), fresh.split(at_once), strict=True):
+        mass = _sum_keys(sequence.attention(part.flatten()), keys).unflatten(2, part.shape)
+        parts.append((mass * new[..., None] if again else mass).sum(3))
     return torch.cat(parts, dim=2)
+
+
+def _shortest(sequence: SequenceQK, block: int) -> int:
+    """Queries of the block that has fewest: the call's first or last one."""
+    n, first = sequence.tokens, sequence.first_row
+    return min(n - first, block - first % block, (n - 1) % block + 1)
 
 
 def _sampled_rows(sequence: SequenceQK, block: int, count: int) -> tuple[Tensor, Tensor]:

@@ -44,8 +44,9 @@ class SequenceQK:
     def scores(self, q: Tensor, keys: Tensor) -> Tensor:
         """float32 [S, K, H // K, R, n]: q [S, H, R, D] times keys [S, K, D, n], scaled. K is not expanded."""
         kv_heads, rows = keys.shape[1], q.shape[2]
-        stacked = q.float().reshape(q.shape[0], kv_heads, -1, q.shape[3])
-        scores: Tensor = (stacked @ keys * self.scale).unflatten(2, (-1, rows))
+        # The scale goes into the queries, of which there are fewer than scores.
+        stacked = (q.float() * self.scale).reshape(q.shape[0], kv_heads, -1, q.shape[3])
+        scores: Tensor = (stacked @ keys).unflatten(2, (-1, rows))
         return scores
 
     def merged(self, values: Tensor) -> Tensor:
