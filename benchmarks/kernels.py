@@ -49,7 +49,7 @@ STANDARD = {
         ("select", "vertical_slash(mass=0.95);dma-1024;dma-2048", LLAMA, "32768,131072", "auto", ""),
     ],
     "fa4": [
-        ("prefill", "blocks-10;sink(4) | window(1024)", LLAMA, "32768,131072", "fa4", "fa4"),
+        ("prefill", "blocks-10;C+;sink(4) | window(1024)", LLAMA, "32768,131072", "fa4", "fa4"),
         ("prefill", "blocks-50;blocks-25;blocks-5;B;window(4096);dense()", LLAMA, "32768", "fa4", "fa4"),
         ("prefill", "blocks-25;blocks-10;window(1024);dense()", LLAMA, "8192", "fa4", "fa4"),
     ],

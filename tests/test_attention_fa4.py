@@ -14,6 +14,8 @@ import torch
 from attnsieve import Spans, UserError, attend, compile_layout
 from attnsieve.backends import fa4
 from attnsieve.backends.call import Call
+from attnsieve.backends.fa4 import kernel
+from attnsieve.backends.fa4.lists import lists_of_rule
 from attnsieve.backends.reference import masked_softmax_matmul
 from attnsieve.patterns import columns, dense, diagonals, random_blocks, sink, window
 from attnsieve.testing import assert_within_budget
@@ -30,10 +32,12 @@ HEADS = {
     "blocks": [random_blocks(1, block=128), random_blocks(2, block=128, seed=1)] * 2,
     "wide blocks": [random_blocks(1, block=256)] * 4,
     "shared by groups": [sink(3) | window(70), window(200)],
+    "columns shared by groups": [columns(*range(5, 590, 9)) | window(70), columns(*range(0, 600, 7)) | sink(200) | window(1)],
+    "columns alone": [columns(*range(3, 590, 9)), columns(*range(0, 600, 11))],
     "blocks shared by groups": [random_blocks(1, block=128), random_blocks(2, block=128, seed=1)],
 }
 # Layouts for which lists are found by the Triton backend's schedule.
-BY_SCHEDULE = {"sink and windows", "empty rows", "diagonals", "shared by groups"}
+BY_SCHEDULE = set(HEADS) - {"dense", "window", "narrow window", "blocks", "wide blocks", "blocks shared by groups"}
 
 
 def forward(q, k, v, *, softmax_scale, return_lse, causal=False, window_size_left=None, window_size_right=None, **lists):
@@ -85,6 +89,11 @@ def keep_by_end_or_offset(head, query, key, sizes, vectors):
     return (key <= i) & ((i < vectors[0][head, key]) | (vectors[1][head, (i - key).clamp_min(0)] > 0))
 
 
+def keep_by_interval(head, query, key, sizes, vectors):
+    i = query + sizes.seqlen_k - sizes.seqlen_q
+    return (vectors[0][head, key] <= i) & (i < vectors[1][head, key])
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
     modules = {
@@ -92,7 +101,11 @@ def stand_in(monkeypatch):
         "flash_attn.cute": {},
         "flash_attn.cute.interface": {"_flash_attn_fwd": forward},
         "flash_attn.cute.block_sparsity": {"BlockSparseTensorsTorch": Lists},
-        "attnsieve.backends.fa4.keep": {"keep_by_end": keep_by_end, "keep_by_end_or_offset": keep_by_end_or_offset},
+        "attnsieve.backends.fa4.keep": {
+            "keep_by_end": keep_by_end,
+            "keep_by_end_or_offset": keep_by_end_or_offset,
+            "keep_by_interval": keep_by_interval,
+        },
     }
     for name, content in modules.items():
         module = ModuleType(name)
@@ -110,13 +123,27 @@ def make(patterns, q_len=N, n=N, batch=2, capacity=700):
 
 
 @pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize(("q_len", "n"), [(N, N), (N - 384, N), (130, 130), (1, 1), (44, 300)])
+@pytest.mark.parametrize(("q_len", "n"), [(N, N), (N - 384, N), (130, 130), (5, 5), (44, 300)])
 def test_equals_the_oracle(name, q_len, n, stand_in):
     if name in BY_SCHEDULE and find_spec("triton") is None:
         pytest.skip("needs Triton's interpreter")
     call = make(HEADS[name], q_len, n)
     assert fa4.why_not(call) is None
     assert_within_budget(*fa4.run(call), call)
+
+
+def test_moved_columns_spare_tiles(stand_in):
+    """Where columns are scattered and shared by a group: fewer tiles, and no copy for a few sinks."""
+    pytest.importorskip("triton")
+    call = make(HEADS["columns shared by groups"][:1] * 2)
+    mask = kernel.built(call)
+    assert mask.columns is not None
+    plain = lists_of_rule(call.layout, fa4.TILE).per_query_head(4)
+    # Window tiles, the own tile and one tile of columns: at most 3 of a row of 5.
+    visited = [lists.part_count + lists.whole_count for lists in (mask.lists, plain)]
+    assert int(visited[0][0, 0, 4]) == 3 < int(visited[1][0, 0, 4])
+    assert kernel.built(make([sink(4) | window(70)] * 2)).columns is None
+    assert kernel.built(make(HEADS["columns shared by groups"] * 2)).columns is None, "a column set of each query head's own"
 
 
 def test_what_it_cannot_serve_is_refused_by_name(stand_in):

@@ -244,7 +244,7 @@ def test_triton_work_counts_every_pair_once(rule):
 def test_rows_of_lists_are_those_of_a_chunk():
     layout = compile_layout([random_blocks(2, block=16)], 160)
     lists = lists_of_blocks(layout.blocks, 16)
-    chunk = lists.rows(3, 7)
+    chunk = lists.rows(3, 7, 7)
     assert chunk.part_count.shape == (1, 1, 4)
     assert chunk.whole.shape[-1] <= 7
     assert torch.equal(chunk.whole_count, lists.whole_count[:, :, 3:7])

@@ -7,6 +7,7 @@ from attnsieve import Spans, UserError, attend, compile_layout
 from attnsieve.backends import dense as dense_backend
 from attnsieve.backends import fa4
 from attnsieve.backends.call import Call
+from attnsieve.backends.fa4 import kernel
 from attnsieve.bench.masks import mask
 from attnsieve.patterns import columns, dense, diagonals, random_blocks, sink, vertical_slash, window
 from attnsieve.selection import choose
@@ -70,6 +71,15 @@ def test_fa4_groups_batches_and_shared_masks(group):
     for heads in (2, 2 * group):
         check(make(compile_layout([sink(3) | window(70), window(200)] * (heads // 2), 517), group=group, batch=2), "fa4")
         check(make(compile_layout([HEADS["blocks"][h % 2] for h in range(heads)], 517), group=group, batch=2), "fa4")
+
+
+@needs_fa4
+@pytest.mark.parametrize(("q_len", "n"), [(517, 517), (133, 517), (645, 645)])
+def test_fa4_moves_columns_in_front(q_len, n):
+    heads = [columns(*range(5, 640, 9)) | window(70), columns(*range(0, 640, 7)) | sink(200) | window(1)]
+    call = make(compile_layout(heads, 700), q_len=q_len, n=n, batch=2)
+    assert kernel.built(call).columns is not None
+    check(call, "fa4")
 
 
 @needs_fa4

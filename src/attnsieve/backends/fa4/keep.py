@@ -24,3 +24,12 @@ def keep_by_end_or_offset(batch, head, query, key, sizes, vectors):
     distance = cutlass.max(i[0] - key[0], cutlass.Int32(0))
     offset = scalar_to_ssa(vectors[1][head[0], distance], cutlass.Int32)
     return (key <= i) & ((i < end) | (offset > scalar_to_ssa(cutlass.Int32(0), cutlass.Int32)))
+
+
+@cute.jit
+def keep_by_interval(batch, head, query, key, sizes, vectors):
+    """start[head, slot] <= i < end[head, slot], all counted from the first slot in front of K; int32 [Hq, slots] each."""
+    i = query + scalar_to_ssa(sizes.seqlen_k - sizes.seqlen_q, cutlass.Int32)
+    start = scalar_to_ssa(vectors[0][head[0], key[0]], cutlass.Int32)
+    end = scalar_to_ssa(vectors[1][head[0], key[0]], cutlass.Int32)
+    return (start <= i) & (i < end)

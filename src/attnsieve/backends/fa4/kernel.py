@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from attnsieve.backends.call import Call
 from attnsieve.backends.fa4 import TILE
+from attnsieve.backends.fa4.columns import move_columns
 from attnsieve.backends.fa4.lists import TileLists, lists_of_blocks, lists_of_rule
 from attnsieve.backends.facts import facts
 from attnsieve.layout import Layout
+from attnsieve.patterns import FOREVER
 
 
 def attend(call: Call) -> tuple[Tensor, Tensor]:
@@ -22,11 +25,23 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
         return _forward(call, causal=True)
     if known.window is not None:
         return _forward(call, window_size_left=known.window - 1, window_size_right=0)
-    lists = _lists(call)
-    if known.only_blocks:
+    mask = built(call)
+    lists = _lists(call, mask)
+    if mask.keep is None:
         return _forward(call, causal=True, block_sparse_tensors=lists, pack_gqa=False)
-    keep, vectors = _predicate(call)
-    return _forward(call, mask_mod=keep, aux_tensors=vectors, block_sparse_tensors=lists, pack_gqa=False)
+    rest = {"mask_mod": _predicate(mask.keep), "aux_tensors": mask.vectors, "block_sparse_tensors": lists, "pack_gqa": False}
+    return _forward(call if mask.columns is None else _with_columns(call, mask.columns), **rest)
+
+
+@dataclass(frozen=True)
+class TileMask:
+    """A layout as lists for every query head, the name of the predicate for partial tiles (None: causality), the vectors int32
+    [Hq, slots] that it reads, and the columns int64 [Hkv, C] that lists and vectors expect in front of K."""
+
+    lists: TileLists
+    keep: str | None = None
+    vectors: list[Tensor] = field(default_factory=list)
+    columns: Tensor | None = None
 
 
 def _forward(call: Call, **mask: Any) -> tuple[Tensor, Tensor]:
@@ -37,42 +52,55 @@ def _forward(call: Call, **mask: Any) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2), lse
 
 
-def _lists(call: Call) -> Any:
+def _lists(call: Call, mask: TileMask) -> Any:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    keys = call.k.shape[2]
-    part_count, part, whole_count, whole = built(call).rows((keys - call.q.shape[2]) // TILE, -(-keys // TILE))
+    first, stop = (call.k.shape[2] - call.q.shape[2]) // TILE, -(-call.k.shape[2] // TILE)
+    in_front = 0 if mask.columns is None else mask.columns.shape[1] // TILE
+    part_count, part, whole_count, whole = mask.lists.rows(first, stop, stop + in_front)
     return BlockSparseTensorsTorch(part_count, part, whole_count, whole, block_size=(TILE, TILE))
 
 
-def built(call: Call) -> TileLists:
-    """The layout's lists for every query head, kept with it."""
-    layout, heads = call.layout, call.q.shape[1]
-    return layout.schedule(("fa4 lists", heads), lambda: _build(layout, heads))
-
-
-def _build(layout: Layout, heads: int) -> TileLists:
-    lists = lists_of_rule(layout, TILE) if layout.blocks is None else lists_of_blocks(layout.blocks, TILE)
-    return lists.per_query_head(heads)
-
-
-def _predicate(call: Call) -> tuple[Callable[..., Any], list[Tensor]]:
-    """The predicate for partial tiles and the vectors it reads."""
+def _predicate(name: str) -> Callable[..., Any]:
     from attnsieve.backends.fa4 import keep
 
-    layout, heads = call.layout, call.q.shape[1]
-    vectors = layout.schedule(("fa4 vectors", heads), lambda: _vectors(layout, heads))
-    return (keep.keep_by_end if layout.offset is None else keep.keep_by_end_or_offset), vectors
+    found: Callable[..., Any] = getattr(keep, name)
+    return found
 
 
-def _vectors(layout: Layout, heads: int) -> list[Tensor]:
-    """int32 [Hq, n + tile] each: kernels look at positions of whole tiles, which may end after the last one."""
-    found = [layout.end] if layout.offset is None else [layout.end, layout.offset]
-    shared = heads // layout.heads
-    return [
-        torch.nn.functional.pad(vector[0].to(torch.int32), (0, 2 * TILE)).repeat_interleave(shared, dim=0).contiguous()
-        for vector in found
-    ]
+def _with_columns(call: Call, columns: Tensor) -> Call:
+    """K and V with the columns of their head in front; of positions that are still to come nothing is kept."""
+    index = columns.clamp_max(call.k.shape[2] - 1)[None, :, :, None].expand(len(call.k), -1, -1, call.k.shape[3])
+    k, v = (torch.cat([tensor.gather(2, index), tensor], dim=2) for tensor in (call.k, call.v))
+    return replace(call, k=k, v=v)
+
+
+def built(call: Call) -> TileMask:
+    """What the layout becomes, kept with it."""
+    layout, heads, kv_heads = call.layout, call.q.shape[1], call.k.shape[1]
+    return layout.schedule(("fa4", heads, kv_heads), lambda: _build(layout, heads, kv_heads))
+
+
+def _build(layout: Layout, heads: int, kv_heads: int) -> TileMask:
+    if layout.blocks is not None:
+        return TileMask(lists_of_blocks(layout.blocks, TILE).per_query_head(heads))
+    # Query heads that read the same K need the same columns in front of it.
+    moved = move_columns(layout, TILE) if layout.offset is None and layout.heads == kv_heads else None
+    if moved is not None:
+        # The kernel counts rows and slots from the first slot in front.
+        shift = moved.columns.shape[1]
+        vectors = [torch.where(rows > FOREVER - shift, FOREVER, rows + shift) for rows in (moved.start, moved.end)]
+        return TileMask(moved.lists.per_query_head(heads), "keep_by_interval", _padded(vectors, heads), moved.columns)
+    lists = lists_of_rule(layout, TILE).per_query_head(heads)
+    if layout.offset is None:
+        return TileMask(lists, "keep_by_end", _padded([layout.end[0]], heads))
+    return TileMask(lists, "keep_by_end_or_offset", _padded([layout.end[0], layout.offset[0].to(torch.int32)], heads))
+
+
+def _padded(vectors: list[Tensor], heads: int) -> list[Tensor]:
+    """One row per query head, and room: kernels look at positions of whole tiles, which may end after the last one."""
+    shared = heads // len(vectors[0])
+    return [torch.nn.functional.pad(vector, (0, 2 * TILE)).repeat_interleave(shared, dim=0).contiguous() for vector in vectors]
 
 
 def tile_counts(call: Call) -> tuple[int, int]:
@@ -83,6 +111,6 @@ def tile_counts(call: Call) -> tuple[int, int]:
         visited = sum(min(t, -(-(known.window - 1) // TILE)) + 1 for t in range(first, stop))
         partial = sum(1 + (t * TILE >= known.window) for t in range(first, stop))
         return max(visited - partial, 0) * call.q.shape[1], partial * call.q.shape[1]
-    lists = built(call)
+    lists = built(call).lists
     counts = torch.stack([count[:, :, first:stop].sum() for count in (lists.whole_count, lists.part_count)]).tolist()
     return int(counts[0]), int(counts[1])

@@ -19,10 +19,10 @@ class TileLists(NamedTuple):
     whole_count: Tensor
     whole: Tensor
 
-    def rows(self, first: int, stop: int) -> TileLists:
-        """Query tiles first to stop - 1 against the `stop` key tiles that they can read."""
+    def rows(self, first: int, stop: int, keys: int) -> TileLists:
+        """Query tiles first to stop - 1, which read the first `keys` key tiles."""
         cut = (tensor[:, :, first:stop] for tensor in self)
-        return TileLists(*(tensor[..., :stop].contiguous() if tensor.ndim == 4 else tensor.contiguous() for tensor in cut))
+        return TileLists(*(tensor[..., :keys].contiguous() if tensor.ndim == 4 else tensor.contiguous() for tensor in cut))
 
     def per_query_head(self, heads: int) -> TileLists:
         """The same lists for every query head of a group."""
