@@ -28,6 +28,7 @@ from attnsieve.patterns import (
 )
 from attnsieve.patterns.dynamic import CallAtom
 from attnsieve.selection import choose
+from attnsieve.selection.probe import LastRows, ScatteredRows
 from attnsieve.testing import relative_error
 from tests.laws.samples import atom_classes
 
@@ -377,3 +378,24 @@ def test_a_choice_is_a_fixed_number_of_operations_and_never_waits(pattern):
         counts.append(len(seen.names))
     assert len(set(counts)) == 1
     assert counts[0] < 160
+
+
+@given(st.integers(1, 12), st.integers(1, 40))
+def test_the_two_forms_of_a_probe_agree(count, n):
+    """The last rows as straightened lines, and the same rows as if they were anywhere."""
+    count = min(count, n)
+    rows = torch.arange(n - count, n)
+    attention = torch.rand(2, 3, count, n).masked_fill(torch.arange(n) > rows[:, None], 0)
+    lines, scattered = LastRows(attention.flip(-2)), ScatteredRows(attention, rows)
+    for one, other in (
+        (lines.by_key(lines.cells)[..., -n:], scattered.by_key(scattered.cells)),
+        (lines.by_distance(lines.cells), scattered.by_distance(scattered.cells)),
+    ):
+        torch.testing.assert_close(one, other)
+    assert torch.equal(lines.causal[:, -n:].flip(0), scattered.causal)
+    values = torch.rand(2, 3, n)
+    spread = lines.of_distance(values)[..., -n:].flip(-2)
+    assert torch.equal(spread[..., scattered.causal], scattered.of_distance(values)[..., scattered.causal])
+    expected = sum(attention[0, 0, p, j] for p, i in enumerate(rows.tolist()) for j in [i - 1] if j >= 0)
+    if n > 1:
+        assert float(lines.by_distance(lines.cells)[0, 0, 1]) == pytest.approx(float(expected), abs=1e-5)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnsieve.dam.boxcox import at_least, cut
@@ -27,39 +30,100 @@ def probe_rows(sequence: SequenceQK, probe: int, strided: int = 0) -> Tensor:
 
 def vertical_slash(atom: VerticalSlash, sequence: SequenceQK) -> Chosen:
     """Every probe cell is counted for its column or its offset, whichever holds more; then the fewest with the mass."""
-    rows = probe_rows(sequence, atom.probe, atom.strided)
-    attention = sequence.attention(rows)
-    distance = rows[:, None] - torch.arange(sequence.tokens, device=rows.device)
-    column, offset = attention.sum(-2), _by_distance(attention, distance).sum(-2)
-    # What the offset of every cell holds: the same gather, since key and distance mirror each other within a row.
-    of_cell = offset.unsqueeze(-2).expand_as(attention).gather(-1, distance.clamp_min(0).expand_as(attention))
-    for_column = column.unsqueeze(-2) >= of_cell
-    column_share = (attention * for_column).sum(-2)
-    offset_share = _by_distance(attention * ~for_column, distance).sum(-2)
-    kept = fewest_with_mass(torch.cat([column_share, offset_share], dim=-1), atom.mass)
-    columns, offsets = kept.split(sequence.tokens, dim=-1)
+    probe = probed(sequence, atom.probe, atom.strided)
+    column, offset = probe.by_key(probe.cells), probe.by_distance(probe.cells)
+    for_column = column.unsqueeze(-2) >= probe.of_distance(offset)
+    shares = [probe.by_key(probe.cells * for_column), probe.by_distance(probe.cells * ~for_column)]
+    shares[0] = shares[0][..., -sequence.tokens :]
+    columns, offsets = fewest_with_mass(torch.cat(shares, dim=-1), atom.mass).split(sequence.tokens, dim=-1)
     return Chosen(end=forever(columns), offset=offsets)
 
 
 def dam_online(atom: DamOnline, sequence: SequenceQK) -> Chosen:
     """DAM's threshold and matching on the probe's rows."""
-    rows = probe_rows(sequence, atom.probe, atom.strided)
-    attention = sequence.attention(rows)
-    distance = rows[:, None] - torch.arange(sequence.tokens, device=rows.device)
-    causal = distance >= 0
-    true_mask = at_least(attention, cut(atom.tau, LAMBDA, EPSILON)) & causal
-    enough = atom.mu * causal.sum(0)
-    columns = true_mask.sum(-2) >= enough
-    offsets = _by_distance(true_mask, distance).sum(-2) >= enough
-    return Chosen(end=forever(columns), offset=offsets)
+    probe = probed(sequence, atom.probe, atom.strided)
+    # Cells that no query reads hold 0, which passes a threshold of 0 alone.
+    true_mask = (at_least(probe.cells, cut(atom.tau, LAMBDA, EPSILON)) & probe.causal).float()
+    enough = atom.mu * probe.by_key(probe.causal.float())[..., -sequence.tokens :]
+    columns = probe.by_key(true_mask)[..., -sequence.tokens :] >= enough
+    return Chosen(end=forever(columns), offset=probe.by_distance(true_mask) >= enough)
+
+
+def probed(sequence: SequenceQK, probe: int, strided: int) -> Probe:
+    """The attention of the last `probe` queries, and of `strided` more spread evenly over the queries before them."""
+    rows = probe_rows(sequence, probe, strided)
+    if strided:
+        return ScatteredRows(sequence.attention(rows), rows)
+    return LastRows(sequence.attention(rows.flip(0), seen=sequence.tokens - len(rows)))
+
+
+class Probe(Protocol):
+    """Attention cells of some queries. cells: float32 [S, C, P, W], key j in column W - n + j; causal: bool [P, W], which of them
+    can be read."""
+
+    cells: Tensor
+    causal: Tensor
+
+    def by_key(self, cells: Tensor) -> Tensor:
+        """[..., P, W] -> [..., W]: sums of columns."""
+
+    def by_distance(self, cells: Tensor) -> Tensor:
+        """[..., P, W] -> [..., n]: sums of the cells at each distance."""
+
+    def of_distance(self, values: Tensor) -> Tensor:
+        """[S, C, n] -> [S, C, P, W]: the value of every cell's distance."""
+
+
+class ScatteredRows:
+    """Queries at any positions; W = n."""
+
+    def __init__(self, attention: Tensor, rows: Tensor) -> None:
+        self.cells = attention
+        self._distance = rows[:, None] - torch.arange(attention.shape[-1], device=rows.device)
+        self.causal = self._distance >= 0
+
+    def by_key(self, cells: Tensor) -> Tensor:
+        return cells.sum(-2)
+
+    def by_distance(self, cells: Tensor) -> Tensor:
+        # Key and distance mirror each other within a row: the same gather leads from one to the other.
+        return self._mirrored(cells).masked_fill(~self.causal, 0).sum(-2)
+
+    def of_distance(self, values: Tensor) -> Tensor:
+        return self._mirrored(values.unsqueeze(-2).expand_as(self.cells))
+
+    def _mirrored(self, cells: Tensor) -> Tensor:
+        return cells.gather(-1, self._distance.clamp_min(0).expand_as(cells))
+
+
+class LastRows:
+    """The last P queries, latest first, with P columns of zeros before the keys: W = n + P.
+
+    Cells of equal distance then lie on lines that a view with other strides straightens, so nothing is moved.
+    """
+
+    def __init__(self, attention: Tensor) -> None:
+        rows, n = attention.shape[-2:]
+        self._rows, self._keys = rows, n
+        self.cells = F.pad(attention, (rows, 0))
+        row, column = (torch.arange(size, device=attention.device) for size in (rows, n + rows))
+        self.causal = (column >= rows) & (column < n + rows - row[:, None])
+
+    def by_key(self, cells: Tensor) -> Tensor:
+        return cells.sum(-2)
+
+    def by_distance(self, cells: Tensor) -> Tensor:
+        # Row r, distance d: key n - 1 - r - d, column P + n - 1 - r - d.
+        cells = cells.contiguous()
+        strides = (*cells.stride()[:-2], cells.stride(-2) - 1, 1)
+        lines = cells.as_strided((*cells.shape[:-1], self._keys), strides, cells.storage_offset() + self._rows)
+        return lines.sum(-2).flip(-1)
+
+    def of_distance(self, values: Tensor) -> Tensor:
+        rows, padded = self._rows, F.pad(values.flip(-1), (self._rows, self._rows))
+        return padded.as_strided((*values.shape[:-1], rows, self._keys + rows), (*padded.stride()[:-1], 1, 1))
 
 
 def forever(kept: Tensor) -> Tensor:
     """int32: ends of keys that all rows see, 0 for the others."""
     return torch.where(kept, FOREVER, 0).to(torch.int32)
-
-
-def _by_distance(cells: Tensor, distance: Tensor) -> Tensor:
-    """[..., P, n] by key -> [..., P, n] by distance, 0 where the distance reaches before the text; distance int64 [P, n]."""
-    moved = cells.gather(-1, distance.clamp_min(0).expand_as(cells))
-    return moved.masked_fill(distance < 0, 0)

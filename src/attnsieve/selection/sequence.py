@@ -53,15 +53,15 @@ class SequenceQK:
         """[S, K, H // K, ...] -> [S, C, ...]: the mean of those who choose together."""
         return values.mean(2) if self.together else values.flatten(1, 2)
 
-    def attention(self, rows: Tensor, alive: Tensor | None = None) -> Tensor:
+    def attention(self, rows: Tensor, alive: Tensor | None = None, seen: int = 0) -> Tensor:
         """float32 [S, C, R, nk]: exact causal attention of the queries at absolute positions `rows`, among the keys that
-        `alive`, bool [S, C, nk], leaves them."""
+        `alive`, bool [S, C, nk], leaves them. seen: the first keys, known to be before all rows."""
         scores = self.scores(self.q[:, :, rows - self.first_row], self.keys)
-        hidden = torch.arange(self.tokens, device=rows.device) > rows[:, None]
+        late = scores[..., seen:]
+        late.masked_fill_(torch.arange(seen, self.tokens, device=rows.device) > rows[:, None], -torch.inf)
         if alive is not None:
-            gone = ~alive.unflatten(1, (self.k.shape[1], -1)).unsqueeze(3)
-            hidden = hidden | gone
-        return self.merged(scores.masked_fill_(hidden, -torch.inf).softmax(-1))
+            scores.masked_fill_(~alive.unflatten(1, (self.k.shape[1], -1)).unsqueeze(3), -torch.inf)
+        return self.merged(scores.softmax(-1))
 
 
 @dataclass(frozen=True, eq=False)
