@@ -20,23 +20,20 @@ from tests.gpu_compiler import compiled
 from tests.laws.samples import SAMPLES, dam, patterns
 
 INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = {"portable": torch.float64, "triton": torch.float32}
 TRITON = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 BACKEND = pytest.mark.parametrize("backend", ["portable", pytest.param("triton", marks=TRITON)])
 STATIC = [pattern for pattern in SAMPLES if not any(atom.blocks(8) is not None for atom in pattern)]
 CAPACITY = 140
 
 
-def run(row, kv_heads, pieces, *, pads=(0,), backend="portable", width=16, v_width=8, dtype=None, programs=4):
+def run(row, kv_heads, pieces, *, pads=(0,), backend="portable", width=16, v_width=8, dtype=torch.float16, programs=4):
     """Feed random tokens: several at once, or as negative pieces in single steps, which are compared with the oracle.
 
     Returns the store and the number of rows that were compared.
     """
-    dtype = dtype or BACKENDS[backend]
     n, batch = sum(map(abs, pieces)), len(pads)
     q, k = torch.randn(batch, len(row), n, width, dtype=dtype), torch.randn(batch, kv_heads, n, width, dtype=dtype)
     v = torch.randn(batch, kv_heads, n, v_width, dtype=dtype)
-    q[..., 0], k[..., 0] = 20, 1  # keeps LSEs away from 0, where relative errors mean nothing
     for b, pad in enumerate(pads):
         k[b, :, :pad], v[b, :, :pad] = torch.nan, torch.nan  # padding is never read
     kept = Kept.of(row, kv_heads, CAPACITY)
@@ -103,9 +100,9 @@ def test_widths(widths, backend):
     run(MIXED, 2, [50, -3], backend=backend, width=widths[0], v_width=widths[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_dtypes(dtype):
-    run(MIXED, 2, [50, -5], dtype=dtype)
+    run(MIXED, 2, [50, -8], pads=(0, 1), dtype=dtype)
 
 
 @BACKEND
@@ -136,7 +133,7 @@ def test_rows_of_different_length_in_triton():
 def test_what_is_not_finite_reaches_only_heads_that_keep_its_key(where, value, backend):
     row, n, j = [window(9), columns(40, 70), window(25), diagonals(0, 20) | columns(3)], 60, 40
     kept = Kept.of(row, 2, CAPACITY)
-    q, k, v = (torch.randn(1, heads, n + 1, 16, dtype=BACKENDS[backend]) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(1, heads, n + 1, 16, dtype=torch.float16) for heads in (4, 2, 2))
     results = []
     for tensor in (None, k if where == "k" else v):
         if tensor is not None:
@@ -223,7 +220,7 @@ def test_memory_is_the_sum_over_heads():
 def test_copies_and_selected_rows_go_their_own_way():
     store, _ = run(MIXED, 2, [30, -2], pads=(0, 5))
     before = [tensor.clone() for tensor in store.memory]
-    q, k, v = torch.randn(2, 6, 1, 16).double(), torch.randn(2, 2, 1, 16).double(), torch.randn(2, 2, 1, 8).double()
+    q, k, v = torch.randn(2, 6, 1, 16).half(), torch.randn(2, 2, 1, 16).half(), torch.randn(2, 2, 1, 8).half()
     swapped = torch.tensor([1, 0])
     other, branch = store.select(swapped), copy.deepcopy(store)
     out, _ = other.step(q[swapped], k[swapped], v[swapped], 0.4)
@@ -239,7 +236,7 @@ def test_refusals_name_the_reason(monkeypatch):
             Kept.of([pattern], 1, 64)
     with pytest.raises(UserError, match="room for at least one"):
         Kept.of([dense()], 1, 0)
-    store, _ = run([window(4)], 1, [5])
+    store, _ = run([window(4)], 1, [5], dtype=torch.float64)
     q, k, v = torch.randn(1, 1, 1, 16).double(), torch.randn(1, 1, 1, 16).double(), torch.randn(1, 1, 1, 8).double()
     with pytest.raises(UserError, match=r"in torch\.float32 on cpu"):
         store.step(q.float(), k.float(), v.float(), 1.0)
