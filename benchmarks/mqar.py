@@ -3,10 +3,11 @@
     python benchmarks/mqar.py --minutes 1 --out benchmarks/results/mqar.jsonl
     python benchmarks/mqar.py --minutes 10 --seeds 3 --stages all
 
-Two layers of one head as wide as the model, trained on Zoology's task (4 x pairs <= length) with easier rows mixed in, tested
-with all pairs. A cell is trained with every learning rate, as in Zoology, and the best one counts. Cells come in stages, the most
-telling ones first; cells that the file holds already are not repeated. On a GPU a training step is one CUDA graph, and several
-cells run side by side.
+Two layers of one head as wide as the model. As in Zoology a model is trained on rows with different numbers of pairs, here
+length / 4 (the most that Zoology's rule allows), half of that and so on, and tested on each; w = length / 8, so there are fewer
+and more pairs than a row may keep keys. A model is trained with every learning rate, and the best one counts. Shapes come in
+stages, the most telling ones first; models that the file holds already are not trained again. On a GPU a training step is one
+CUDA graph, and several models are trained side by side.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from attnsieve.nn import DmaConfig, DmaForCausalLM, RecallTask
 from attnsieve.nn.mqar import IGNORED
 
 LAYERS = ("mha", "dma", "dma-window", "swa", "mla", "nsa")
-RATES = (1e-3, 3e-3, 1e-2)
-EASIEST = 2  # pairs of the easiest rows
+RATES = (2e-3, 4e-3)
+FEWEST = 4  # pairs of the easiest rows
 CHECK_EVERY = 250  # steps between looks at the accuracy
 SOLVED = 0.995
 
@@ -40,11 +41,10 @@ Result = tuple["Cell", dict[str, Any]]
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run. keep: keys that a row of dma or swa keeps. noise: random tokens between pairs and questions."""
+    """One model. keep: keys that a row of dma or swa keeps. noise: random tokens between pairs and questions."""
 
     layer: str
     length: int
-    pairs: int
     width: int
     keep: int
     noise: bool
@@ -56,16 +56,18 @@ class Cell:
 
     @property
     def task(self) -> RecallTask:
-        return RecallTask(self.length, self.pairs, self.vocabulary, noise=self.noise)
+        return RecallTask(self.length, self.length // 4, self.vocabulary, noise=self.noise)
 
     @property
-    def levels(self) -> int:
-        """Halvings from all pairs down to the easiest rows."""
-        return max(1, (self.pairs // EASIEST).bit_length())
+    def pairs(self) -> list[int]:
+        """Of the rows of a batch in turn: the most pairs first."""
+        most = self.length // 4
+        return [most >> level for level in range(max(1, (most // FEWEST).bit_length()))]
 
     def configuration(self) -> DmaConfig:
         sizes = {"hidden_size": self.width, "intermediate_size": self.width, "num_hidden_layers": 2, "num_attention_heads": 1}
         common = {"vocab_size": self.vocabulary, "max_position_embeddings": self.length, "tie_word_embeddings": True}
+        common["initializer_range"] = 0.1  # with 0.02 tied embeddings start so small that learning waits for them
         return DmaConfig(**sizes, **common, **self._attention())
 
     def _attention(self) -> dict[str, Any]:
@@ -104,28 +106,36 @@ class Recall:
         return done >= self.cell.steps or (done % CHECK_EVERY == 0 and self.training.read(self.right) > SOLVED)
 
     @torch.no_grad()
-    def test(self, examples: int) -> tuple[float, float]:
-        """Accuracy on rows with all pairs, and its standard error over rows."""
+    def test(self, examples: int) -> dict[str, tuple[float, float]]:
+        """By the number of pairs: accuracy, and its standard error over `examples` rows."""
         self.model.eval()
         random = torch.Generator(self.device).manual_seed(2**20 + self.cell.seed)
-        rows = []
-        for _ in range(-(-examples // self.cell.batch)):
-            predicted, wanted = self._answers(*self.cell.task.sample(self.cell.batch, random))
-            rows += (predicted.argmax(-1) == wanted).float().mean(-1).tolist()
+        levels = len(self.cell.pairs)
+        rows: list[list[float]] = [[] for _ in range(levels)]
+        while len(rows[-1]) < examples:
+            right, asked = self._right(*self._answers(*self.cell.task.sample(self.cell.batch, random, levels)))
+            share = right.sum(1) / asked.sum(1)
+            for level in range(levels):
+                rows[level] += share[level::levels].tolist()
         self.model.train()
-        return mean_and_error(rows)
+        return {str(pairs): mean_and_error(shares) for pairs, shares in zip(self.cell.pairs, rows, strict=True)}
 
     def _loss(self, random: torch.Generator) -> Tensor:
-        levels = self.cell.levels
+        levels = len(self.cell.pairs)
         predicted, wanted = self._answers(*self.cell.task.sample(self.cell.batch, random, levels))
-        asked = wanted[::levels] != IGNORED
-        right = (predicted[::levels].argmax(-1) == wanted[::levels]) & asked
-        self.right.lerp_(right.sum() / asked.sum(), 0.05)
-        return F.cross_entropy(predicted.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
+        right, asked = self._right(predicted, wanted)
+        self.right.lerp_(right[::levels].sum() / asked[::levels].sum(), 0.05)
+        losses = F.cross_entropy(predicted.transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
+        return (losses.sum(1) / asked.sum(1)).mean()  # rows with few pairs count as much, or nothing is learned at first
+
+    def _right(self, predicted: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """bool [B, pairs]: answered rightly; asked at all."""
+        asked = wanted != IGNORED
+        return (predicted.argmax(-1) == wanted) & asked, asked
 
     def _answers(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, pairs, vocabulary] where values are asked for, and the values; IGNORED in rows with fewer pairs."""
-        places = (labels[:, 1:] != IGNORED).int().topk(self.cell.pairs, dim=1).indices
+        places = (labels[:, 1:] != IGNORED).int().topk(self.cell.pairs[0], dim=1).indices
         with autocast(self.device):
             hidden = self.model.model(ids, use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])))
@@ -136,7 +146,7 @@ def train_together(cells: list[Cell], device: torch.device, arguments: argparse.
     """Train cells side by side; the numbers of each as it ends. What the budget does not allow to end is left out."""
     start = time.monotonic()
     active = [Recall(cell, device, not arguments.no_graph) for cell in cells]
-    with tqdm(total=sum(cell.steps for cell in cells), desc=cells[0].layer, unit="step", leave=False, disable=None) as bar:
+    with tqdm(total=sum(cell.steps for cell in cells), desc="train", unit="step", leave=False, disable=None) as bar:
         while active and budget.left > 0:
             for one in active:
                 for _ in range(min(10, one.cell.steps - one.training.done)):
@@ -151,64 +161,68 @@ def train_together(cells: list[Cell], device: torch.device, arguments: argparse.
 
 def _numbers(one: Recall, examples: int, seconds: float) -> dict[str, Any]:
     torch.cuda.synchronize() if one.device.type == "cuda" else None
-    accuracy, error = one.test(examples)
-    numbers = {"accuracy": accuracy, "stderr": error, "trained_steps": one.training.done, "seconds": round(seconds, 2)}
+    found = one.test(examples)
+    numbers: dict[str, Any] = {"accuracy": {pairs: value for pairs, (value, _) in found.items()}}
+    numbers["stderr"] = {pairs: error for pairs, (_, error) in found.items()}
+    numbers |= {"trained_steps": one.training.done, "seconds": round(seconds, 2), "cuda_graph": one.training.graph is not None}
     numbers |= {"parameters": sum(parameter.numel() for parameter in one.model.parameters())}
-    numbers |= {"cuda_graph": one.training.graph is not None}
     if one.cell.layer.startswith("dma"):
         numbers["A"] = [layer.self_attn.A.tolist() for layer in one.model.model.layers]
     return numbers
 
 
 def stages(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Lists of shapes, the most telling first: pairs below and above w, with and without noise; then widths; then lengths."""
-    n, width = arguments.length, arguments.width
-    shape = lambda n, pairs, width, noise: {"length": n, "keep": n // 8, "pairs": pairs, "width": width, "noise": noise}  # noqa: E731
-    yield [shape(n, n // 4, width, False), shape(n, n // 16, width, False)]
-    yield [shape(n, n // 4, width, True), shape(n, n // 16, width, True)]
-    yield [shape(n, n // 8, width, noise) for noise in (False, True)]
-    yield [shape(n, pairs, other, True) for other in (32, 128, 256) if other != width for pairs in (n // 4, n // 16)]
-    yield [shape(other, pairs, width, True) for other in (512, 1024, 2048) if other != n for pairs in (other // 4, other // 16)]
+    """Lists of shapes, the most telling first: without noise, with noise, other widths, other lengths."""
+    shape = lambda n, width, noise: {"length": n, "keep": n // 8, "width": width, "noise": noise}  # noqa: E731
+    yield [shape(arguments.length, arguments.width, False)]
+    yield [shape(arguments.length, arguments.width, True)]
+    yield [shape(arguments.length, width, True) for width in (32, 128, 256) if width != arguments.width]
+    yield [shape(length, arguments.width, True) for length in (512, 1024, 2048) if length != arguments.length]
 
 
-def cells(arguments: argparse.Namespace) -> Iterator[list[Cell]]:
-    """What to train together: the learning rates of one layer, seed and shape."""
+def cells(arguments: argparse.Namespace) -> Iterator[Cell]:
+    """Models in the order of what they tell: layers that stand beside each other are trained together."""
     fixed = {"steps": arguments.steps, "batch": arguments.batch, "vocabulary": arguments.vocabulary}
     count = None if arguments.stages == "all" else int(arguments.stages)
     for stage in islice(stages(arguments), count):
         for seed in range(arguments.seeds):
             for layer in arguments.layers.split(","):
-                yield [Cell(layer, rate=rate, seed=seed, **fixed, **shape) for shape in stage for rate in arguments.rates]
+                for shape in stage:
+                    yield from (Cell(layer, rate=rate, seed=seed, **fixed, **shape) for rate in arguments.rates)
 
 
 def told(cell: Cell, numbers: dict[str, Any]) -> str:
     """One line."""
-    shape = f"{cell.length} tokens, {cell.pairs} pairs, w {cell.keep}, d {cell.width}{', noise' if cell.noise else ''}"
+    shape = f"{cell.length} tokens, w {cell.keep}, d {cell.width}{', noise' if cell.noise else ''}"
     run = f"{numbers['trained_steps']} steps, {numbers['seconds']} s"
-    return f"{cell.layer:10} {shape}, lr {cell.rate:g}, seed {cell.seed}: {numbers['accuracy']:.3f} ({run})"
+    accuracy = ", ".join(f"{pairs}: {value:.3f}" for pairs, value in numbers["accuracy"].items())
+    return f"{cell.layer:10} {shape}, lr {cell.rate:g}, seed {cell.seed}: accuracy by pairs {accuracy} ({run})"
 
 
 def report(path: Path, rows: list[dict[str, Any]]) -> None:
     """Accuracy by layer and pairs: the best learning rate of every seed, mean over seeds."""
-    best: dict[tuple[Any, ...], dict[int, float]] = {}
+    best: dict[tuple[Any, ...], dict[int, dict[str, float]]] = {}
     for row in rows:
-        key = row["length"], row["width"], row["noise"], row["keep"], row["pairs"], row["layer"]
-        of_seed = best.setdefault(key, {})
-        of_seed[row["seed"]] = max(of_seed.get(row["seed"], 0.0), row["accuracy"])
-    shapes = sorted({key[:5] for key in best})
-    layers = [layer for layer in LAYERS if any(key[5] == layer for key in best)]
-    header = ["tokens", "width", "noise", "w", "pairs", *layers]
-    body = [
-        [*map(str, shape), *(written(list(best.get((*shape, layer), {}).values())) for layer in layers)] for shape in shapes
-    ]
-    notes = "Share of asked values that are the most likely token; w keys a row for dma and swa; best of the learning rates."
-    publish(path, "Associative recall", header, body, notes)
-    panels: dict[str, dict[str, list[Any]]] = {}
-    marks = {}
-    for (length, width, noise, keep, pairs, layer), found in sorted(best.items()):
+        of_seed = best.setdefault((row["length"], row["width"], row["noise"], row["keep"], row["layer"]), {})
+        earlier = of_seed.get(row["seed"], {})
+        if sum(row["accuracy"].values()) > sum(earlier.values()):
+            of_seed[row["seed"]] = row["accuracy"]
+    layers = [layer for layer in LAYERS if any(key[-1] == layer for key in best)]
+    body, panels, marks = [], {}, {}
+    for shape in sorted({key[:4] for key in best}):
+        length, width, noise, keep = shape
+        curves: dict[str, list[Any]] = {}
+        found = {layer: list(best.get((*shape, layer), {}).values()) for layer in layers}
+        for pairs in sorted({int(pairs) for seeds in found.values() for accuracy in seeds for pairs in accuracy}):
+            values = {layer: [accuracy[str(pairs)] for accuracy in seeds] for layer, seeds in found.items()}
+            body.append([*map(str, shape), str(pairs), *(written(values[layer]) for layer in layers)])
+            for layer in layers:
+                if values[layer]:
+                    curves.setdefault(layer, []).append((pairs, *mean_and_error(values[layer])))
         name = f"{length} tokens, d {width}, {'noise' if noise else 'no noise'}"
-        panels.setdefault(name, {}).setdefault(layer, []).append((pairs, *mean_and_error(list(found.values()))))
-        marks[name] = keep
+        panels[name], marks[name] = curves, keep
+    notes = "Share of asked values that are the most likely token; w keys a row for dma and swa; best of the learning rates."
+    publish(path, "Associative recall", ["tokens", "width", "noise", "w", "pairs", *layers], body, notes)
     draw(path, panels, "pairs (dashed: w)", "accuracy", marks=marks)
 
 
@@ -224,8 +238,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--test-examples", type=int, default=512)
-    parser.add_argument("--together", type=int, default=6, help="cells that are trained side by side")
+    parser.add_argument("--test-examples", type=int, default=256, help="rows of each number of pairs")
+    parser.add_argument("--together", type=int, default=6, help="models that are trained side by side")
     parser.add_argument("--no-graph", action="store_true", help="launch every operation instead of CUDA graphs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS / "mqar.jsonl")
@@ -235,14 +249,14 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     rows, budget, device = Rows(arguments.out), Budget(arguments.minutes), device_of(arguments.device)
-    for group in cells(arguments):
-        missing = [cell for cell in group if rows.find(asdict(cell)) is None]
-        for first in range(0, len(missing), arguments.together):
-            if budget.left <= 0:
-                break
-            for cell, numbers in train_together(missing[first : first + arguments.together], device, arguments, budget):
-                rows.add(asdict(cell), numbers, device)
-                print(told(cell, numbers), flush=True)
+    missing = [cell for cell in cells(arguments) if rows.find(asdict(cell)) is None]
+    for first in range(0, len(missing), arguments.together):
+        if budget.left <= 0:
+            print(f"out of time, {len(missing) - first} models not trained")
+            break
+        for cell, numbers in train_together(missing[first : first + arguments.together], device, arguments, budget):
+            rows.add(asdict(cell), numbers, device)
+            print(told(cell, numbers), flush=True)
     if rows.all:
         report(arguments.out, rows.all)
 
