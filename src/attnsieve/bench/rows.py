@@ -59,7 +59,8 @@ class Row:
 
     @property
     def efficiency(self) -> float | None:
-        return None if self.speedup is None else self.speedup * self.density
+        """Of attention alone: most of a whole model's time is not its attention."""
+        return None if self.speedup is None or self.op == "ttft" else self.speedup * self.density
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with what follows from it, to six digits."""
@@ -69,7 +70,8 @@ class Row:
     def __str__(self) -> str:
         if self.failure is not None:
             return f"{self.op} {self.backend} {self.mask} {self.batch} x {self.q_len}: {self.failure}"
-        against = "" if self.speedup is None else f", {self.speedup:.2f}x {self.baseline}, efficiency {self.efficiency:.2f}"
+        against = "" if self.speedup is None else f", {self.speedup:.2f}x {self.baseline}"
+        against += "" if self.efficiency is None else f", efficiency {self.efficiency:.2f}"
         building = " with mask building" if self.includes_mask_building else ""
         return (
             f"{self.op} {self.backend} {self.mask} {self.q_len}x{self.kv_len} density {self.density:.4f}{building}: "

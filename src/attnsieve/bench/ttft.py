@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from attnsieve.backends import cost
+from attnsieve.bench import kernels
 from attnsieve.bench.case import DENSE, Case
 from attnsieve.bench.check import Verdict, check_rows
-from attnsieve.bench.kernels import density, run_backend
 from attnsieve.bench.masks import patterns_of
 from attnsieve.bench.rows import Row
 from attnsieve.bench.shapes import Shape
@@ -59,20 +59,21 @@ def _of_length(setting: Setting, model: Any, n: int) -> Iterator[Row]:
 
     mark = fingerprint(model)
     case = _case(setting, mark, n)
-    dense: float | None = None
+    dense: list[Row] = []
     for implementation in setting.dense:
         require(implementation in DENSE_IMPLEMENTATIONS, f"dense runs as {' or '.join(DENSE_IMPLEMENTATIONS)}")
         model.set_attn_implementation(implementation)
         for row in _measured(case, model, implementation, nullcontext, None, None):
-            dense = row.ms_p50 if not row.includes_mask_building else dense
+            dense += [] if row.includes_mask_building else [row]
             yield row
     model.set_attn_implementation("sdpa")
+    fastest = kernels.fastest(dense)
     for mask in setting.masks:
         plan = Plan(mark, (patterns_of(mask, mark.heads),) * mark.layers)
         for backend in setting.backends:
             verdict = _verdict(replace(case, mask=mask), backend)
             under = lambda plan=plan, backend=backend: apply(model, plan, backend=backend)  # noqa: E731
-            yield from _measured(replace(case, mask=mask), model, backend, under, dense, verdict)
+            yield from _measured(replace(case, mask=mask), model, backend, under, fastest, verdict)
 
 
 def _case(setting: Setting, mark: Fingerprint, n: int) -> Case:
@@ -82,7 +83,7 @@ def _case(setting: Setting, mark: Fingerprint, n: int) -> Case:
 
 def _verdict(case: Case, backend: str) -> Verdict:
     call = replace(case, n=min(case.n, _CHECKED_LENGTH), batch=1).call()
-    return check_rows(call, *run_backend(call, "auto" if backend == "fastest" else backend))
+    return check_rows(call, *kernels.run_backend(call, "auto" if backend == "fastest" else backend))
 
 
 def _measured(
@@ -90,7 +91,7 @@ def _measured(
     model: Any,
     name: str,
     under: Callable[[], AbstractContextManager[Any]],
-    dense: float | None,
+    dense: kernels.Dense | None,
     verdict: Verdict | None,
 ) -> Iterator[Row]:
     """The first call and later ones, in milliseconds, or one row that ran out of memory."""
@@ -129,7 +130,7 @@ def _peak(device: str) -> int | None:
 class _Made:
     case: Case
     name: str
-    dense: float | None
+    dense: kernels.Dense | None
     verdict: Verdict | None
 
     def row(self, times: list[float], peak: int | None, building: bool) -> Row:
@@ -146,13 +147,13 @@ class _Made:
             q_len=case.n,
             kv_len=case.n,
             dtype=str(case.dtype).removeprefix("torch."),
-            density=1.0 if case.mask == DENSE else density(replace(case, device="cpu").layout(), case.n, case.n),
+            density=1.0 if case.mask == DENSE else kernels.density(replace(case, device="cpu").layout(), case.n, case.n),
             ms_p20=at(0.2),
             ms_p50=at(0.5),
             ms_p80=at(0.8),
             includes_mask_building=building,
-            baseline=None if self.dense is None else "the model's own attention, dense",
-            baseline_ms_p50=self.dense,
+            baseline=None if self.dense is None else self.dense.name,
+            baseline_ms_p50=None if self.dense is None else self.dense.ms,
             error=None if self.verdict is None else self.verdict.error,
             error_budget=None if self.verdict is None else self.verdict.budget,
             peak_bytes=peak,
