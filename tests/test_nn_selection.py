@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from attnsieve import Spans, UserError
 from attnsieve.nn.segments import Segments
-from attnsieve.nn.selection import SelectionRule, chunked_ends, competition_ends, ordinal, score_of, strict_key
-from attnsieve.nn.selection_oracle import brute_force_mask, heap_ends
+from attnsieve.nn.selection import SelectionRule, competition_ends, ordinal, score_of, strict_key
+from attnsieve.nn.selection_oracle import brute_force_mask, chunked_ends, heap_ends
 
 SIGMA = [4, 7, 2, 7, 5, 5, 9, 1, 5, 7, 3, 8]
 ENDS = [4, 9, 3, 11, 5, 6, 12, 7, 8, 12, 10, 12]

@@ -83,28 +83,6 @@ def competition_ends(sigma: Tensor, budget: int, segments: Segments | None = Non
     return torch.empty_like(ends).scatter_(-1, order, ends)
 
 
-def chunked_ends(sigma: Tensor, budget: int, chunk: int) -> Tensor:
-    """`competition_ends` of one document per row in O(budget + chunk) working memory: survivors compete with new keys."""
-    require(chunk > 0, f"chunk must be positive, got {chunk}")
-    n = sigma.shape[-1]
-    ends = torch.full(sigma.shape, n, dtype=torch.int32, device=sigma.device)
-    alive = torch.empty(*sigma.shape[:-1], 0, dtype=torch.int64, device=sigma.device)
-    for first in range(0, n, chunk):
-        new = torch.arange(first, min(first + chunk, n), device=sigma.device).expand(*sigma.shape[:-1], -1)
-        position = torch.cat([alive, new], dim=-1)
-        local = competition_ends(sigma.gather(-1, position), budget).long()
-        last = position.shape[-1]
-        leaving = position.gather(-1, local.clamp_max(last - 1))
-        ends.scatter_(-1, position, torch.where(local < last, leaving, n).to(torch.int32))
-        alive = position.gather(-1, survivors(local, min(budget, last)))
-    return ends
-
-
-def survivors(ends: Tensor, count: int) -> Tensor:
-    """int64 [..., count]: the slots with the largest ends, ascending."""
-    return ends.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(dim=-1).values
-
-
 def best_first(sigma: Tensor, segments: Segments | None = None) -> Tensor:
     """int64 [B, H, n]: slots ordered by document, then larger score first, then more recent first."""
     # A stable sort of the reversed row puts the more recent of equal keys first, so 32 bits are enough for one document.
