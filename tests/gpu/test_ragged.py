@@ -47,7 +47,7 @@ class Text:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [16, 64, 80, 96, 128, 256])
 def test_widths(width, dtype):
-    Text(MIXED[:4], 2, width=width, dtype=dtype).check_steps()
+    Text(MIXED[:4], 2, width=width, dtype=dtype, pads=(0, 3, 50, 700)).check_steps()
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 32])
