@@ -6,7 +6,7 @@ the width of 128, or for "part" on the CPU: pieces of work that plain torch hand
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,17 +43,17 @@ def _reading(call: Call) -> Work:
 
 
 def _dense(call: Call) -> Work:
-    return _scores(call, {"whole": float(_pairs(call) * call.q.shape[1])})
+    return _scores(call, {"whole": _pairs(call) * call.q.shape[1]})
 
 
 def _fa4(call: Call) -> Work | None:
     from attnsieve.backends.fa4.kernel import tile_counts
 
     if facts(call.layout).dense:
-        return _scores(call, {"whole": float(_pairs(call) * call.q.shape[1]), "partial": 0.0})
+        return _scores(call, {"whole": _pairs(call) * call.q.shape[1], "partial": 0})
     whole, partial = tile_counts(call)
     cells = _QUERY_TILE * _QUERY_TILE
-    return _scores(call, {"whole": float(whole * cells), "partial": float(partial * cells)})
+    return _scores(call, {"whole": whole * cells, "partial": partial * cells})
 
 
 def _triton(call: Call) -> Work:
@@ -65,22 +65,11 @@ def _triton(call: Call) -> Work:
     geometry = Geometry(call, tiles)
     built = schedule(call.layout, geometry.positions, tiles.keys)
     first, stop = _tile_range(call, geometry.positions)
-    in_tiles = [_sums(built.tiles, first, stop)] if built.tiles is not None else []
-    alone = [_sums(built.singles, first, stop)] if built.singles is not None else []
-    sums = torch.stack([part for pair in in_tiles + alone for part in pair]).tolist() if in_tiles or alone else []
-    whole, listed = sums[:2] if in_tiles else (0, 0)
-    singles = sums[-1] if alone else 0
+    counts = [*_sums(built.tiles, call, first, stop), *_sums(built.singles, call, first, stop)]
+    whole, in_tiles, _, alone = torch.stack(counts).tolist()
     cells = geometry.rows * tiles.keys
-    query_rows = (stop - first) * geometry.rows * call.layout.heads
-    return _scores(
-        call,
-        {
-            "whole": float(whole * cells),
-            "partial": float((listed - whole) * cells),
-            "single": float(singles * geometry.rows),
-            "rows": float(query_rows),
-        },
-    )
+    scores = {"whole": whole * cells, "partial": (in_tiles - whole) * cells, "single": alone * geometry.rows}
+    return _scores(call, scores | {"rows": (stop - first) * geometry.rows * call.layout.heads})
 
 
 def _portable(call: Call) -> Work | None:
@@ -96,16 +85,18 @@ def _portable(call: Call) -> Work | None:
                 cells += rows * len(part.keys)
                 scattered += 0 if part.row_keys is None else rows * part.row_keys.shape[1]
                 pieces += 1
-    amounts = _scores(call, {"whole": float(cells), "single": float(scattered)}, batch=1)
+    amounts = _scores(call, {"whole": cells, "single": scattered}, batch=1)
     return amounts | {"part": float(pieces)}
 
 
 _COUNTS: dict[str, Callable[[Call], Work | None]] = {"dense": _dense, "fa4": _fa4, "triton": _triton, "portable": _portable}
 
 
-def _sums(lists: Any, first: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Entries of the lists of query tiles first to stop - 1: those that need no predicate, and all."""
-    return tuple(part.reshape(*lists.count.shape)[..., first:stop].sum() for part in (lists.whole, lists.count))  # type: ignore
+def _sums(lists: Any, call: Call, first: int, stop: int) -> list[Tensor]:
+    """Entries of the lists of query tiles first to stop - 1, if there are lists: those that need no predicate, and all."""
+    if lists is None:
+        return [torch.zeros((), dtype=torch.int64, device=call.q.device)] * 2
+    return [part.view(lists.count.shape)[..., first:stop].sum() for part in (lists.whole, lists.count)]
 
 
 def _tile_range(call: Call, positions: int) -> tuple[int, int]:
@@ -118,7 +109,7 @@ def _pairs(call: Call) -> float:
     return queries * (keys - queries) + queries * (queries + 1) / 2
 
 
-def _scores(call: Call, scores: dict[str, float], batch: int | None = None) -> Work:
+def _scores(call: Call, scores: Mapping[str, float], batch: int | None = None) -> Work:
     """Scores of one batch row in units, made dearer by processors that find no query tile to work on."""
     batch = call.q.shape[0] if batch is None else batch
     width = (call.q.shape[-1] + call.v.shape[-1]) / 2

@@ -15,7 +15,7 @@ from attnsieve.attention import attend, choose_backend
 from attnsieve.backends import cost, cost_work
 from attnsieve.backends.call import Call
 from attnsieve.bench import dense, flex
-from attnsieve.bench.case import Case
+from attnsieve.bench.case import DENSE, Case
 from attnsieve.bench.check import Verdict, check_gradients, check_rows
 from attnsieve.bench.rows import Row
 from attnsieve.bench.timing import Times, measure
@@ -112,16 +112,11 @@ def select(case: Case, budget_ms: float = 200.0) -> Iterator[Row]:
     else:
         row = patterns_of(case.mask, case.q_heads)
         require(any(pattern.dynamic for pattern in row), f"{case.mask} chooses nothing from the input: use op layout")
-        call = replace(case, mask=dense_label(case)).call()
+        call = case.dense().call()
         run = lambda: choose(row, call.q, call.k, spans=call.spans)  # noqa: E731
         call = replace(call, layout=run())
     times, peak = _measured(run, case.device, budget_ms)
     yield _Made("select", case, "attnsieve", call, None, None).row(times, peak, building=True)
-
-
-def dense_label(case: Case) -> str:
-    """The mask of the same shape that keeps everything."""
-    return case.dense().mask
 
 
 def _dense_row(op: str, case: Case, call: Call, name: str, budget_ms: float) -> Row:
@@ -242,7 +237,7 @@ class _Made:
         """What costs are fitted to: forward passes alone."""
         if building or self.op not in ("prefill", "decode") or self.backend == "auto":
             return None
-        backend = cost.DENSE if self.backend in dense.KERNELS and self.case.mask == dense_label(self.case) else self.backend
+        backend = cost.DENSE if self.backend in dense.KERNELS and self.case.mask == DENSE else self.backend
         return cost_work.work(self.call, backend)
 
 

@@ -50,10 +50,6 @@ class Suite:
     batch: int = 1
     budget_ms: float = 200.0
 
-    def __len__(self) -> int:
-        """Sparse measurements, dense ones not counted."""
-        return len(self.shapes) * len(self.lengths) * len(self.masks) * len(self.backends)
-
     def rows(self) -> Iterator[Row | Skipped]:
         """Rows as they are measured, dense attention first; sparse rows are compared with its fastest kernel.
 
