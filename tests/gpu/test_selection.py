@@ -48,7 +48,7 @@ def test_choosing_never_waits(pattern):
             choose([pattern] * 8, queries, k, spans=spans)
 
 
-@pytest.mark.parametrize("pattern", map(shared, VOTING), ids=str)
+@pytest.mark.parametrize("pattern", [shared(pattern) for pattern in VOTING], ids=str)
 def test_masks_of_a_group_serve_all_its_heads(pattern):
     n = 300
     q, k = (tensor.cuda() for tensor in random_qk(1, 8, 2, n, width=64))
