@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from attnsieve.backends import cost
+from attnsieve.backends import cost, graph
 from attnsieve.backends.call import Call
 from attnsieve.errors import UserError, require
 from attnsieve.layout import Layout
@@ -52,9 +52,22 @@ def attend(
     """
     spans = Spans.full(q.shape[0], q.shape[2], k.shape[2], q.device) if spans is None else spans
     call = Call(q, k, v, layout, spans, q.shape[-1] ** -0.5 if scale is None else scale, key_bias)
-    _check(call)
-    out, lse = _module(choose_backend(call) if backend == "auto" else _named(backend, call)).run(call)
+    if torch.compiler.is_compiling():
+        out, lse = _in_graph(backend, call)
+    else:
+        _, out, lse = _run(backend, call)
     return (out, lse) if return_lse else out
+
+
+def _run(backend: str, call: Call) -> tuple[str, Tensor, Tensor]:
+    """Check the call and compute it: the name of the backend, the output and the LSE."""
+    _check(call)
+    name = choose_backend(call) if backend == "auto" else _named(backend, call)
+    out, lse = _module(name).run(call)
+    return name, out, lse
+
+
+_in_graph = graph.operation(_run)
 
 
 def choose_backend(call: Call) -> str:

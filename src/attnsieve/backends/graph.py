@@ -1,0 +1,136 @@
+"""A call as one operation of a graph, for torch.compile: what happens on the host stays out of the trace.
+
+The operation takes a call's tensors and numbers, since graphs hold nothing else. A static layout is known again by its `end`, so
+that its schedules are built once. The gradients are an operation too: by Triton from the output and the LSE, by other backends
+from a second forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnsieve.backends.call import Call
+from attnsieve.layout import Blocks, Layout
+from attnsieve.spans import Spans
+
+# A backend's name and a call -> the name of who ran it, the output and the LSE.
+Run = Callable[[str, Call], tuple[str, Tensor, Tensor]]
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor[] spans, Tensor end, Tensor? offset, Tensor? corner, "
+    "Tensor? corner_rows, Tensor? block_count, Tensor? block_index, int[] numbers, float scale, str backend"
+)
+_KNOWN = "_attnsieve_layout"
+
+
+def operation(run: Run) -> Callable[[str, Call], tuple[Tensor, Tensor]]:
+    """Register `run` as torch.ops.attnsieve.attend, differentiable in q, k, v and key_bias. To be called once."""
+
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        _, out, lse = run(arguments[-1], _call(*arguments[:-1]))
+        return out, lse
+
+    def backward(d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
+        return _gradients(run, arguments[-1], _call(*arguments[:-1]), out, lse, d_out, d_lse)
+
+    attend = torch.library.custom_op("attnsieve::attend", forward, mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor)")
+    attend.register_fake(_fake)
+    schema = f"(Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, {_CALL}) -> Tensor[]"
+    gradients = torch.library.custom_op("attnsieve::attend_backward", backward, mutates_args=(), schema=schema)
+    gradients.register_fake(_fake_gradients)
+    attend.register_autograd(_differentiated(gradients), setup_context=_save)
+    return lambda backend, call: attend(*_arguments(call), backend)
+
+
+def _arguments(call: Call) -> tuple[Any, ...]:
+    """What the operation takes of a call, without the backend."""
+    layout, spans, blocks = call.layout, call.spans, call.layout.blocks
+    count, index = (None, None) if blocks is None else (blocks.count, blocks.index)
+    sides = (0, 0) if blocks is None else (blocks.rows, blocks.keys)
+    most = -1 if layout.most_keys is None else layout.most_keys
+    places = [spans.batch, spans.q_start, spans.q_len, spans.k_start, spans.k_len]
+    vectors = (layout.end, layout.offset, layout.corner, layout.corner_rows, count, index)
+    numbers = [layout.length, most, *sides, *(spans.whole or ())]
+    return call.q, call.k, call.v, call.key_bias, places, *vectors, numbers, float(call.scale)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, places: Sequence[Tensor], *layout_and_scale: Any) -> Call:
+    """The inverse of `_arguments`."""
+    *vectors, numbers, scale = layout_and_scale
+    whole = (numbers[4], numbers[5], numbers[6]) if len(numbers) > 4 else None
+    batch, q_start, q_len, k_start, k_len = places
+    spans = Spans(batch, q_start, q_len, k_start, k_len, whole)
+    return Call(q, k, v, _layout(vectors, numbers), spans, scale, key_bias)
+
+
+def _layout(vectors: Sequence[Any], numbers: Sequence[int]) -> Layout:
+    end, offset, corner, corner_rows, count, index = vectors
+    version, known = getattr(end, _KNOWN, (None, None))
+    if known is not None and version == end._version:
+        found: Layout = known
+        return found
+    length, most, rows, keys = numbers[:4]
+    blocks = None if count is None or index is None else Blocks(rows, keys, count, index)
+    layout = Layout(length, end, offset, corner, corner_rows, blocks, most_keys=None if most < 0 else most)
+    if most < 0:
+        # Masks chosen from the input are used once; remembering them would keep their memory until a collection of cycles.
+        setattr(end, _KNOWN, (end._version, layout))
+    return layout
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=work)
+
+
+def _fake_gradients(*arguments: Any) -> list[Tensor]:
+    *inputs, key_bias = arguments[4:8]
+    return [*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs), _like_bias(key_bias, inputs[0])]
+
+
+def _like_bias(key_bias: Tensor | None, q: Tensor) -> Tensor:
+    """Operations return tensors only: an empty one where there is no bias."""
+    return q.new_empty(0) if key_bias is None else torch.empty_like(key_bias, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, key_bias, places, *vectors, numbers, scale, backend = inputs
+    ctx.save_for_backward(*output, q, k, v, key_bias, *places, *vectors)
+    ctx.others = numbers, scale, backend
+
+
+def _differentiated(gradients: Callable[..., list[Tensor]]) -> Callable[..., tuple[Any, ...]]:
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
+        out, lse, q, k, v, key_bias, *rest = ctx.saved_tensors
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
+        arguments = (q, k, v, key_bias, rest[:5], *rest[5:], *ctx.others)
+        d_q, d_k, d_v, d_bias = gradients(d_out, d_lse, out, lse, *arguments)
+        # The places are a list of tensors, whose gradients are a list too.
+        return d_q, d_k, d_v, None if key_bias is None else d_bias, [None] * 5, *[None] * (len(arguments) - 5)
+
+    return backward
+
+
+def _gradients(run: Run, backend: str, call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> list[Tensor]:
+    with torch.enable_grad():
+        leaves = [None if x is None else x.detach().requires_grad_() for x in (call.q, call.k, call.v, call.key_bias)]
+        q, k, v, key_bias = leaves
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        call = replace(call, q=q, k=k, v=v, key_bias=key_bias)
+        if backend == "triton":
+            from attnsieve.backends.triton.gradients import gradients
+
+            grads = gradients(call, out, lse, d_out, d_lse)
+            found = [grads.q, grads.k, grads.v, grads.key_bias]
+        else:
+            _, *results = run(backend, call)
+            kept = [leaf for leaf in leaves if leaf is not None]
+            found = [*torch.autograd.grad(results, kept, [d_out, d_lse])]
+    return [*(x for x in found if x is not None), *([_like_bias(None, out)] if key_bias is None else [])]
