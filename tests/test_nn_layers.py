@@ -176,6 +176,26 @@ def test_nsa_branches_equal_their_equations(n):
     torch.testing.assert_close(branches, nsa_branches(layer, q, q_rope, k, v), atol=1e-10, rtol=1e-8)
 
 
+def test_nsa_equals_the_reference_of_flash_linear_attention():
+    """Where both know the case: compressed and selected blocks are the same ones."""
+    reference = pytest.importorskip("fla.ops.nsa.naive", reason="pip install fla-core einops")
+    sizes = {"nsa_block": 8, "nsa_stride": 8, "nsa_selected_block": 8, "nsa_selected": 4}
+    layer = dma(torch.float64, attention="nsa", **sizes).model.layers[0].self_attn
+    n, rows = 72, torch.arange(72)
+    q, k, v = (torch.randn(2, heads, n, 8) for heads in (4, 2, 2))
+    k_cmp, v_cmp = torch.randn(2, 2, 2, n // 8, 8)
+    theirs = lambda *tensors: (tensor.transpose(1, 2) for tensor in tensors)  # noqa: E731
+    ours, weights = layer._compression(q, rows, k_cmp, v_cmp)
+    expected, _ = reference.naive_nsa_compression(*theirs(q, k_cmp, v_cmp), 8, 8**-0.5)
+    torch.testing.assert_close(ours, expected.transpose(1, 2))
+    chosen = layer.choose_blocks(weights, rows, n)
+    indices = reference.naive_nsa_topk(*theirs(q, k_cmp), 4, 8, 8**-0.5)
+    listed = F.one_hot(torch.where(indices < 0, 9, indices), 10).amax(-2)[..., :9].bool()
+    assert torch.equal(chosen, listed.transpose(1, 2))
+    selected = reference.naive_nsa_selection(*theirs(q, k, v), indices, 8)
+    torch.testing.assert_close(layer._selection(q, rows, chosen, k, v), selected.transpose(1, 2))
+
+
 def test_nsa_chunks_of_queries_change_nothing(monkeypatch):
     model, ids = model_of("nsa"), distinct_tokens(1, 45)
     expected = model(ids, use_cache=False).logits
