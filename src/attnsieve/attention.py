@@ -55,19 +55,22 @@ def attend(
     if torch.compiler.is_compiling():
         out, lse = _in_graph(backend, call)
     else:
-        _, out, lse = _run(backend, call)
+        out, lse = _run(_choose(backend, call), call)
     return (out, lse) if return_lse else out
 
 
-def _run(backend: str, call: Call) -> tuple[str, Tensor, Tensor]:
-    """Check the call and compute it: the name of the backend, the output and the LSE."""
+def _choose(backend: str, call: Call) -> str:
+    """The name of the backend that computes a call, which is checked."""
     _check(call)
-    name = choose_backend(call) if backend == "auto" else _named(backend, call)
+    return choose_backend(call) if backend == "auto" else _named(backend, call)
+
+
+def _run(name: str, call: Call) -> tuple[Tensor, Tensor]:
     out, lse = _module(name).run(call)
-    return name, out, lse
+    return out, lse
 
 
-_in_graph = graph.operation(_run)
+_in_graph = graph.operation(_choose, _run)
 
 
 def choose_backend(call: Call) -> str:

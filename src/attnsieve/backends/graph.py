@@ -18,8 +18,8 @@ from attnsieve.backends.call import Call
 from attnsieve.layout import Blocks, Layout
 from attnsieve.spans import Spans
 
-# A backend's name and a call -> the name of who ran it, the output and the LSE.
-Run = Callable[[str, Call], tuple[str, Tensor, Tensor]]
+Choose = Callable[[str, Call], str]
+Run = Callable[[str, Call], tuple[Tensor, Tensor]]
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor[] spans, Tensor end, Tensor? offset, Tensor? corner, "
     "Tensor? corner_rows, Tensor? block_count, Tensor? block_index, int[] numbers, float scale, str backend"
@@ -27,15 +27,21 @@ _CALL = (
 _KNOWN = "_attnsieve_layout"
 
 
-def operation(run: Run) -> Callable[[str, Call], tuple[Tensor, Tensor]]:
-    """Register `run` as torch.ops.attnsieve.attend, differentiable in q, k, v and key_bias. To be called once."""
+def operation(choose: Choose, run: Run) -> Callable[[str, Call], tuple[Tensor, Tensor]]:
+    """Register torch.ops.attnsieve.attend, differentiable in q, k, v and key_bias. To be called once.
+
+    choose: what the user asked for and a call -> the name of a backend; run: that name and the call -> output and LSE.
+    """
 
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        _, out, lse = run(arguments[-1], _call(*arguments[:-1]))
-        return out, lse
+        call = _call(*arguments[:-1])
+        return run(choose(arguments[-1], call), call)
 
     def backward(d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
-        return _gradients(run, arguments[-1], _call(*arguments[:-1]), out, lse, d_out, d_lse)
+        call = _with_leaves(_call(*arguments[:-1]))
+        name = choose(arguments[-1], call)
+        found = _of_triton(call, out, lse, d_out, d_lse) if name == "triton" else _by_autograd(name, run, call, d_out, d_lse)
+        return found if call.key_bias is not None else [*found, _like_bias(None, out)]
 
     attend = torch.library.custom_op("attnsieve::attend", forward, mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor)")
     attend.register_fake(_fake)
@@ -116,21 +122,20 @@ def _differentiated(gradients: Callable[..., list[Tensor]]) -> Callable[..., tup
     return backward
 
 
-def _gradients(run: Run, backend: str, call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> list[Tensor]:
-    with torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in (call.q, call.k, call.v, call.key_bias)]
-        q, k, v, key_bias = leaves
-        assert q is not None
-        assert k is not None
-        assert v is not None
-        call = replace(call, q=q, k=k, v=v, key_bias=key_bias)
-        if backend == "triton":
-            from attnsieve.backends.triton.gradients import gradients
+def _with_leaves(call: Call) -> Call:
+    q, k, v = (x.detach().requires_grad_() for x in (call.q, call.k, call.v))
+    return replace(call, q=q, k=k, v=v, key_bias=None if call.key_bias is None else call.key_bias.detach().requires_grad_())
 
-            grads = gradients(call, out, lse, d_out, d_lse)
-            found = [grads.q, grads.k, grads.v, grads.key_bias]
-        else:
-            _, *results = run(backend, call)
-            kept = [leaf for leaf in leaves if leaf is not None]
-            found = [*torch.autograd.grad(results, kept, [d_out, d_lse])]
-    return [*(x for x in found if x is not None), *([_like_bias(None, out)] if key_bias is None else [])]
+
+def _of_triton(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> list[Tensor]:
+    from attnsieve.backends.triton.gradients import gradients
+
+    with torch.no_grad():
+        grads = gradients(call, out, lse, d_out, d_lse)
+    return [x for x in (grads.q, grads.k, grads.v, grads.key_bias) if x is not None]
+
+
+def _by_autograd(name: str, run: Run, call: Call, d_out: Tensor, d_lse: Tensor) -> list[Tensor]:
+    leaves = [x for x in (call.q, call.k, call.v, call.key_bias) if x is not None]
+    with torch.enable_grad():
+        return [*torch.autograd.grad(run(name, call), leaves, [d_out, d_lse])]
