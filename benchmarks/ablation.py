@@ -24,7 +24,7 @@ from experiment import Rows
 from attnsieve import Plan, UserError
 from attnsieve.evaluation import evaluate, make_task
 from attnsieve.evaluation.tasks.language import Fidelity, Perplexity
-from attnsieve.evaluation.text import TextSource, text_source, token_windows
+from attnsieve.evaluation.text import CHARACTERS_PER_TOKEN, TextSource, text_source, token_windows
 from attnsieve.fitting import fit
 from attnsieve.hf import fingerprint, load_model, profile
 from attnsieve.profiling import Profile, estimate_memory
@@ -113,7 +113,6 @@ class Lab:
         self._model, self._tokenizer, self._arguments = model, tokenizer, arguments
         self.rows = Rows(arguments.out)
         self._calibrate = cache(self._calibrated)
-        self._dense: dict[str, Any] = {}
 
     def row(self, factor: str, setting: Setting) -> dict[str, Any]:
         """The row of a setting, from the file or measured now."""
@@ -133,7 +132,7 @@ class Lab:
     def _calibrated(self, pcl: int, documents: int, domain: str) -> tuple[Profile, dict[str, Any]]:
         length = max(pcl, self._arguments.length)
         lengths = (length,) if length > pcl else ()
-        source = part_of(self._source(domain), 0, CALIBRATION_SHARE)
+        source = self._part(domain, 0, CALIBRATION_SHARE)
         texts = token_windows(source, self._tokenizer, length, documents, CALIBRATION_SEED)
         start = time.perf_counter()
         seen = profile(self._model, texts, pcl=pcl, lengths=lengths)
@@ -147,10 +146,10 @@ class Lab:
     def _scores(self, plan: Plan, setting: Setting) -> dict[str, Any]:
         """Held-out text of the first domain and key-value retrieval for all, the own domain's text where it is another."""
         asked = self._arguments
-        first = part_of(self._source(asked.domains[0]), CALIBRATION_SHARE, 1)
+        first = self._part(asked.domains[0], CALIBRATION_SHARE, 1)
         tasks = [Perplexity(first), Fidelity(first), make_task("kv")]
         if setting.domain != asked.domains[0]:
-            tasks.append(Perplexity(part_of(self._source(setting.domain), CALIBRATION_SHARE, 1)))
+            tasks.append(Perplexity(self._part(setting.domain, CALIBRATION_SHARE, 1)))
         # The digest of a plan tells runs apart, so a file of evaluation rows spares dense runs that were made before.
         rows = evaluate(
             self._model,
@@ -177,26 +176,37 @@ class Lab:
             ],
         }
 
+    def _part(self, domain: str, start: float, stop: float) -> TextSource:
+        """A part of a text whose whole is the same for all settings, long enough for the largest calibration set."""
+        asked = self._arguments
+        tokens = max([asked.documents, *asked.counts]) * max([asked.length, asked.pcl, *asked.pcls])
+        return part_of(self._source(domain), start, stop, int(CHARACTERS_PER_TOKEN * tokens / CALIBRATION_SHARE))
+
     def _source(self, domain: str) -> TextSource:
         if domain == "text":
             return text_source(self._arguments.text)
         return {"code": code, "dialogue": dialogue}[domain]() if domain in ("code", "dialogue") else text_source(domain)
 
 
-def part_of(source: TextSource, start: float, stop: float) -> TextSource:
-    """The characters of a text between two shares of its whole."""
-
-    def read(characters: int) -> str:
-        text = source.read(int(characters / (stop - start)) + 1)
-        return text[int(start * len(text)) : int(stop * len(text))]
-
-    return TextSource(f"{source.name} {start:g}-{stop:g}", read)
+def part_of(source: TextSource, start: float, stop: float, whole: int) -> TextSource:
+    """What lies between two shares of the first `whole` characters of a text."""
+    text = source.read(whole)[:whole]
+    part = text[int(start * len(text)) : int(stop * len(text))]
+    return TextSource(f"{source.name} {start:g}-{stop:g}", lambda _: part)
 
 
 def code() -> TextSource:
     """The modules of Python's standard library, one after the other."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    return TextSource("code", lambda _: "\n\n".join(file.read_text(encoding="utf-8") for file in files))
+
+    def read(characters: int) -> str:
+        parts: list[str] = []
+        for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+            parts.append(file.read_text(encoding="utf-8"))
+            if sum(map(len, parts)) >= characters:
+                break
+        return "\n\n".join(parts)
+
+    return TextSource("code", read)
 
 
 def dialogue() -> TextSource:
@@ -204,9 +214,10 @@ def dialogue() -> TextSource:
     task = make_task("longeval-topics")
 
     def read(characters: int) -> str:
-        random, parts = Random("ablation"), []
-        while sum(map(len, parts)) < characters:
+        random, parts, size = Random("ablation"), [], 0
+        while size < characters:
             parts.append(task.build(random, 8).queries[0].prompt)
+            size += len(parts[-1])
         return "\n\n".join(parts)
 
     return TextSource("dialogue", read)
