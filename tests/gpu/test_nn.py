@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from attnsieve import Spans
-from attnsieve.nn import BoundedCache, SelectionRule, dynamic_mask_attention
+from attnsieve.nn import BoundedCache, DynamicMaskAttention, RecallTask, SelectionRule, dynamic_mask_attention
 from attnsieve.nn.quantile import walk
 from attnsieve.nn.scores import key_scores
 from attnsieve.nn.segments import Segments
 from attnsieve.nn.selection import competition_ends
+from tests.nn_tiny import distinct_tokens, dma
 
 kth_position = pytest.importorskip("attnsieve.nn.quantile_triton", exc_type=ImportError).kth_position
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -75,6 +76,75 @@ def test_outputs_and_gradients_equal_float64(backend, dtype):
         # The gradient of A is a small difference of large sums: the rounding of bfloat16 outputs reaches it magnified.
         allowed = 0.02 if name != "A" else {torch.bfloat16: 1.0, torch.float32: 0.05}[dtype]
         assert error < allowed, f"{name}: {error}"
+
+
+def test_a_training_step_replays_as_one_graph():
+    """Nothing in selection, attention or their gradients waits for the host or makes new shapes."""
+    model = dma(head_dim=16, window=4, qk_norm=True).cuda().train()
+    ids = distinct_tokens(2, 200).cuda()
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        return loss.detach()
+
+    expected = step()
+    grads = [parameter.grad.clone() for parameter in model.parameters()]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        loss = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(loss, expected)
+    for (name, parameter), grad in zip(model.named_parameters(), grads, strict=True):
+        assert (parameter.grad - grad).norm() <= 1e-3 * grad.norm() + 1e-6, name
+
+
+def test_the_module_compiles_whole():
+    layer = DynamicMaskAttention(2, 64, 128, window=16, initial_A=0.1).cuda()
+    tensors = [tensor.detach().requires_grad_() for tensor in inputs(500)[:3]]
+    results = []
+    for run in (torch.compile(layer, fullgraph=True), layer):
+        out = run(*tensors)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), [*tensors, *layer.parameters()])])
+    for actual, expected in zip(*results, strict=True):
+        assert (actual - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_tokens_taken_back_leave_no_trace():
+    q, k, v, weight, a = (tensor.detach() for tensor in inputs(300, torch.float32))
+    rule = SelectionRule(32, window=8, sinks=2)
+    whole = dynamic_mask_attention(q, k, v, dt_weight=weight, A=a, keep_window_size=32, window=8, sinks=2)
+    cache = BoundedCache(rule)
+    for first, last, back in [
+        (0, 200, 0),
+        (200, 220, 13),
+        *((t, t + 1, 0) for t in range(207, 230)),
+        (230, 231, 9),
+        (222, 300, 0),
+    ]:
+        delta, sigma = key_scores(v[:, :, first:last], weight, None, a)
+        out = cache.attend(*(tensor[:, :, first:last] for tensor in (q, k, v)), delta, sigma)
+        torch.testing.assert_close(out, whole[:, :, first:last], atol=2e-2, rtol=2e-2)
+        if back:
+            cache.take_back(back)
+        elif not cache.recording:
+            cache.record()
+
+
+def test_recall_rows_are_drawn_on_the_device():
+    random = torch.Generator("cuda").manual_seed(0)
+    ids, labels = RecallTask(256, 64).sample(30, random, levels=3)
+    assert ids.is_cuda
+    assert (labels != -100).sum(1).tolist() == [64, 32, 16] * 10
+    for row, asked in zip(ids.cpu()[::3], labels.cpu()[::3], strict=True):
+        memory = dict(zip(row[:128:2].tolist(), row[1:128:2].tolist(), strict=True))
+        assert {int(row[t - 1]): int(asked[t]) for t in (asked != -100).nonzero().flatten()} == memory
 
 
 def test_decoding_equals_the_whole_text():
