@@ -142,6 +142,9 @@ def test_moved_columns_spare_tiles(stand_in):
     # Window tiles, the own tile and one tile of columns: at most 3 of a row of 5.
     visited = [lists.part_count + lists.whole_count for lists in (mask.lists, plain)]
     assert int(visited[0][0, 0, 4]) == 3 < int(visited[1][0, 0, 4])
+    # In a wide window the tiles between its ends stay whole: columns leave them when the window does.
+    wide = kernel.built(make([columns(*range(5, 590, 9)) | window(400)] * 2))
+    assert wide.lists.whole[0, 0, 4, : wide.lists.whole_count[0, 0, 4]].tolist() == [1 + 2, 1 + 3]
     assert kernel.built(make([sink(4) | window(70)] * 2)).columns is None
     assert kernel.built(make(HEADS["columns shared by groups"] * 2)).columns is None, "a column set of each query head's own"
 
