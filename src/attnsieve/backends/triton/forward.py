@@ -213,6 +213,7 @@ def forward_kernel(
             LISTED,
             BLOCK,
             PRECISION,
+            min(N, 32),
         )
     # A total of NaN is a NaN in K or q, not an empty row.
     empty = total == 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnsieve.backends.triton.bits import tile_keys
 from attnsieve.backends.triton.common import list_keep, load_rows, scores, tile_keep
 
 
@@ -63,30 +62,31 @@ def sums_of_finite(
     LISTED: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """Sums [R, DVP] of the weighted finite values, NaN in rows that keep a key with others."""
+    """Sums [R, DVP] of the weighted finite values, NaN in rows that keep a key with others. STEP keys at a time: less code."""
     base = tl.where(peak == -float("inf"), 0.0, peak)
     acc = tl.zeros([q_tile.shape[0], DVP], tl.float32)
     spoilt = tl.zeros([q_tile.shape[0]], tl.int32)
     if tiles is not None:
         p_tiles = tiles.items + tl.load(tiles.start + o_list)
-        for x in tl.range(0, tl.load(tiles.count + o_list), num_stages=1):
-            j0 = tl.load(p_tiles + x) * N
-            j = tile_keys(mask, j0, N)
+        for x in tl.range(0, tl.load(tiles.count + o_list) * (N // STEP), num_stages=1):
+            j0 = tl.load(p_tiles + x // (N // STEP)) * N + x % (N // STEP) * STEP
+            j = j0 + tl.arange(0, STEP)
             ok = j < k_len
-            keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK, True) & ok[None, :]
+            keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, STEP, LISTED, BLOCK, False)
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
             s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION)
-            acc, spoilt = _absorb_finite(acc, spoilt, s, base, scale, keep, v, p_v, j, ok, DV, DVP, PRECISION)
+            acc, spoilt = _absorb_finite(acc, spoilt, s, base, scale, keep & ok[None, :], v, p_v, j, ok, DV, DVP, PRECISION)
     if singles is not None:
         p_singles = singles.items + tl.load(singles.start + o_list)
         n_singles = tl.load(singles.count + o_list)
-        for x in tl.range(0, n_singles, N, num_stages=1):
-            o_x = x + tl.arange(0, N)
+        for x in tl.range(0, n_singles, STEP, num_stages=1):
+            o_x = x + tl.arange(0, STEP)
             j = tl.load(p_singles + o_x, mask=o_x < n_singles, other=0)
             ok = (o_x < n_singles) & (j < k_len)
-            keep = list_keep(mask, o_zh, i[:, None], j[None, :], j[None, :], cut, ok[None, :], LISTED) & ok[None, :]
+            keep = list_keep(mask, o_zh, i[:, None], j[None, :], j[None, :], cut, ok[None, :], LISTED)
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
             s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION)
-            acc, spoilt = _absorb_finite(acc, spoilt, s, base, scale, keep, v, p_v, j, ok, DV, DVP, PRECISION)
+            acc, spoilt = _absorb_finite(acc, spoilt, s, base, scale, keep & ok[None, :], v, p_v, j, ok, DV, DVP, PRECISION)
     return tl.where((spoilt != 0)[:, None], float("nan"), acc)
