@@ -202,14 +202,18 @@ def test_a_browser_shows_the_values(report):
     assert float(numbers[2]) == pytest.approx(float(transform(value, 0.5, 1e-10)), rel=1e-3)
     kept = given["plan"].row(0)[0].keep(torch.tensor(12), torch.tensor(5))
     assert numbers[3] == ("kept" if kept else "left out")
-    assert dom.count("<canvas") == 5
+    assert dom.count("<canvas") == 6
     assert dom.count("<tr>") == 1 + len(result_rows())
     assert text_of(dom, "count") == "32 of 32 rows"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_browser_shows_rows_alone(tmp_path):
-    dom = dom_of(write_report(tmp_path / "rows.html", rows=result_rows()))
+    path = write_report(tmp_path / "rows.html", rows=result_rows())
+    hidden = "document.body.dataset.hidden = getComputedStyle(document.querySelector('main')).display"
+    path.write_text(path.read_text().replace("</body>", f"<script>{hidden}</script></body>"))
+    dom = dom_of(path)
+    assert 'data-hidden="none"' in dom
     assert 'data-ready="yes"' in dom
     assert "data-error" not in dom
     assert dom.count("<tr>") == 1 + len(result_rows())
@@ -240,6 +244,11 @@ async function act() {
   note("moved", [(panel.view.i0 - i0) / panel.view.span * panel.side, (panel.view.j0 - j0) / panel.view.span * panel.side].join());
   send(panel.canvas, MouseEvent, "dblclick", middle);
   note("all", panel.view.span);
+  element("curve-metric").value = "exact_match";
+  element("curve-metric").dispatchEvent(new Event("change"));
+  send(element("curves"), PointerEvent, "pointermove", [curves.points[0].x, curves.points[0].y]);
+  note("point", element("point").textContent);
+  note("points", curves.points.length);
   element("filter").value = "KV 1024 exact";
   element("filter").dispatchEvent(new Event("input"));
   note("count", element("count").textContent);
@@ -261,5 +270,7 @@ def test_a_user_can_move_about(report):
     assert float(body["data-before"]) == float(body["data-all"]) == 1024
     assert float(body["data-after"]) == pytest.approx(0.8 * 1024)
     assert [float(number) for number in body["data-moved"].split(",")] == pytest.approx([20, -10])
+    assert body["data-points"] == "3"
+    assert body["data-point"] == "paper: density 3.0 %, exact_match 0.03000 ± 0.050"
     assert body["data-count"] == "4 of 32 rows"
     assert body["data-order"] == "3.0,20,40,100"

@@ -31,6 +31,8 @@ from attnsieve.show.kinds import KINDS, kind_of
 from attnsieve.show.results import Row
 from attnsieve.show.views import check_place, model_of, typical_heads
 
+# The page's code, in this order.
+SCRIPTS = ("data.js", "panel.js", "heads.js", "curves.js", "rows.js", "main.js")
 # Masks are drawn for up to this many tokens, mean maps for as many heads as fit into this many bytes before packing.
 TOKENS, MOST_TOKENS = 1024, 4096
 MOST_MAP_BYTES = 24 << 20
@@ -68,7 +70,8 @@ def page(content: dict[str, Any]) -> str:
     web = files("attnsieve.show") / "web"
     # Nothing in the data can end the script element that holds it.
     data = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    parts = {"title": html.escape(content["title"]), "style": _read(web, "report.css"), "script": _read(web, "report.js")}
+    script = "\n\n".join(_read(web, name) for name in SCRIPTS)
+    parts = {"title": html.escape(content["title"]), "style": _read(web, "report.css"), "script": script}
     text = _read(web, "report.html")
     for name, part in {**parts, "data": data}.items():
         text = text.replace("{{" + name + "}}", part)
