@@ -7,7 +7,15 @@ from attnsieve.hf import apply, fingerprint
 from attnsieve.plan import Plan
 from tests.hf_tiny import close, logits, tiny, tokens
 
-RULES = ["top_blocks(1, block=4) | window(2)", "vertical_slash(mass=0.6, probe=4) | window(1)"]
+RULES = [
+    "top_blocks(1, block=4) | window(2)",
+    "vertical_slash(mass=0.6, probe=4) | window(1)",
+    'probed_blocks(mass=0.6, block=4, share="kv") | window(2)',
+    "heavy_hitters(3, 2, block=4)",
+    'voted_keys(3, probe=2, pool=1, share="kv") | window(2)',
+    "last_queries(3, block=4) | window(2)",
+    "dense_prefill() | voted_keys(4, probe=2)",
+]
 LENGTHS = [19, 7, 12]
 
 
