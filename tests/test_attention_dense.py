@@ -97,3 +97,17 @@ def test_facts_of_a_captured_corner_and_of_bounded_rows_are_none():
     assert facts(Layout(8, end, most_keys=8)) == facts(Layout(8, end, passing=True)) == Facts()
     corner = torch.full((1, 4, 1), 255, dtype=torch.uint8)
     assert facts(Layout(8, end, corner=corner, corner_rows=torch.tensor([4], dtype=torch.int32))) == Facts()
+
+
+def test_compiled_gradients_through_auto_where_dense_is_the_fastest():
+    """The forward pass may run dense, the backward pass must not: dense kernels give no gradient through the LSE."""
+    call = make(40, 40)
+
+    def loss(q):
+        out, lse = attend(q, call.k, call.v, call.layout, return_lse=True)
+        return (out.square().sum() + lse.sum()).float()
+
+    leaves = [call.q.clone().requires_grad_() for _ in range(2)]
+    loss(leaves[0]).backward()
+    torch.compile(loss, backend="aot_eager", fullgraph=True)(leaves[1]).backward()
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad)

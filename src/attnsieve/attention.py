@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
@@ -23,8 +22,8 @@ BACKENDS = {
     "dense": "attnsieve.backends.dense",
 }
 # Who "auto" compares on each kind of device: the first that can serve is taken where nothing was measured, portable if none can.
-_ON_GPU = ("triton", "fa4", "dense")
-_ON_CPU = ("portable", "dense")
+_ON_GPU: tuple[str, ...] = ("triton", "fa4", "dense")
+_ON_CPU: tuple[str, ...] = ("portable", "dense")
 
 
 def attend(
@@ -76,12 +75,10 @@ _in_graph = graph.operation(_choose, _run)
 def choose_backend(call: Call) -> str:
     """The backend that "auto" takes: of those that can serve this call the one that `cost.predict` finds the fastest.
 
-    On a device that nothing was measured on, and under torch.compile, which must not read the device, the first that can
-    serve of Triton, FA4, dense and portable on a GPU; portable on a CPU.
+    On a device that nothing was measured on, the first that can serve of Triton, FA4, dense and portable on a GPU; portable
+    on a CPU.
     """
-    candidates: Sequence[str] = _ON_GPU if call.q.is_cuda else _ON_CPU
-    if torch.compiler.is_compiling():
-        candidates = candidates[:1]
+    candidates = _ON_GPU if call.q.is_cuda else _ON_CPU
     serving = [name for name in candidates if _module(name).why_not(call) is None]
     return cost.cheapest(call, serving) if serving else "portable"
 

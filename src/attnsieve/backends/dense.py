@@ -19,7 +19,7 @@ def why_not(call: Call) -> str | None:
     """The reason why this backend cannot serve `call`, or None."""
     if call.key_bias is not None:
         return "torch's dense kernels add no key bias"
-    if torch.is_grad_enabled() and call.needs_grad:
+    if call.needs_grad:
         return "torch's dense kernels give no gradient through the LSE"
     if not call.whole:
         return "the sequences do not fill their batch rows (padding or packing), which torch's dense kernels cannot see"

@@ -48,7 +48,7 @@ def _why_not_inputs(call: Call) -> str | None:
         return f"head widths must be equal, a multiple of 8 and at most {WIDEST}, got {width} and {v_width}"
     if call.key_bias is not None:
         return "FlashAttention-4 adds no key bias"
-    if torch.is_grad_enabled() and call.needs_grad:
+    if call.needs_grad:
         return "gradients are computed by the Triton backend"
     if not call.whole:
         return "the sequences do not fill their batch rows (padding or packing)"
