@@ -48,7 +48,7 @@ def test_recall(command, tmp_path, capsys):
     rows = rows_of(out)
     assert [row["layer"] for row in rows] == ["mha", "dma", "nsa"]
     assert {row["keep"] for row in rows} == {4}
-    assert all(set(row["accuracy"]) == {"8", "4"} and row["trained_steps"] == 3 for row in rows)
+    assert all(set(row["accuracy"]) == {"8", "4", "2"} and row["trained_steps"] == 3 for row in rows)
     assert {"A"} == set().union(*(set(row) for row in rows)) - set(rows[0])
     assert "| 32" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 5000

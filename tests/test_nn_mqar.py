@@ -37,7 +37,7 @@ def test_easier_rows_have_fewer_pairs():
     for row, asked in zip(ids[1::3], labels[1::3], strict=True):
         memory = dict(zip(row[:8:2].tolist(), row[1:8:2].tolist(), strict=True))
         assert {int(row[t - 1]): int(asked[t]) for t in (asked != IGNORED).nonzero().flatten()} == memory
-    assert ids[2::3, 4:16].ge(500).double().mean() == pytest.approx(0.5, abs=0.1)
+    assert (labels[2::3] != IGNORED).nonzero()[:, 1].min() == 5
 
 
 def test_without_noise_there_is_nothing_but_pairs_and_questions():

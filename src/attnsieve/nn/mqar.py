@@ -47,27 +47,30 @@ class RecallTask:
 
         As in transformers, the logits at t are scored with labels[t + 1]. random: a seed, or a generator, on whose device
         the examples are made, without waiting for it. levels: of every `levels` rows one has all pairs, the next one half of
-        them, then a quarter and so on, other tokens in place of the rest. Models learn from easy rows first.
+        them, then a quarter and so on, with questions as near as if it were a task of its own. Models learn from near questions
+        first.
         """
         if isinstance(random, int):
             random = torch.Generator().manual_seed(random)
         half, device = self.vocabulary // 2, random.device
-        keys = 1 + _distinct(torch.ones(half - 1, device=device), examples, self.pairs, random)
-        values = half + _distinct(torch.ones(self.vocabulary - half, device=device), examples, self.pairs, random)
-        highest = self.vocabulary if self.noise else 1
-        ids = torch.randint(highest, (examples, self.length), generator=random, device=device)
-        count = (self.pairs >> (torch.arange(examples, device=device) % levels)).clamp_min(1)
-        real = torch.arange(self.pairs, device=device) < count[:, None]
-        room = (self.length - 2 * self.pairs) // 2
-        gap = torch.arange(1, room + 1, dtype=torch.float32, device=device) ** (self.power - 1)
-        asked = 2 * self.pairs + 2 * _distinct(gap, examples, self.pairs, random)
-        for place, tokens in ((2 * torch.arange(self.pairs, device=device), keys), (asked, keys)):
-            place = place.expand_as(tokens)
+        count = (self.pairs >> (torch.arange(examples, device=device) % levels)).clamp_min(1)[:, None]
+        slot = torch.arange(self.pairs, device=device).expand(examples, -1)
+        real = slot < count
+        keys = 1 + _distinct(torch.ones(examples, half - 1, device=device), self.pairs, random)
+        values = half + _distinct(torch.ones(examples, self.vocabulary - half, device=device), self.pairs, random)
+        asked = torch.where(real, 2 * count + 2 * _distinct(self._gaps(count), self.pairs, random), 0)
+        ids = torch.randint(self.vocabulary if self.noise else 1, (examples, self.length), generator=random, device=device)
+        for place, tokens in ((2 * slot, keys), (2 * slot + 1, values), (asked, keys)):
             ids.scatter_(1, place, torch.where(real, tokens, ids.gather(1, place)))
-        place = 2 * torch.arange(self.pairs, device=device).expand_as(values) + 1
-        ids.scatter_(1, place, torch.where(real, values, ids.gather(1, place)))
         labels = torch.full_like(ids, IGNORED).scatter_(1, asked + 1, torch.where(real, values, IGNORED))
         return ids, labels
+
+    def _gaps(self, count: Tensor) -> Tensor:
+        """float32 [examples, steps of two tokens]: weights of the gaps between a row's pairs, `count` [examples, 1], and its
+        queries; 0 where there is no room."""
+        steps = torch.arange(self.length // 2 - 1, device=count.device)
+        law = (steps + 1.0) ** (self.power - 1)
+        return law.masked_fill(steps >= self.length // 2 - count, 0.0)
 
 
 def recall_accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -77,11 +80,11 @@ def recall_accuracy(logits: Tensor, labels: Tensor) -> float:
     return float(right[asked].double().mean())
 
 
-def _distinct(weights: Tensor, rows: int, count: int, random: torch.Generator) -> Tensor:
-    """int64 [rows, count]: indices drawn without replacement, each next one in proportion to the weights left."""
+def _distinct(weights: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """int64 [rows, count]: indices drawn without replacement, each next one in proportion to the weights [rows, m] left."""
     # The Gumbel trick: the order of log weights plus Gumbel noise is that of drawing one after the other.
     parts = []
-    for first in range(0, rows, _ROWS):
-        uniform = torch.rand(min(_ROWS, rows - first), len(weights), generator=random, device=random.device)
-        parts.append((weights.log() - (-uniform.log()).log()).topk(count, dim=1).indices)
+    for some in weights.split(_ROWS):
+        uniform = torch.rand(some.shape, generator=random, device=random.device)
+        parts.append((some.log() - (-uniform.log()).log()).topk(count, dim=1).indices)
     return torch.cat(parts)
