@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnsieve import Pattern, Spans, UserError, attend
+from attnsieve import Pattern, Spans, UserError, attend, compile_layout
 from attnsieve.patterns import (
     antidiagonal_blocks,
     columns,
@@ -30,7 +30,7 @@ from attnsieve.patterns.dynamic import CallAtom
 from attnsieve.selection import choose
 from attnsieve.selection.probe import LastRows, ScatteredRows
 from attnsieve.testing import relative_error
-from tests.laws.samples import atom_classes
+from tests.laws.samples import atom_classes, dam
 
 BLOCK = 16
 SAMPLES = [
@@ -399,3 +399,21 @@ def test_the_two_forms_of_a_probe_agree(count, n):
     expected = sum(attention[0, 0, p, j] for p, i in enumerate(rows.tolist()) for j in [i - 1] if j >= 0)
     if n > 1:
         assert float(lines.by_distance(lines.cells)[0, 0, 1]) == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("n", [7, 20, 61, 300])
+def test_static_heads_are_what_compiling_gives(n):
+    """Static parts are compiled for more positions and cut, captured rows and blocks included."""
+    row = [dam(33, (0, 7), (0, 1, 6)), random_blocks(1, block=8), sink(2) | window(5), columns(3) | diagonals(0, 4)]
+    exact = compile_layout(row, n)
+    q, k = random_qk(1, 4, 4, n)
+    chosen = choose(row, q, k)
+    rows = torch.arange(n)
+    assert (chosen.length, chosen.pairs().tolist()) == (n, exact.pairs().tolist())
+    assert torch.equal(chosen.dense(rows, rows), exact.dense(rows, rows))
+    for tensor in (chosen.end, chosen.offset, chosen.corner, chosen.blocks.count, chosen.blocks.index):
+        assert tensor.is_contiguous()
+    v = torch.randn_like(k)
+    assert relative_error(attend(q, k, v, chosen), attend(q, k, v, exact)) < 1e-6
+    beside = choose([*row[:3], vertical_slash(mass=1.0, probe=2)], q, k)
+    assert torch.equal(beside.dense(rows, rows)[:, :3], exact.dense(rows, rows)[:, :3])

@@ -56,6 +56,7 @@ SELECTORS: dict[type[CallAtom], Callable[[Any, SequenceQK], Chosen]] = {
     DensePrefill: dense_prefill,
     DenseDecode: dense_decode,
 }
+LEAST_CAPACITY = 256
 # The layers of a forward pass share their spans, which may have to be read from the device.
 _ROWS: WeakKeyDictionary[Spans, list[tuple[int, int, int, int, int]]] = WeakKeyDictionary()
 
@@ -82,7 +83,7 @@ def choose(
     group = q.shape[1] // k.shape[1]
     carried = carriers(tuple(patterns), group)
     rows = tuple(patterns[::group]) if per_group(patterns, group) else tuple(patterns)
-    static = _static_part(rows, k.shape[2], q.device)
+    static = _static_part(rows, _capacity(k.shape[2]), q.device).first(k.shape[2])
     parts = [
         Part(carrier, sequences, some_k.shape[2] - some_q.shape[2], SELECTORS[type(carrier.atom)](carrier.atom, read))
         for sequences, some_q, some_k in _equal_shapes(q.detach(), k.detach(), spans)
@@ -92,10 +93,15 @@ def choose(
     return join(static, q.shape[0] if spans is None else len(spans), parts) if parts else static.layout
 
 
-@lru_cache(maxsize=64)
-def _static_part(patterns: tuple[Pattern, ...], length: int, device: torch.device) -> Static:
+def _capacity(tokens: int) -> int:
+    """A power of two: decode steps then share what was compiled for it."""
+    return max(LEAST_CAPACITY, 1 << (tokens - 1).bit_length())
+
+
+@lru_cache(maxsize=256)
+def _static_part(patterns: tuple[Pattern, ...], capacity: int, device: torch.device) -> Static:
     static = [Pattern.of(*(atom for atom in pattern if not atom.dynamic)) for pattern in patterns]
-    return Static(compile_layout(static, length, device))
+    return Static.of(compile_layout(static, capacity, device))
 
 
 def _equal_shapes(q: Tensor, k: Tensor, spans: Spans | None) -> Iterator[tuple[list[int] | None, Tensor, Tensor]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import gcd
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,35 @@ from attnsieve.selection.sequence import Chosen
 
 @dataclass(frozen=True, eq=False)
 class Static:
-    """The part of a layer's patterns that does not depend on the input, kept for every call."""
+    """The part of a layer's patterns that does not depend on the input. table: its blocks, bool [1, H, rows of blocks, key
+    blocks], or None."""
 
     layout: Layout
+    table: Tensor | None
 
-    @cached_property
-    def table(self) -> Tensor | None:
-        """Its blocks as bool [1, H, rows of blocks, key blocks]."""
-        if self.layout.blocks is None:
-            return None
-        return torch.stack([self.layout.block_table(0, h)[:, :-1] for h in range(self.layout.heads)])[None]
+    @classmethod
+    def of(cls, layout: Layout) -> Static:
+        """Kept for every call up to the layout's length."""
+        if layout.blocks is None:
+            return cls(layout, None)
+        return cls(layout, torch.stack([layout.block_table(0, h)[:, :-1] for h in range(layout.heads)])[None])
+
+    def first(self, n: int) -> Static:
+        """What it says of the first `n` positions: a longer text never changes earlier rows."""
+        base = self.layout
+        parts: dict[str, Any] = {"length": n, "end": base.end[..., :n].contiguous(), "schedules": {}}
+        if base.offset is not None:
+            parts["offset"] = base.offset[..., :n].contiguous()
+        if base.corner is not None and base.corner_rows is not None:
+            rows = min(base.corner.shape[1], n)
+            parts["corner"] = base.corner[:, :rows, : -(-rows // 8)].contiguous()
+            parts["corner_rows"] = base.corner_rows.clamp_max(n)
+        if base.blocks is None or self.table is None:
+            return Static(replace(base, **parts), None)
+        rows, keys = -(-n // base.blocks.rows), -(-n // base.blocks.keys)
+        lists = (base.blocks.count[..., :rows].contiguous(), base.blocks.index[:, :, :rows].contiguous())
+        parts["blocks"] = Blocks(base.blocks.rows, base.blocks.keys, *lists)
+        return Static(replace(base, **parts), self.table[..., :rows, :keys])
 
 
 @dataclass(frozen=True, eq=False)
