@@ -14,6 +14,7 @@ from attnsieve.patterns import (
     dense,
     dense_decode,
     dense_prefill,
+    diagonals,
     heavy_hitters,
     last_queries,
     pooled_blocks,
