@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -171,6 +172,9 @@ def draw(
     marks: Mapping[str, float] | None = None,
 ) -> None:
     """One panel of curves per name; `marks`: panel -> an x to point out. Same colour for the same method everywhere."""
+    if find_spec("matplotlib") is None:
+        print("no figure: matplotlib is not installed; run the command again where it is")
+        return
     methods = list(dict.fromkeys(method for curves in panels.values() for method in curves))
     figure = new_figure(3.2 * max(len(panels), 2), 3.2)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
