@@ -143,7 +143,7 @@ class Recall:
 
 
 def train_together(cells: list[Cell], device: torch.device, arguments: argparse.Namespace, budget: Budget) -> Iterator[Result]:
-    """Train cells side by side; the numbers of each as it ends. What the budget does not allow to end is left out."""
+    """Train cells side by side; the numbers of each as it ends, or as it stands when the time is over."""
     start = time.monotonic()
     active = [Recall(cell, device, not arguments.no_graph) for cell in cells]
     with tqdm(total=sum(cell.steps for cell in cells), desc="train", unit="step", leave=False, disable=None) as bar:
@@ -156,7 +156,7 @@ def train_together(cells: list[Cell], device: torch.device, arguments: argparse.
                 active.remove(one)
                 yield one.cell, _numbers(one, arguments.test_examples, time.monotonic() - start)
     for one in active:
-        print(f"out of time: {one.cell}")
+        yield one.cell, _numbers(one, arguments.test_examples, time.monotonic() - start) | {"finished": False}
 
 
 def _numbers(one: Recall, examples: int, seconds: float) -> dict[str, Any]:
@@ -164,7 +164,12 @@ def _numbers(one: Recall, examples: int, seconds: float) -> dict[str, Any]:
     found = one.test(examples)
     numbers: dict[str, Any] = {"accuracy": {pairs: value for pairs, (value, _) in found.items()}}
     numbers["stderr"] = {pairs: error for pairs, (_, error) in found.items()}
-    numbers |= {"trained_steps": one.training.done, "seconds": round(seconds, 2), "cuda_graph": one.training.graph is not None}
+    numbers |= {
+        "finished": True,
+        "trained_steps": one.training.done,
+        "seconds": round(seconds, 2),
+        "cuda_graph": one.training.graph is not None,
+    }
     numbers |= {"parameters": sum(parameter.numel() for parameter in one.model.parameters())}
     if one.cell.layer.startswith("dma"):
         numbers["A"] = [layer.self_attn.A.tolist() for layer in one.model.model.layers]
@@ -196,7 +201,7 @@ def told(cell: Cell, numbers: dict[str, Any]) -> str:
     shape = f"{cell.length} tokens, w {cell.keep}, d {cell.width}{', noise' if cell.noise else ''}"
     run = f"{numbers['trained_steps']} steps, {numbers['seconds']} s"
     accuracy = ", ".join(f"{pairs}: {value:.3f}" for pairs, value in numbers["accuracy"].items())
-    return f"{cell.layer:10} {shape}, lr {cell.rate:g}, seed {cell.seed}: accuracy by pairs {accuracy} ({run})"
+    return f"{cell.layer:10} {shape}, lr {cell.rate:g}, seed {cell.seed}: accuracy by pairs {accuracy} ({run}{'' if numbers['finished'] else ', out of time'})"
 
 
 def report(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -221,7 +226,9 @@ def report(path: Path, rows: list[dict[str, Any]]) -> None:
                     curves.setdefault(layer, []).append((pairs, *mean_and_error(values[layer])))
         name = f"{length} tokens, d {width}, {'noise' if noise else 'no noise'}"
         panels[name], marks[name] = curves, keep
+    cut = sum(not row["finished"] for row in rows)
     notes = "Share of asked values that are the most likely token; w keys a row for dma and swa; best of the learning rates."
+    notes += f" {cut} of {len(rows)} models ran out of time before their last step." if cut else ""
     publish(path, "Associative recall", ["tokens", "width", "noise", "w", "pairs", *layers], body, notes)
     draw(path, panels, "pairs (dashed: w)", "accuracy", marks=marks)
 
@@ -249,7 +256,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     rows, budget, device = Rows(arguments.out), Budget(arguments.minutes), device_of(arguments.device)
-    missing = [cell for cell in cells(arguments) if rows.find(asdict(cell)) is None]
+    missing = [cell for cell in cells(arguments) if rows.find(asdict(cell) | {"finished": True}) is None]
     for first in range(0, len(missing), arguments.together):
         if budget.left <= 0:
             print(f"out of time, {len(missing) - first} models not trained")

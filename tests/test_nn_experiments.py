@@ -54,6 +54,8 @@ def test_recall(command, tmp_path, capsys):
     assert out.with_suffix(".png").stat().st_size > 5000
     command("mqar", *sizes, *options)
     assert len(rows_of(out)) == len(rows)
+    command("mqar", *sizes, *options, "--layers", "swa", "--minutes", 0)
+    assert len(rows_of(out)) == len(rows)
     assert "0.01, seed" in capsys.readouterr().out
 
 
