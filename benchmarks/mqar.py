@@ -199,9 +199,9 @@ def cells(arguments: argparse.Namespace) -> Iterator[Cell]:
 def told(cell: Cell, numbers: dict[str, Any]) -> str:
     """One line."""
     shape = f"{cell.length} tokens, w {cell.keep}, d {cell.width}{', noise' if cell.noise else ''}"
-    run = f"{numbers['trained_steps']} steps, {numbers['seconds']} s"
+    run = f"{numbers['trained_steps']} steps, {numbers['seconds']} s{'' if numbers['finished'] else ', out of time'}"
     accuracy = ", ".join(f"{pairs}: {value:.3f}" for pairs, value in numbers["accuracy"].items())
-    return f"{cell.layer:10} {shape}, lr {cell.rate:g}, seed {cell.seed}: accuracy by pairs {accuracy} ({run}{'' if numbers['finished'] else ', out of time'})"
+    return f"{cell.layer:10} {shape}, lr {cell.rate:g}, seed {cell.seed}: accuracy by pairs {accuracy} ({run})"
 
 
 def report(path: Path, rows: list[dict[str, Any]]) -> None:
