@@ -24,7 +24,7 @@ def mend() -> None:
     """Mend Triton 3.6's interpreter.
 
     Loop bounds are arrays of one element, which NumPy 2.4 no longer takes for integers; bfloat16 is rounded towards zero and its
-    products multiply bits; and the language is patched anew at every call of a function, a third of the time: once is enough.
+    products multiply bits; the minimum of a NaN and a number is NaN, which on a GPU is the number; and the language is patched anew at every call of a function, a third of the time: once is enough.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -50,6 +50,8 @@ def mend() -> None:
         bits = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.uint16)
         return interpreter.TensorHandle(bits.numpy(), tl.bfloat16)
 
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     interpreter._patch_lang = patch_once
     builder.create_dot, builder.cast_impl = dot_of_floats, cast_to_nearest
 

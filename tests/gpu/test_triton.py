@@ -8,25 +8,35 @@ from attnsieve.backends.call import Call
 from attnsieve.backends.triton import why_not
 from attnsieve.bench.check import check_gradients
 from attnsieve.bench.masks import selected
-from attnsieve.patterns import columns, diagonals, empty, sink, window
-from attnsieve.testing import assert_within_budget
+from attnsieve.patterns import columns, diagonals, empty, random_blocks, sink, window
+from attnsieve.testing import assert_within_budget, relative_error
 from tests.laws.samples import SAMPLES, dam
 
+forward = pytest.importorskip("attnsieve.backends.triton.forward", exc_type=ImportError).forward
+Tiles = pytest.importorskip("attnsieve.backends.triton.geometry", exc_type=ImportError).Tiles
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 MIXED = [sink(2) | window(9), dam(20, (0, 7), (0, 1, 6)), diagonals(0, 40, 90), empty()]
 
 
-def check(layout, *, batch=1, group=2, kv_heads=1, q_len=None, n=517, width=64, v_width=None, dtype=torch.bfloat16, spans=None):
+def call_of(
+    layout, *, batch=1, group=2, kv_heads=1, q_len=None, n=517, width=64, v_width=None, dtype=torch.bfloat16, spans=None
+):
     q_len = n if q_len is None else q_len
     make = lambda heads, length, d: torch.randn(batch, heads, length, d, device="cuda", dtype=dtype)  # noqa: E731
     q, k, v = make(kv_heads * group, q_len, width), make(kv_heads, n, width), make(kv_heads, n, v_width or width)
     bias = torch.randn(batch, kv_heads, n, device="cuda")
     spans = Spans.full(batch, q_len, n, "cuda") if spans is None else spans
-    call = Call(q, k, v, layout.to("cuda"), spans, width**-0.5, bias)
+    return Call(q, k, v, layout.to("cuda"), spans, width**-0.5, bias)
+
+
+def check(layout, **shape):
+    call = call_of(layout, **shape)
     if why_not(call):
         pytest.skip(why_not(call))
     poison()
-    out, lse = attend(q, k, v, call.layout, spans=spans, key_bias=bias, backend="triton", return_lse=True)
+    out, lse = attend(
+        call.q, call.k, call.v, call.layout, spans=call.spans, key_bias=call.key_bias, backend="triton", return_lse=True
+    )
     assert_within_budget(out, lse, call)
 
 
@@ -42,10 +52,42 @@ def test_patterns(pattern, heads):
     check(compile_layout([pattern] * heads, 600))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("width", [16, 64, 80, 96, 128, 256])
+HALVES = [(width, dtype) for width in (64, 80, 96, 128, 256) for dtype in (torch.float16, torch.bfloat16)]
+
+
+# float32 takes long to compile.
+@pytest.mark.parametrize(
+    ("width", "dtype"), [*HALVES, (16, torch.bfloat16), (80, torch.float32), (128, torch.float32)], ids=str
+)
 def test_widths(width, dtype):
     check(compile_layout([dam(33, (0, 100), (0, 1, 70)) | window(90)], 600), width=width, dtype=dtype)
+
+
+BLOCKED = random_blocks(1, block=128) | diagonals(3, 40) | window(5)
+
+
+@pytest.mark.parametrize("pattern", [BLOCKED, columns(0, 70, 129) | diagonals(0, 1, 131), dam(33, (0,), (2, 90))], ids=str)
+@pytest.mark.parametrize(
+    "tiles", [Tiles(128, 128, 8, 2), Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 3), Tiles(128, 32, 4, 3)], ids=str
+)
+def test_tile_shapes(tiles, pattern):
+    call = call_of(compile_layout([pattern] * 2, 600))
+    assert_within_budget(*forward(call, tiles), call)
+
+
+@pytest.mark.parametrize(("where", "value"), [("k", torch.nan), ("v", torch.nan), ("v", torch.inf)])
+def test_what_is_not_finite_reaches_only_rows_that_keep_its_key(where, value):
+    n, j = 517, 140
+    heads = [BLOCKED, window(9) | columns(140, 300), dam(20, (0, 140), (0, 1, 6)), diagonals(0, 100, 200)]
+    call = call_of(compile_layout(heads, n), kv_heads=2)
+    clean, _ = attend(call.q, call.k, call.v, call.layout, key_bias=call.key_bias, backend="triton", return_lse=True)
+    (call.k if where == "k" else call.v)[:, :, j, 3] = value
+    out, lse = attend(call.q, call.k, call.v, call.layout, key_bias=call.key_bias, backend="triton", return_lse=True)
+    keeps = call.layout.dense(torch.arange(n, device="cuda"), torch.tensor([j], device="cuda"))[..., 0]
+    assert 0 < int(keeps.sum()) < keeps.numel()
+    assert torch.equal(out.isfinite().all(-1), ~keeps)
+    assert torch.equal(lse.isnan(), keeps & (where == "k"))
+    assert relative_error(out[~keeps], clean[~keeps].double()) < 2 * torch.finfo(out.dtype).eps
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 8])
@@ -92,8 +134,7 @@ def test_gradients(pattern, heads):
     check_gradients(*gradients_of(compile_layout([pattern] * heads, 600)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("width", [64, 80, 128, 256])
+@pytest.mark.parametrize(("width", "dtype"), [*HALVES, (64, torch.float32), (128, torch.float32)], ids=str)
 def test_gradients_of_selected_keys(width, dtype):
     check_gradients(*gradients_of(selected(517, 2, "cuda", 100), group=4, kv_heads=2, width=width, dtype=dtype))
 
@@ -115,6 +156,22 @@ def test_deterministic_gradients_repeat_bit_for_bit():
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_bias_equal_for_all_keys_has_no_gradient(dtype):
+    n = 517
+    _, _, (*_, gradient) = gradients_of(selected(n, 1, "cuda", 60), n=n, dtype=dtype)
+    assert gradient.sum().abs() < n * torch.finfo(torch.float32).eps * gradient.abs().sum()
+
+
+def test_a_compiled_call_equals_an_eager_one():
+    layout = compile_layout([columns(0, 200) | diagonals(0, 7) | window(30)] * 2, 600, "cuda")
+    q, k, v = (torch.randn(1, 2, 517, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    run = lambda q, k, v: attend(2 * q, k, v, layout, backend="triton").float().sin().sum()  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True)
+    for actual, expected in zip(*(torch.autograd.grad(f(q, k, v), [q, k, v]) for f in (compiled, run)), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("heads", [1, 2])

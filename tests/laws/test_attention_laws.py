@@ -143,10 +143,11 @@ def test_tokens_after_t_never_change_outputs_up_to_t(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("where", "value"), [("k", torch.nan), ("v", torch.nan), ("v", torch.inf)])
-def test_what_is_not_finite_reaches_only_rows_that_keep_its_key(where, value, backend):
+@pytest.mark.parametrize("block", [16, 64])
+def test_what_is_not_finite_reaches_only_rows_that_keep_its_key(block, where, value, backend):
     n, j = 100, 40
     q, k, v = inputs(1, 4, 2, n, n, dtype=WIDEST[backend])
-    heads = [window(9) | columns(40, 70), dam(20, (0, 40), (0, 1, 6)), diagonals(0, 30, 50), random_blocks(2, block=16)]
+    heads = [window(9) | columns(40, 70), dam(20, (0, 40), (0, 1, 6)), diagonals(0, 30, 50), random_blocks(2, block=block)]
     layout = compile_layout(heads, n)
     clean, clean_lse = attend(q, k, v, layout, backend=backend, return_lse=True)
     (k if where == "k" else v)[:, :, j, 3] = value
