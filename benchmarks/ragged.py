@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnsieve import Spans, attend, compile_layout
 from attnsieve.backends.call import Call
+from attnsieve.backends.cost import device_name
 from attnsieve.bench.check import check_rows
 from attnsieve.bench.rows import environment
 from attnsieve.bench.timing import measure
@@ -158,7 +159,7 @@ def main() -> None:
             result = run(args.n, density, per_head, args.device)
             print(result, flush=True)
             with args.out.open("a") as file:
-                file.write(json.dumps(asdict(result) | {"device": args.device} | environment()) + "\n")
+                file.write(json.dumps(asdict(result) | {"device": device_name(torch.device(args.device))} | environment()) + "\n")
 
 
 if __name__ == "__main__":
