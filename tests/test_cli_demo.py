@@ -54,7 +54,7 @@ def test_every_layer_has_a_line():
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in layer_table({"a": plan}).splitlines()[2:]]
     assert cells == [["0", "55", "1 of 2"], ["1", "65", "1 of 2"], ["all", "60", "2 of 4"]]
     choosing = Plan.uniform(plan.fingerprint, "probed_keys()")
-    assert layer_table({"a": plan, "b": choosing}).splitlines()[-1].split() == "| all | 60 | 2 of 4 | 4 of 4 |".split()
+    assert layer_table({"a": plan, "b": choosing}).splitlines()[-1].replace(" ", "") == "|all|60|2of4|4of4|"
 
 
 def test_costs_stand_in_one_line_per_plan():
