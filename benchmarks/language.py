@@ -236,6 +236,7 @@ def run(language: Language, layer: str, budget: Budget) -> dict[str, Any] | None
                 if not math.isfinite(curve[-1]) or budget.left < 0:
                     print(f"{layer}: stopped at step {training.done} with loss {curve[-1]}: no row")
                     return None
+    training.read(training.last)  # the device may be steps behind
     seconds = time.monotonic() - start
     config, model = language.model.config, language.model
     numbers = {"parameters": sum(p.numel() for p in model.parameters()), "intermediate": config.intermediate_size}
