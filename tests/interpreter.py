@@ -24,7 +24,8 @@ def mend() -> None:
     """Mend Triton 3.6's interpreter.
 
     Loop bounds are arrays of one element, which NumPy 2.4 no longer takes for integers; bfloat16 is rounded towards zero and its
-    products multiply bits; the minimum of a NaN and a number is NaN, which on a GPU is the number; and the language is patched anew at every call of a function, a third of the time: once is enough.
+    products multiply bits; the minimum of NaN and a number is NaN, on a GPU it is the number. And the language is patched anew at
+    every call of a function, a third of the time: once is enough.
     """
     import triton.language as tl
     from triton.runtime import interpreter
