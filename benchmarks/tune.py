@@ -1,9 +1,10 @@
 """Time tile shapes of the Triton kernels on the GPU.
 
-    python benchmarks/tune.py forward --masks C,B --n 32768 --tiles "128,64,8,3 128,128,8,2"
+    python benchmarks/tune.py forward
+    python benchmarks/tune.py forward --masks blocks-10 --n 131072 --tiles "128,64,8,3 128,128,8,2"
 
 Operations: forward, dq, dkv (one pass of the backward each), decode. Every variant is compiled and checked against the oracle
-on a short call first, several at a time; then timed. Prints one line a variant.
+on a short call first, several at a time; then timed. Prints a table.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,9 +28,17 @@ from attnsieve.backends.triton.forward import forward
 from attnsieve.backends.triton.geometry import Geometry, Tiles
 from attnsieve.backends.triton.schedule import schedule
 from attnsieve.bench.check import check_gradients, check_rows
+from attnsieve.bench.kernels import density
 from attnsieve.bench.masks import mask
 from attnsieve.bench.timing import measure
 from attnsieve.layout import Layout
+
+# 128-wide heads: scores and sums of these shapes stay in registers (compiled for sm_90), K and V of all stages in shared memory.
+CANDIDATES = {
+    "forward": "128,64,8,3 128,128,8,2 128,64,8,4 64,64,4,3 64,128,4,2 128,32,4,3",
+    "dq": "128,64,8,2 64,64,4,2 64,64,4,3 128,32,8,3",
+    "dkv": "64,64,4,2 64,64,8,2 128,64,8,2 64,128,8,2",
+}
 
 
 def inputs(name: str, n: int, width: int, q_len: int | None = None) -> Call:
@@ -90,8 +100,9 @@ def build_ms(call: Call, tiles: Tiles) -> float:
     return measure(build, 50).p50
 
 
-def host_us(run: object, repeats: int = 50) -> float:
-    """Host time of queueing one call."""
+def host_us(run: Callable[[], object], ms: float) -> float:
+    """Host time of queueing one call that takes `ms`."""
+    repeats = max(3, min(50, int(20 / ms)))
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -117,59 +128,65 @@ def time_decode(names: list[str], n: int, width: int) -> None:
         )
 
 
+def runner(op: str, call: Call) -> Callable[[Tiles], object]:
+    """One pass with given tiles on fixed inputs."""
+    return (lambda tiles: forward(call, tiles)) if op == "forward" else getattr(Pass(call), op)
+
+
+def time_variants(op: str, name: str, n: int, width: int, variants: list[Tiles]) -> Iterator[dict[str, object]]:
+    """One row a variant; prints it as a line of the table."""
+    call = inputs(name, n, width)
+    run = runner(op, call)
+    passes = {"forward": 2, "dq": 3, "dkv": 4}[op]
+    flops = 2 * passes * width * 32 * density(call.layout, n, n) * n * (n + 1) / 2
+    for tiles in variants:
+        try:
+            times = measure(lambda tiles=tiles: run(tiles), 60)
+        except Exception as error:
+            print(f"{name:12}{n:8}  {tiles}: {type(error).__name__} {str(error)[-200:]}", flush=True)
+            continue
+        row = {"op": op, "mask": name, "n": n, "tiles": str(tiles), "ms": times.p50, "p20": times.p20, "p80": times.p80}
+        row |= {"tflops": flops / times.p50 / 1e9, "build_ms": build_ms(call, tiles)}
+        row["host_us"] = host_us(lambda tiles=tiles: run(tiles), times.p50)
+        shape = f"{tiles.rows:4} x {tiles.keys:3}, {tiles.warps} warps, {tiles.stages} stages"
+        print(
+            "{0:12}{1:8}  {shape}{ms:10.3f}{tflops:9.0f}{build_ms:9.3f}{host_us:8.0f}".format(name, n, shape=shape, **row),
+            flush=True,
+        )
+        yield row
+        call.layout.schedules.clear()
+
+
 def main() -> None:
     """Parse arguments, compile in parallel, time."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", choices=["forward", "dq", "dkv", "decode"])
-    parser.add_argument("--masks", default="C,B,blocks-10,A,dma-1024")
-    parser.add_argument("--n", type=int, default=32768)
+    parser.add_argument("--masks", default="blocks-10,A,B,C")
+    parser.add_argument("--n", default="32768", help="lengths separated by commas")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--stretch", type=int, default=tuning.STRETCH_ROWS)
-    parser.add_argument("--tiles", default="128,64,8,3", help="rows,keys,warps,stages separated by spaces")
+    parser.add_argument("--tiles", help="rows,keys,warps,stages separated by spaces")
     parser.add_argument("--out")
     args = parser.parse_args()
-    names = args.masks.split(",")
+    names, lengths = args.masks.split(","), [int(n) for n in args.n.split(",")]
     if args.op == "decode":
-        return time_decode(names, args.n, args.width)
+        for n in lengths:
+            time_decode(names, n, args.width)
+        return
     gradients.STRETCH_ROWS = args.stretch
-    variants = [Tiles(*map(int, part.split(","))) for part in args.tiles.split()]
+    variants = [Tiles(*map(int, part.split(","))) for part in (args.tiles or CANDIDATES[args.op]).split()]
     jobs = [(args.op, name, args.width, args.stretch, tiles) for name in names for tiles in variants]
-    with ProcessPoolExecutor(14, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(14, len(jobs)), get_context("spawn")) as pool:
         failures = dict(zip(jobs, pool.map(compile_variant, jobs), strict=True))
+    for job, failure in failures.items():
+        if failure:
+            print(f"{job[1]} {job[-1]}: {failure}")
+    print(f"{'mask':12}{'n':>8}  {'rows x keys':28}{'ms':>10}{'TFLOP/s':>9}{'build ms':>9}{'host us':>8}")
     rows = []
-    for name in names:
-        call = inputs(name, args.n, args.width)
-        both = None if args.op == "forward" else Pass(call)
-        for tiles in variants:
-            failure = failures[args.op, name, args.width, args.stretch, tiles]
-            if failure:
-                print(f"{args.op} {name} {tiles}: {failure}")
-                continue
-            run = (
-                (lambda call=call, tiles=tiles: forward(call, tiles))
-                if both is None
-                else (lambda both=both, tiles=tiles: getattr(both, args.op)(tiles))
-            )
-            try:
-                times = measure(run, 60)
-            except Exception as error:
-                print(f"{args.op} {name} {tiles}: {type(error).__name__} {str(error)[-300:]}", flush=True)
-                continue
-            row = {
-                "op": args.op,
-                "mask": name,
-                "n": args.n,
-                "tiles": str(tiles),
-                "ms": times.p50,
-                "p20": times.p20,
-                "p80": times.p80,
-            }
-            rows.append(row | {"build_ms": build_ms(call, tiles), "host_us": host_us(run)})
-            print(
-                f"{args.op} {name} {tiles} {times.p50:.3f} ms, build {rows[-1]['build_ms']:.3f} ms, host {rows[-1]['host_us']:.0f} us",
-                flush=True,
-            )
-            call.layout.schedules.clear()
+    for n in lengths:
+        for name in names:
+            good = [tiles for tiles in variants if not failures[args.op, name, args.width, args.stretch, tiles]]
+            rows += time_variants(args.op, name, n, args.width, good)
     if args.out:
         with Path(args.out).open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
