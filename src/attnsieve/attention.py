@@ -44,7 +44,11 @@ def attend(
     h // (Hq // Hkv). The layout has Hq heads, or Hkv when the heads of a group share a mask. `spans` says where the
     sequences are; by default every batch row is one, its queries the last Tq of Tk positions. `scale` defaults to
     1 / sqrt(D). Returns out [B, Hq, Tq, Dv] in q's dtype and, with `return_lse`, the LSE [B, Hq, Tq] in float32 (float64
-    for float64 inputs; -inf for rows that keep no key, whose output is 0). Differentiable in q, k, v and key_bias.
+    for float64 inputs; -inf for rows that keep no key, whose output is 0). Differentiable in q, k, v and key_bias; gradients
+    repeat bit for bit under torch.use_deterministic_algorithms(True). One operation under torch.compile.
+
+    NaN and infinities in k or v reach the rows that keep their key and no others, except by the backends "fa4" and "dense", and
+    in gradients. A key_bias of -inf removes its key.
 
     `backend` is "auto" (see `choose_backend`) or a name in `BACKENDS`; a named backend that cannot serve raises UserError with the
     reason. Every backend computes exactly the kept pairs: "dense" serves layouts that keep all of them, no others.
