@@ -34,7 +34,7 @@ def train(
         typer.Option(help="A .txt, .md or .jsonl file, a folder of them, hub:NAME[:CONFIG], or python-docs, bible, essays."),
     ],
     out: Annotated[Path, typer.Option(help="Directory for the model, its tokenizer, the log and the checkpoints.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)],
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 1000,
     length: Annotated[int, typer.Option(help="Tokens of a training sequence.", min=2)] = 512,
     layer: Annotated[str, typer.Option(help="Attention of all layers: dma, mha, mqa, gqa, swa, mla or nsa.")] = "dma",
     keep: Annotated[

@@ -89,7 +89,9 @@ def train(
     blocks = TokenBlocks(open_text(text), tokenizer, settings.length)
     _same_run(out / "run.json", asdict(settings), model.config.to_diff_dict(), resume)
     if settings.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Renamed: the old name goes with transformers 6, versions that we still support lack the new one.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     with SelectionMonitor(model) as monitor:
         trainer = _MonitoredTrainer(
             model,
