@@ -250,8 +250,8 @@ def test_eval_writes_rows_that_show_reads(work, tmp_path):
         (["run", "{}/model", "--prompt", "a", "--pattern", "dense()", "--chat"], "no chat template"),
         (["run", "{}/model", "--prompt", "a", "--pattern", "window(2)", "--backend", "cuda"], "unknown backend 'cuda'"),
         (
-            ["run", "{}/model", "--prompt", "a", "--pattern", "window(2)", "--backend", "triton"],
-            "backend 'triton' cannot serve",
+            ["run", "{}/model", "--prompt", "a", "--pattern", "window(2)", "--backend", "fa4"],
+            "backend 'fa4' cannot serve",
         ),
     ],
 )
