@@ -159,7 +159,9 @@ def main() -> None:
             result = run(args.n, density, per_head, args.device)
             print(result, flush=True)
             with args.out.open("a") as file:
-                file.write(json.dumps(asdict(result) | {"device": device_name(torch.device(args.device))} | environment()) + "\n")
+                file.write(
+                    json.dumps(asdict(result) | {"device": device_name(torch.device(args.device))} | environment()) + "\n"
+                )
 
 
 if __name__ == "__main__":
