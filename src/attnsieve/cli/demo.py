@@ -41,7 +41,7 @@ def demo(
     length: Annotated[
         int, typer.Option(help="Length of the long texts in tokens; maps are captured for a quarter.", min=128)
     ] = 2048,
-    items: Annotated[int, typer.Option(help="Lists with eight questions each that every plan answers.", min=2)] = 4,
+    items: Annotated[int, typer.Option(help="Lists with eight questions each that every plan answers.", min=2)] = 3,
 ) -> None:
     """Profile a small model, fit three plans, run and measure them beside dense attention, and draw it all.
 
@@ -180,12 +180,12 @@ class Lab:
         half = self.length // 2
         rows: list[Row] = evaluate(self.network, self.tokenizer, plans, [make_task("kv")], [half], items, out=path)
         fidelity = Fidelity(halves(TEXT)[1])
-        rows += evaluate(self.network, self.tokenizer, plans, [fidelity], [self.length], FIDELITY_ITEMS, out=path)
+        rows += evaluate(self.network, self.tokenizer, plans, [fidelity], [half], FIDELITY_ITEMS, out=path)
         found = [asdict(row) for row in rows]
         self.story.say(
-            f"Key-value retrieval: {items} lists of {half} tokens, 8 questions each, answers teacher-forced. KL, agreement and "
-            f"retained mass: {FIDELITY_ITEMS} text of {self.length} tokens from chapters that calibration did not see. Means "
-            f"with their standard errors; density at {self.length} tokens."
+            f"Key-value retrieval: {items} lists of {half} tokens, 8 questions each, answers teacher-forced. Density, KL, "
+            f"agreement and retained mass: {FIDELITY_ITEMS} text of {half} tokens from chapters that calibration did not see. "
+            "Means with their standard errors."
         )
         self.story.show(cost_table(found, ["dense", *plans]))
         return found

@@ -65,7 +65,7 @@ class Settings:
 ROBUST = Settings(
     threshold="mass", share=0.95, min_support=None, force_self=True, force_sink=4, join=True, floor=0.9, local=True
 )
-PRESETS = {"paper": Settings(), "robust": ROBUST, "adaptive": replace(ROBUST, fallback="keys")}
+PRESETS = {"paper": Settings(), "robust": ROBUST, "adaptive": replace(ROBUST, fallback="keys", floor=0.95)}
 
 
 def resolve(preset: str, overrides: dict[str, Any]) -> Settings:
