@@ -41,7 +41,7 @@ def demo(
     length: Annotated[
         int, typer.Option(help="Length of the long texts in tokens; maps are captured for a quarter.", min=128)
     ] = 2048,
-    items: Annotated[int, typer.Option(help="Lists with eight questions each that every plan answers.", min=2)] = 3,
+    items: Annotated[int, typer.Option(help="Lists with eight questions each that every plan answers.", min=2)] = 2,
 ) -> None:
     """Profile a small model, fit three plans, run and measure them beside dense attention, and draw it all.
 
