@@ -5,10 +5,12 @@ import torch
 
 from attnsieve.cli.demo import Story, cost_table, halves, layer_table
 from attnsieve.evaluation import read_rows
+from attnsieve.evaluation.density import plan_density
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.patterns import Pattern
 from attnsieve.plan import Plan
 from attnsieve.profiling import Profile
+from attnsieve.show import percent
 from tests.cli_tiny import attnsieve, save_tiny_model
 
 
@@ -42,7 +44,7 @@ def test_the_demo_prints_what_it_measured(told):
     nll = next(row.value for row in rows if row.plan == "paper" and row.metric == "answer_nll")
     line = next(line for line in printed.split("4. Measure")[1].splitlines() if line.startswith("| paper"))
     assert f" {nll:.3g} ± " in line
-    assert f" {100 * float(Plan.from_pretrained(out / 'paper').density.mean()):.1f} | " in line
+    assert f" {percent(plan_density(Plan.from_pretrained(out / 'paper'), 128))} | " in line
     for part in ("1. Profile", "2. Fit", "3. Run", "The right answer is ", "5. Look", "Try next:"):
         assert part in printed
         assert part in (out / "summary.txt").read_text()
