@@ -22,8 +22,17 @@ class CallAtom(Atom):
     """A rule that positions alone do not tell: it needs the call. Shared checks and spelling."""
 
     dynamic = True
-    # Fields that the text form gives by position.
+    # Fields that the text form gives by position; fields in (0, 1]; whole numbers from 1, and from 0.
     positional: ClassVar[tuple[str, ...]] = ()
+    shares: ClassVar[tuple[str, ...]] = ()
+    counts: ClassVar[tuple[str, ...]] = ()
+    counts_from_0: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.shares:
+            self._check_share(name)
+        for name in (*self.counts, *self.counts_from_0):
+            self._check_count(name, least=0 if name in self.counts_from_0 else 1)
 
     def keep(self, i: Tensor, j: Tensor) -> Tensor:
         raise UserError(f"{self} chooses its keys from the input: positions alone do not say what it keeps")
@@ -38,7 +47,7 @@ class CallAtom(Atom):
         require(good, f"{self.name}'s {name} must be above 0 and at most 1, got {value!r}")
         object.__setattr__(self, name, float(value))
 
-    def _check_count(self, name: str, least: int = 1) -> None:
+    def _check_count(self, name: str, least: int) -> None:
         value = getattr(self, name)
         require(
             type(value) is int and value >= least, f"{self.name}'s {name} must be a whole number from {least}, got {value!r}"
@@ -53,6 +62,7 @@ class DynamicAtom(CallAtom):
 
     def __post_init__(self) -> None:
         require(self.share in ("none", "kv"), f'{self.name}\'s share must be "none" or "kv", got {self.share!r}')
+        super().__post_init__()
 
     def arguments(self) -> tuple[list[Any], dict[str, Any]]:
         positional, named = super().arguments()
@@ -71,12 +81,9 @@ class VerticalSlash(DynamicAtom):
     probe: int = 64
     strided: int = 0
     name = "vertical_slash"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_share("mass")
-        self._check_count("probe")
-        self._check_count("strided", 0)
+    shares = ("mass",)
+    counts = ("probe",)
+    counts_from_0 = ("strided",)
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,16 +96,16 @@ class DamOnline(DynamicAtom):
     probe: int = 16
     strided: int = 0
     name = "dam_online"
+    shares = ("mu",)
+    counts = ("probe",)
+    counts_from_0 = ("strided",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_share("mu")
         require(
             isinstance(self.tau, (int, float)) and 0 <= self.tau <= 2, f"dam_online's tau must be from 0 to 2, got {self.tau!r}"
         )
         object.__setattr__(self, "tau", float(self.tau))
-        self._check_count("probe")
-        self._check_count("strided", 0)
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,12 +116,8 @@ class ProbedBlocks(DynamicAtom):
     block: int = 64
     rows: int = 4
     name = "probed_blocks"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_share("mass")
-        self._check_count("block")
-        self._check_count("rows")
+    shares = ("mass",)
+    counts = ("block", "rows")
 
 
 @dataclass(frozen=True, repr=False)
@@ -125,12 +128,8 @@ class ProbedKeys(DynamicAtom):
     block: int = 64
     rows: int = 8
     name = "probed_keys"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_share("mass")
-        self._check_count("block")
-        self._check_count("rows")
+    shares = ("mass",)
+    counts = ("block", "rows")
 
 
 @dataclass(frozen=True, repr=False)
@@ -141,12 +140,11 @@ class AntidiagonalBlocks(DynamicAtom):
     block: int = 64
     stride: int = 8
     name = "antidiagonal_blocks"
+    shares = ("mass",)
+    counts = ("block", "stride")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_share("mass")
-        self._check_count("block")
-        self._check_count("stride")
         require(
             self.block % self.stride == 0, f"antidiagonal_blocks' block {self.block} must be a multiple of stride {self.stride}"
         )
@@ -159,11 +157,8 @@ class PooledBlocks(DynamicAtom):
     ratio: float = 0.05
     block: int = 64
     name = "pooled_blocks"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_share("ratio")
-        self._check_count("block")
+    shares = ("ratio",)
+    counts = ("block",)
 
 
 @dataclass(frozen=True, repr=False)
@@ -174,11 +169,7 @@ class TopBlocks(DynamicAtom):
     block: int = 64
     name = "top_blocks"
     positional = ("count",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_count("count")
-        self._check_count("block")
+    counts = ("count", "block")
 
 
 @dataclass(frozen=True, repr=False)
@@ -193,12 +184,7 @@ class HeavyHitters(DynamicAtom):
     block: int = 64
     name = "heavy_hitters"
     positional = ("count", "recent")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_count("count")
-        self._check_count("recent")
-        self._check_count("block")
+    counts = ("count", "recent", "block")
 
 
 @dataclass(frozen=True, repr=False)
@@ -212,12 +198,10 @@ class VotedKeys(DynamicAtom):
     pool: int = 7
     name = "voted_keys"
     positional = ("count",)
+    counts = ("count", "probe", "pool")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_count("count")
-        self._check_count("probe")
-        self._check_count("pool")
         require(self.pool % 2 == 1, f"voted_keys' pool must be odd, to lie around its key, got {self.pool}")
 
 
@@ -233,10 +217,7 @@ class LastQueries(CallAtom):
     block: int = 64
     name = "last_queries"
     positional = ("count",)
-
-    def __post_init__(self) -> None:
-        self._check_count("count")
-        self._check_count("block")
+    counts = ("count", "block")
 
 
 @dataclass(frozen=True, repr=False)
