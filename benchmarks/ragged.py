@@ -26,8 +26,8 @@ from attnsieve import Spans, attend, compile_layout
 from attnsieve.backends.call import Call
 from attnsieve.backends.cost import device_name
 from attnsieve.bench.check import check_rows
-from attnsieve.bench.rows import environment
 from attnsieve.bench.timing import measure
+from attnsieve.environment import environment
 from attnsieve.hf.ragged import PROGRAMS
 from attnsieve.patterns import Pattern, columns, window
 from attnsieve.ragged import Kept, RaggedStore

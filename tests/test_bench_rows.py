@@ -13,10 +13,11 @@ from attnsieve.bench import kernels, ttft
 from attnsieve.bench.case import Case
 from attnsieve.bench.check import WrongResult
 from attnsieve.bench.masks import mask, patterns_of
-from attnsieve.bench.rows import Row, command, write
+from attnsieve.bench.rows import Row, write
 from attnsieve.bench.shapes import SHAPES, shape_of
 from attnsieve.bench.suite import Skipped, Suite
 from attnsieve.cli.app import app
+from attnsieve.environment import command
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.patterns import Pattern, columns, sink, window
 from attnsieve.plan import Plan

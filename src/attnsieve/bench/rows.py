@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "triton", "flash-attn-4", "transformers", "attnsieve")
+from attnsieve.environment import environment
 
 
 @dataclass(frozen=True)
@@ -81,42 +76,7 @@ class Row:
 
 def write(rows: Iterable[Row], path: Path) -> None:
     """Append rows as JSON lines, each with the environment it was measured in."""
-    here = environment()
+    here = {"threads": torch.get_num_threads()} | environment()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps(row.to_json() | here) + "\n" for row in rows)
-
-
-def environment() -> dict[str, object]:
-    """Versions, threads of the CPU, commit, command and date."""
-    return {
-        "versions": {"python": sys.version.split()[0], "cuda": torch.version.cuda} | _versions(),
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-        "command": command(sys.argv),
-        "date": date.today().isoformat(),
-    }
-
-
-def command(arguments: list[str]) -> str:
-    """The command line without the folders of this machine."""
-    program, *rest = (Path(part).name if Path(part).is_absolute() else part for part in arguments)
-    return " ".join(
-        [{"__main__.py": "python -m attnsieve"}.get(program, program), *(f"'{x}'" if " " in x else x for x in rest)]
-    )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit() -> str | None:
-    """GIT_COMMIT, for copies of the tree without its history, or what git says."""
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return os.environ.get("GIT_COMMIT") or asked.stdout.strip() or None

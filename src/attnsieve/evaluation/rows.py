@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import attnsieve
+from attnsieve.environment import environment as environment_of_this_process
 from attnsieve.errors import UserError, require
 
 # The fields that tell one run (a plan on a task) from another; the rows of a run are written together.
@@ -92,26 +87,10 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The fields of a row that say where and how it was measured: device, versions, commit, command, date."""
-    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-    return {
-        "device": _device_name(device),
-        "versions": {"attnsieve": attnsieve.__version__, "python": platform.python_version(), **versions},
-        "commit": _commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    return {"device": _device_name(device)} | environment_of_this_process()
 
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that the package is imported from, marked where it has changes; None when installed."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
