@@ -76,7 +76,7 @@ def test_fa4_groups_batches_and_shared_masks(group):
 @needs_fa4
 @pytest.mark.parametrize(("q_len", "n"), [(517, 517), (133, 517), (645, 645)])
 def test_fa4_moves_columns_in_front(q_len, n):
-    heads = [columns(*range(5, 640, 9)) | window(70), columns(*range(0, 640, 7)) | sink(200) | window(1)]
+    heads = [columns(*range(5, 640, 9)) | window(70), columns(*range(0, 640, 7)) | sink(128) | window(1)]
     call = make(compile_layout(heads, 700), q_len=q_len, n=n, batch=2)
     assert kernel.built(call).columns is not None
     check(call, "fa4")

@@ -75,6 +75,7 @@ MASKS: dict[str, Callable[[int, int, torch.device | str], Layout]] = {
     "A": lambda n, heads, device: columns_and_diagonals(n, heads, device, n // 32, n // 64),
     "B": clusters_and_bands,
     "C": lambda n, heads, device: columns_and_window(n, heads, device, 1000, 1024),
+    "columns-50": lambda n, heads, device: columns_and_window(n, heads, device, n // 2, 256),
     "columns-10": lambda n, heads, device: columns_and_window(n, heads, device, n // 11, 256),
     "columns-5": lambda n, heads, device: columns_and_window(n, heads, device, n // 22, 256),
     "columns-2": lambda n, heads, device: columns_and_window(n, heads, device, n // 60, 256),
