@@ -9,12 +9,12 @@ import torch
 
 from attnsieve import Pattern, Plan, UserError
 from attnsieve.evaluation import evaluate, layer_fidelity, make_task, read_rows
-from attnsieve.evaluation.compare import plan_digest
+from attnsieve.evaluation.compare import Cell, Runs, plan_digest
 from attnsieve.evaluation.density import pattern_density, plan_density
 from attnsieve.evaluation.rows import Row, append_rows
 from attnsieve.evaluation.scoring import log_probs_at, spread
 from attnsieve.evaluation.tasks import Item, Query, QuestionTask
-from attnsieve.evaluation.tasks.questions import forced_measures
+from attnsieve.evaluation.tasks.questions import forced_answers
 from attnsieve.hf import apply, fingerprint
 from attnsieve.hf.loading import load_model
 from tests.evaluation_tiny import model, tokenizer
@@ -45,10 +45,10 @@ def test_rows_carry_the_schema_and_json_reads_them(tmp_path):
     out = tmp_path / "results" / "eval.jsonl"
     rows = run({"narrow": plan("window(8)")}, out=out)
     assert set(FIELDS.split()) <= {field.name for field in fields(Row)}
-    assert [json.loads(line)["plan"] for line in out.read_text().splitlines()] == ["dense", "dense", "narrow", "narrow"]
+    assert [json.loads(line)["plan"] for line in out.read_text().splitlines()] == ["dense"] * 3 + ["narrow"] * 3
     assert read_rows(out) == rows
     dense = {row.metric: row for row in rows if row.plan == "dense"}
-    for row in rows[2:]:
+    for row in rows[3:]:
         assert row.dense_value == dense[row.metric].value
         assert row.paired_difference == pytest.approx(row.value - row.dense_value)
         assert row.density == pytest.approx(pattern_density(Pattern.parse("window(8)"), 120))
@@ -62,14 +62,27 @@ def test_values_are_those_of_the_items():
     task = short_kv()
     items = task.items(tokenizer(), 120, 3, 7)
     with apply(model(), plan("window(8)")):
-        sparse = [forced_measures(model(), tokenizer(), item)["answer_nll"] for item in items]
-    whole = [forced_measures(model(), tokenizer(), item)["answer_nll"] for item in items]
+        sparse = [seen.measures["answer_nll"] for seen in forced_answers(model(), tokenizer(), items)]
+    whole = [seen.measures["answer_nll"] for seen in forced_answers(model(), tokenizer(), items)]
     (row,) = [row for row in run({"narrow": plan("window(8)")}, seed=7) if row.plan == "narrow" and row.metric == "answer_nll"]
     assert row.value == pytest.approx(sum(sparse) / 3)
     assert row.dense_value == pytest.approx(sum(whole) / 3)
     differences = torch.tensor(sparse) - torch.tensor(whole)
     assert row.paired_stderr == pytest.approx(float(differences.std() / 3**0.5), rel=1e-4)
     assert abs(row.paired_difference) > 1e-3
+
+
+def test_dense_attention_runs_once_for_neighbouring_plans(tmp_path, monkeypatch):
+    task = short_kv()
+    runs, cell = Runs(model(), tokenizer(), tmp_path / "rows.jsonl", progress=False), Cell(task, 120, 3, 0)
+    first = runs.cell(cell, {"a": plan("window(8)")})
+    made = []
+    monkeypatch.setattr(QuestionTask, "items", lambda *_: made.append(1))
+    both = runs.cell(cell, {"a": plan("window(8)"), "b": plan("window(9)")})
+    assert both[: len(first)] == first
+    assert not made
+    kl = {row.plan: row.value for row in both if row.metric == "answer_kl"}
+    assert kl["dense"] == 0 < min(kl["a"], kl["b"])
 
 
 def test_a_plan_that_keeps_everything_changes_nothing():
@@ -84,25 +97,25 @@ def test_done_runs_are_not_repeated(tmp_path, monkeypatch):
     out = tmp_path / "eval.jsonl"
     first = run({"a": plan("window(8)")}, out=out)
     watched = QuestionTask("short", short_kv().build)
-    monkeypatch.setattr(QuestionTask, "observe", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr(QuestionTask, "observe_all", lambda *_: pytest.fail("ran again"))
     assert run({"a": plan("window(8)")}, [watched], out=out) == first
     monkeypatch.undo()
     again = run({"a": plan("window(8)"), "b": plan("sink(2) | window(8)")}, out=out)
-    assert again[:4] == first
-    assert len(read_rows(out)) == 6
+    assert again[: len(first)] == first
+    assert len(read_rows(out)) == 9
     # Another plan of the same name, seed, length or number of items is another run.
     run({"a": plan("window(9)")}, out=out)
     run({"a": plan("window(8)")}, out=out, seed=1)
     run({"a": plan("window(8)")}, out=out, items=2)
     run({"a": plan("window(8)")}, out=out, lengths=(121,))
-    assert len(read_rows(out)) == 6 + 2 + 3 * 4
+    assert len(read_rows(out)) == 9 + 3 + 3 * 6
 
 
 def test_a_torn_file_is_refused_by_line(tmp_path):
     out = tmp_path / "eval.jsonl"
     run({}, out=out)
     out.write_text(out.read_text()[:-20])
-    with pytest.raises(UserError, match="line 2"):
+    with pytest.raises(UserError, match="line 3"):
         run({}, out=out)
     out.write_text('{"op": "prefill"}\n')
     with pytest.raises(UserError, match="line 1"):
@@ -110,7 +123,7 @@ def test_a_torn_file_is_refused_by_line(tmp_path):
 
 
 def test_nan_never_becomes_a_row(tmp_path):
-    (row, _) = run({})
+    (row, *_) = run({})
     broken = Row(**{**{field.name: getattr(row, field.name) for field in fields(Row)}, "value": float("nan")})
     with pytest.raises(UserError, match="NaN"):
         append_rows(tmp_path / "x.jsonl", [broken])

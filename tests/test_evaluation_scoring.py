@@ -8,7 +8,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from attnsieve import UserError
-from attnsieve.evaluation.scoring import fork, generate, log_probs_at, score_answers, spread
+from attnsieve.evaluation.scoring import fork, generate, log_probs_at, score_answers, score_documents, spread
 from attnsieve.evaluation.tokens import Budget, as_chat, cut_middle, encode, shared_length, split_answer
 from tests.evaluation_tiny import model, tokenizer
 
@@ -89,6 +89,34 @@ def test_likelihood_equals_one_plain_pass(asked):
         nll, exact = brute_force(network, tokens, prompt, answer)
         assert score.nll == pytest.approx(nll, abs=1e-6)
         assert score.exact == exact
+
+
+def test_documents_go_through_as_batches_with_the_same_scores(monkeypatch):
+    network, tokens = model(), tokenizer()
+    documents = []
+    for number in range(5):
+        text = "".join(f"key{n}: {(n + number) * 1237 % 1000:03d}\n" for n in range(10 + number // 3))
+        documents.append([(f"{text}\nkey{n}: ", str(n * 1237 % 1000)) for n in (1, 2, 10 + number // 4)])
+    documents.append([("one question: ", "12")])
+    sizes = []
+    forward = network.forward
+
+    def counted(ids, *rest, **options):
+        sizes.append(tuple(ids.shape))
+        return forward(ids, *rest, **options)
+
+    monkeypatch.setattr(network, "forward", counted)
+    found = list(score_documents(network, tokens, documents))
+    assert [len(scores) for scores in found] == [3, 3, 3, 3, 3, 1]
+    assert sizes[0][0] == 3
+    assert max(batch for batch, _ in sizes) == 6
+    monkeypatch.undo()
+    for questions, scores in zip(documents, found, strict=True):
+        for (prompt, answer), score in zip(questions, scores, strict=True):
+            nll, exact = brute_force(network, tokens, prompt, answer)
+            assert score.nll == pytest.approx(nll, abs=1e-6)
+            assert score.exact == exact
+            assert score.logits.shape[0] == len(split_answer(tokens, prompt, answer)[1])
 
 
 def greedy(network, ids: list[int], count: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Items: prompts to the letter, lengths filled, seeds, and scoring of what a model writes."""
 
+import itertools
 import json
 import re
 
@@ -8,6 +9,7 @@ import pytest
 from attnsieve import UserError
 from attnsieve.evaluation.scoring import AnswerScore
 from attnsieve.evaluation.tasks import TASKS, make_task, questions
+from attnsieve.evaluation.tasks.aligned import aligned
 from attnsieve.evaluation.tasks.language import buckets
 from attnsieve.evaluation.tasks.longeval import topics
 from attnsieve.evaluation.tasks.needle import VARIANTS, needle_task
@@ -179,9 +181,12 @@ def test_needle_values_are_forced_after_the_space():
 
 def test_measures_are_means_over_the_queries(monkeypatch):
     answers = iter([AnswerScore(1.0, True), AnswerScore(2.0, False), AnswerScore(6.0, False), AnswerScore(1.0, True)])
-    monkeypatch.setattr(questions, "score_answers", lambda model, tokenizer, asked: [next(answers) for _ in asked])
+    monkeypatch.setattr(
+        questions, "score_documents", lambda model, tokenizer, asked: ([next(answers) for _ in q] for q in asked)
+    )
     item = questions.Item(tuple(questions.Query(f"{n}", ("1",)) for n in range(4)))
-    assert questions.forced_measures(None, None, item) == {"exact_match": 0.5, "answer_nll": 2.5}
+    (seen,) = questions.forced_answers(None, None, [item])
+    assert seen.measures == {"exact_match": 0.5, "answer_nll": 2.5}
     texts = iter(["4", "5", "4", "4"])
     monkeypatch.setattr(questions, "generate", lambda *_: next(texts))
     generation = questions.Generation("hit", lambda text, query: float(text == "4"), 5)
@@ -192,9 +197,34 @@ def test_a_task_runs_on_a_model():
     task, tokens = made("needle-single-1"), tokenizer()
     (item,) = task.items(tokens, 1200, 1, 0)
     seen = task.observe(model(), tokens, item)
-    assert set(seen) == {"exact_match", "answer_nll", "string_match"}
-    assert task.measure(seen, seen) == seen
+    assert set(seen.measures) == {"exact_match", "answer_nll", "string_match"}
+    assert task.measure(seen, seen) == seen.measures | {"answer_kl": 0.0}
     assert task.inspect(model(), None, item) == {}
+
+
+@pytest.mark.parametrize("name", ["kv", "longeval-lines-prefix", "passkey"])
+def test_aligned_items_share_shapes(name):
+    task, tokens = aligned(make_task(name)), tokenizer()
+    items = task.items(tokens, 2000, 6, 3)
+    assert items == task.items(tokens, 2000, 6, 3)
+    assert items != task.items(tokens, 2000, 6, 4)
+    assert (task.name, task.variant) == (name, "aligned")
+    assert len({item.queries[0].prompt for item in items}) == 6
+    assert all(1400 < longest(tokens, item) <= 2000 for item in items)
+    asked = [[query.prompt[query.prompt.rindex("\n") :] + query.answers[0] for query in item.queries] for item in items]
+    assert all(1 <= len(queries) <= 8 for queries in asked)
+    assert len({len(encode(tokens, rest)) for queries in asked for rest in queries}) == 1
+    sizes = [longest(tokens, item) for item in items]
+    assert len(set(sizes)) <= 3
+    assert len(list(itertools.groupby(sizes))) == len(set(sizes))
+
+
+def test_aligned_items_are_scored_like_any(monkeypatch):
+    task, tokens = aligned(make_task("kv")), tokenizer()
+    items = task.items(tokens, 700, 3, 0)
+    together = [seen.measures for seen in task.observe_all(model(), tokens, items)]
+    alone = [task.observe(model(), tokens, item).measures for item in items]
+    assert together == [pytest.approx(one, abs=1e-6) for one in alone]
 
 
 def test_buckets_double():

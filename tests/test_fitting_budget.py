@@ -189,6 +189,25 @@ def test_guard_rails_are_paid_from_the_budget():
             assert true <= last.density[layer, head] + 1e-6
 
 
+def test_the_worst_kind_of_text_decides():
+    model = tiny()
+    torch.manual_seed(1)
+    kinds = [measure(model, [torch.randint(2, top, (64,))], CANDIDATES, progress=False) for top in (4, VOCAB)]
+    plan = fit_budget(kinds, density=0.6)
+    worst = {name: torch.stack([getattr(kind, name) for kind in kinds]).amax(0)[0].double() for name in ("density", "error")}
+    places = torch.tensor([[kinds[0].candidates.index(str(p)) for p in row] for row in plan.patterns])
+    assert plan.density == pytest.approx(worst["density"].gather(0, places[None])[0].float())
+    assert float(plan.density.mean()) <= 0.6 + 1e-6
+    expected = within_density(worst["density"].flatten(1), worst["error"].flatten(1), 0.6)
+    assert plan.provenance["expected"]["error_per_layer"] == pytest.approx(expected.error / len(plan.patterns))
+    assert len(plan.provenance["measurement"]["worst_of"]) == 2
+    longer = measure(model, [torch.randint(2, VOCAB, (65,))], CANDIDATES, progress=False)
+    with pytest.raises(UserError, match="same ones"):
+        fit_budget([kinds[0], longer], density=0.6)
+    with pytest.raises(UserError, match="at least one"):
+        fit_budget([], density=0.6)
+
+
 def test_dense_layers_of_a_preset():
     settings = Settings(dense_layers=2)
     assert settings.to_json()["dense_layers"] == 2

@@ -60,10 +60,9 @@ def evaluate(
     """
     require(items > 0 and all(length > 0 for length in lengths), f"expected positive items and lengths, got {items}, {lengths}")
     require(DENSE not in plans, f"{DENSE!r} is always measured and cannot be the name of a plan: rename it")
-    require(not model.training, "the model is in training mode, where dropout makes results random: call model.eval()")
     _warn_beyond_context(model, lengths)
-    runs = _Runs(model, tokenizer, plans, None if out is None else Path(out), progress)
-    return [row for task in tasks for length in lengths for row in runs.cell(Cell(task, length, items, seed))]
+    runs = Runs(model, tokenizer, out, progress=progress)
+    return [row for task in tasks for length in lengths for row in runs.cell(Cell(task, length, items, seed), plans)]
 
 
 def plan_digest(plan: Plan) -> str:
@@ -73,33 +72,38 @@ def plan_digest(plan: Plan) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class _Runs:
-    """Runs that are missing in a file of rows, cell by cell."""
+class Runs:
+    """The runs of one model that a file of rows (None: no file) does not hold yet, cell by cell."""
 
-    def __init__(self, model: Any, tokenizer: Any, plans: Mapping[str, Plan], out: Path | None, progress: bool) -> None:
-        self._model, self._tokenizer, self._plans = model, tokenizer, plans
-        self._out, self._progress = out, progress
-        self._digests = {name: plan_digest(plan) for name, plan in plans.items()} | {DENSE: DENSE}
+    def __init__(self, model: Any, tokenizer: Any, out: str | Path | None = None, *, progress: bool = True) -> None:
+        require(not model.training, "the model is in training mode, where dropout makes results random: call model.eval()")
+        self._model, self._tokenizer = model, tokenizer
+        self._out, self._progress = None if out is None else Path(out), progress
         self._environment = environment(model.device)
         self._done: dict[tuple[Any, ...], list[Row]] = {}
-        for row in [] if out is None else read_rows(out):
+        self._last: tuple[Cell, list[Any], list[Any], list[Measures]] | None = None
+        for row in [] if self._out is None else read_rows(self._out):
             self._done.setdefault(row.run, []).append(row)
 
-    def cell(self, cell: Cell) -> list[Row]:
-        """Rows of dense attention and of every plan on one task and length."""
-        keys = {name: tuple(self._identity(cell, name).values()) for name in (DENSE, *self._plans)}
-        missing = [name for name, key in keys.items() if key not in self._done]
-        if missing:
-            self._run(cell, missing)
-        return [row for key in keys.values() for row in self._done[key]]
+    def cell(self, cell: Cell, plans: Mapping[str, Plan]) -> list[Row]:
+        """Rows of dense attention and of every plan on one task and length.
 
-    def _identity(self, cell: Cell, name: str) -> dict[str, Any]:
+        Items are made, and dense attention is run, once for neighbouring calls with the same cell.
+        """
+        digests = {DENSE: DENSE} | {name: plan_digest(plan) for name, plan in plans.items()}
+        runs = {name: self._identity(cell, name, digest) for name, digest in digests.items()}
+        missing = [name for name, run in runs.items() if tuple(run.values()) not in self._done]
+        if missing:
+            self._run(cell, plans, {name: runs[name] for name in missing})
+        return [row for run in runs.values() for row in self._done[tuple(run.values())]]
+
+    def _identity(self, cell: Cell, name: str, digest: str) -> dict[str, Any]:
         """The fields of `rows.IDENTITY`, in its order."""
         return {
             "model": _model_name(self._model),
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "plan": name,
-            "plan_digest": self._digests[name],
+            "plan_digest": digest,
             "task": cell.task.name,
             "variant": cell.task.variant,
             "length": cell.length,
@@ -107,26 +111,32 @@ class _Runs:
             "seed": cell.seed,
         }
 
-    def _run(self, cell: Cell, missing: list[str]) -> None:
-        made = cell.task.items(self._tokenizer, cell.length, cell.items, cell.seed)
+    def _run(self, cell: Cell, plans: Mapping[str, Plan], missing: Mapping[str, dict[str, Any]]) -> None:
         sparse = [name for name in missing if name != DENSE]
-        total, title = len(made) * (1 + len(sparse)), f"{cell.task.name} {cell.length}"
-        with tqdm(total=total, desc=title, unit="item", disable=not self._progress) as bar:
+        title = f"{cell.task.name} {cell.length}"
+        with tqdm(total=cell.items * (1 + len(sparse)), desc=title, unit="item", disable=not self._progress) as bar:
             # Dense attention runs even where its rows are there: pairs need its value of every item.
-            seen_dense = self._observe(cell.task, made, bar)
-            dense_measures = self._measure(cell.task, made, None, seen_dense, seen_dense)
+            made, seen_dense, dense_measures = self._dense(cell, bar)
             if DENSE in missing:
-                self._record(cell, DENSE, 1.0, dense_measures, None)
+                self._record(missing[DENSE], 1.0, dense_measures, None)
             for name in sparse:
-                plan = self._plans[name]
+                plan = plans[name]
                 seen = self._observe_sparse(cell.task, made, plan, bar)
                 measures = self._measure(cell.task, made, plan, seen, seen_dense)
-                self._record(cell, name, self._density(cell, plan, made[0]), measures, dense_measures)
+                self._record(missing[name], self._density(cell, plan, made[0]), measures, dense_measures)
+
+    def _dense(self, cell: Cell, bar: Any) -> tuple[list[Any], list[Any], list[Measures]]:
+        """Items, what dense attention made of them, and its measures."""
+        if self._last is None or self._last[0] != cell:
+            made = list(cell.task.items(self._tokenizer, cell.length, cell.items, cell.seed))
+            seen = self._observe(cell.task, made, bar)
+            self._last = (cell, made, seen, self._measure(cell.task, made, None, seen, seen))
+        return self._last[1:]
 
     def _observe(self, task: Task, made: Sequence[Any], bar: Any) -> list[Any]:
         seen = []
-        for item in made:
-            seen.append(task.observe(self._model, self._tokenizer, item))
+        for one in task.observe_all(self._model, self._tokenizer, made):
+            seen.append(one)
             bar.update()
         return seen
 
@@ -153,17 +163,17 @@ class _Runs:
         return float(layer_fidelity(self._model, plan, cell.task.ids(self._tokenizer, item)).density.mean())
 
     def _record(
-        self, cell: Cell, name: str, density: float, measures: list[Measures], dense_measures: list[Measures] | None
+        self, run: Mapping[str, Any], density: float, measures: list[Measures], dense_measures: list[Measures] | None
     ) -> None:
-        identity, rows = self._identity(cell, name), []
+        rows = []
         for metric in measures[0]:
             values = [item[metric] for item in measures]
             against = None if dense_measures is None else [item[metric] for item in dense_measures]
             numbers = {"metric": metric, "density": density, **summary(values, against)}
-            rows.append(Row(**identity, **numbers, **self._environment))  # type: ignore[arg-type]
+            rows.append(Row(**run, **numbers, **self._environment))  # type: ignore[arg-type]
         if self._out is not None:
             append_rows(self._out, rows)
-        self._done[tuple(identity.values())] = rows
+        self._done[tuple(run.values())] = rows
 
 
 def summary(values: Sequence[float], dense_values: Sequence[float] | None) -> dict[str, float | None]:

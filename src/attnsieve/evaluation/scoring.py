@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -18,33 +18,87 @@ from attnsieve.evaluation.tokens import encode, shared_length, split_answer
 APPENDING = ("DynamicLayer", "DynamicSlidingWindowLayer")
 
 
-@dataclass(frozen=True)
+# Prompt tokens that go through the model at once, and cached tokens that questions are asked over at once.
+PROMPT_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}
+CACHED_TOKENS = {"cpu": 1 << 16, "cuda": 1 << 18}
+
+# A prompt and its answer, as text and as token ids.
+Question = tuple[str, str]
+Tokens = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True, eq=False)
 class AnswerScore:
-    """Teacher-forced score of one answer: mean negative log-likelihood per token (nats), and whether every token was the
-    most likely one."""
+    """Teacher-forced score of one answer: mean negative log-likelihood per token (nats), whether every token was the most
+    likely one, and the logits [answer tokens, vocabulary] that say so."""
 
     nll: float
     exact: bool
+    logits: Tensor | None = None
+
+
+def score_answers(model: Any, tokenizer: Any, questions: Sequence[Question]) -> list[AnswerScore]:
+    """Teacher-forced scores of (prompt, answer) pairs about one document; see `score_documents`."""
+    return next(score_documents(model, tokenizer, [questions]))
 
 
 @torch.inference_mode()
-def score_answers(model: Any, tokenizer: Any, questions: Sequence[tuple[str, str]]) -> list[AnswerScore]:
-    """Teacher-forced scores of (prompt, answer) pairs. What all prompts have in common is computed once.
+def score_documents(model: Any, tokenizer: Any, documents: Iterable[Sequence[Question]]) -> Iterator[list[AnswerScore]]:
+    """Teacher-forced scores of the (prompt, answer) pairs of every document, in order.
 
-    Answers are fed token by token, as in generation: masks chosen from the input must not see answer tokens ahead of time.
-    Prompts of equal length go through the model as one batch.
+    What all prompts of a document have in common is computed once. Answers are fed token by token, as in generation: masks
+    chosen from the input must not see answer tokens ahead of time. Neighbouring documents whose common parts are equally long
+    go through the model as one batch, and so do their questions that are equally long; no result depends on batch mates.
     Raises UserError if the model returns NaN or infinite likelihoods.
     """
-    parts = [split_answer(tokenizer, prompt, answer) for prompt, answer in questions]
-    shared, cache = _prefill(model, [prompt for prompt, _ in parts])
-    scores: dict[int, AnswerScore] = {}
-    for length in sorted({len(prompt) for prompt, _ in parts}):
-        batch = [index for index, (prompt, _) in enumerate(parts) if len(prompt) == length]
-        answers = [parts[index][1] for index in batch]
-        logits = _answer_logits(model, [parts[index][0][shared:] for index in batch], answers, fork(cache, len(batch)))
-        for index, answer, row in zip(batch, answers, logits, strict=True):
-            scores[index] = _answer_score(row[: len(answer)].float(), torch.tensor(answer, device=model.device))
-    return [scores[index] for index in range(len(parts))]
+    cut = ([split_answer(tokenizer, prompt, answer) for prompt, answer in questions] for questions in documents)
+    for batch in _batches(cut, PROMPT_TOKENS.get(model.device.type, PROMPT_TOKENS["cuda"])):
+        yield from _score_batch(model, batch)
+
+
+def _batches(documents: Iterable[list[Tokens]], most: int) -> Iterator[list[list[Tokens]]]:
+    """Neighbours with equally long common parts, of at most `most` tokens together."""
+    for _, alike in groupby(documents, _shared):
+        batch: list[list[Tokens]] = []
+        for document in alike:
+            if batch and (len(batch) + 1) * max(len(prompt) for prompt, _ in [*batch[0], *document]) > most:
+                yield batch
+                batch = []
+            batch.append(document)
+        yield batch
+
+
+def _shared(document: list[Tokens]) -> int:
+    """How many leading tokens are computed once for all questions; none for a single one."""
+    prompts = [prompt for prompt, _ in document]
+    # Every prompt keeps a token of its own, whose forward pass gives the answer's first logits.
+    return min(shared_length(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+
+
+def _score_batch(model: Any, batch: list[list[Tokens]]) -> list[list[AnswerScore]]:
+    shared, cache = _shared(batch[0]), None
+    if shared:
+        ids = torch.tensor([document[0][0][:shared] for document in batch], device=model.device)
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    scores: dict[tuple[int, int], AnswerScore] = {}
+    most = CACHED_TOKENS.get(model.device.type, CACHED_TOKENS["cuda"])
+    for places in _question_batches(batch, most):
+        questions = [batch[row][number] for row, number in places]
+        answers = [answer for _, answer in questions]
+        rest = [prompt[shared:] for prompt, _ in questions]
+        logits = _answer_logits(model, rest, answers, fork(cache, [row for row, _ in places]))
+        for place, answer, seen in zip(places, answers, logits, strict=True):
+            scores[place] = _answer_score(seen[: len(answer)], torch.tensor(answer, device=model.device))
+    return [[scores[row, number] for number in range(len(document))] for row, document in enumerate(batch)]
+
+
+def _question_batches(batch: list[list[Tokens]], most: int) -> Iterator[list[tuple[int, int]]]:
+    """(document, question) of questions whose prompts are equally long, of at most `most` tokens together."""
+    lengths = {(row, number): len(prompt) for row, document in enumerate(batch) for number, (prompt, _) in enumerate(document)}
+    for length in sorted(set(lengths.values())):
+        places = [place for place, own in lengths.items() if own == length]
+        step = max(1, most // length)
+        yield from (places[start : start + step] for start in range(0, len(places), step))
 
 
 @torch.inference_mode()
@@ -80,27 +134,15 @@ def spread(length: int, most: int) -> Tensor:
     return length - 1 - torch.arange(count - 1, -1, -1) * length // count
 
 
-def fork(cache: Any, copies: int = 1) -> Any:
-    """A cache that can grow without changing `cache`, its batch repeated `copies` times; None stays None."""
+def fork(cache: Any, rows: Sequence[int] | None = None) -> Any:
+    """A cache that can grow without changing `cache`, with these batch rows of it (all by default); None stays None."""
     if cache is None:
         return None
     fresh = copy.copy(cache)
     fresh.layers = [copy.copy(layer) if type(layer).__name__ in APPENDING else copy.deepcopy(layer) for layer in cache.layers]
-    if copies > 1:
-        fresh.batch_repeat_interleave(copies)
+    if rows is not None:
+        fresh.batch_select_indices(torch.tensor(rows))  # on the CPU: a bounded cache has no keys to be beside
     return fresh
-
-
-def _prefill(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[int, Any]:
-    """How many leading tokens the prompts share, and the cache that holds them; 0 and None for a single prompt."""
-    if len(prompts) == 1:
-        return 0, None
-    # Every prompt keeps a token of its own, whose forward pass gives the answer's first logits.
-    shared = min(shared_length(prompts), min(map(len, prompts)) - 1)
-    if shared == 0:
-        return 0, None
-    ids = torch.tensor([list(prompts[0][:shared])], device=model.device)
-    return shared, model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
 def _answer_logits(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], cache: Any) -> Tensor:
@@ -118,7 +160,7 @@ def _answer_logits(model: Any, prompts: Sequence[Sequence[int]], answers: Sequen
 
 
 def _answer_score(logits: Tensor, answer: Tensor) -> AnswerScore:
-    chosen = logits.log_softmax(-1).gather(1, answer[:, None])
+    chosen = logits.float().log_softmax(-1).gather(1, answer[:, None])
     nll = float(-chosen.mean())
     require(nll < float("inf"), f"the model gives the answer a likelihood of {-nll}: check its weights and dtype")
-    return AnswerScore(nll, bool((logits.argmax(-1) == answer).all()))
+    return AnswerScore(nll, bool((logits.argmax(-1) == answer).all()), logits)

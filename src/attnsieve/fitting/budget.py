@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from attnsieve.profiling import Measurement
 
 
 def fit_budget(
-    measurement: Measurement,
+    measurement: Measurement | Sequence[Measurement],
     *,
     density: float | None = None,
     mass: float | None = None,
@@ -32,20 +33,23 @@ def fit_budget(
 
     density: mean density over all heads, the least error for it. mass: every head keeps at least this share of its attention
     mass, as cheaply as it can. max_error: mean over layers of the relative squared output error, the least density for it.
-    A candidate counts with its worst measured length. share="kv" gives the query heads of a KV group one mask, so that kernels
-    read each key once for all of them: one pattern, whose dynamic atoms must have been measured with share="kv". The budget
-    concerns heads as measured, one at a time on dense inputs.
+    A candidate counts with its worst measured length; of several measurements, one per kind of text, with its worst kind. That
+    keeps a head that one kind needs, which the mean over all kinds would outvote. share="kv" gives the query heads of a KV
+    group one mask, so that kernels read each key once for all of them: one pattern, whose dynamic atoms must have been measured
+    with share="kv". The budget concerns heads as measured, one at a time on dense inputs.
 
     Guard rails, paid from the budget: the first `dense_layers` layers stay dense; the last `last_rows` queries of a prompt keep
     every key (atom `last_queries`, in blocks of 64 rows), counted from above. Sinks and the newest keys are kept where every
     candidate keeps them, as `default_candidates` does.
 
-    Raises UserError unless exactly one budget is given and reachable; the message says what is reachable.
+    Raises UserError unless exactly one budget is given and reachable (the message says what is), and for measurements of
+    different models, candidates or lengths.
     """
     budgets = {
         name: value for name, value in (("density", density), ("mass", mass), ("max_error", max_error)) if value is not None
     }
     require(len(budgets) == 1, f"give exactly one of density, mass and max_error, got {sorted(budgets) or 'none'}")
+    measurement = measurement if isinstance(measurement, Measurement) else _worst(measurement)
     (name, budget), model = next(iter(budgets.items())), measurement.fingerprint
     require(0 < budget <= 1, f"{name} must be above 0 and at most 1, got {budget!r}")
     require(share in ("none", "kv"), f'share must be "none" or "kv", got {share!r}')
@@ -67,6 +71,26 @@ def fit_budget(
         found = with_mass(costs, kept, errors, budget)
     request = {"budget": {name: budget}, "share": share, "guards": {"dense_layers": dense_layers, "last_rows": last_rows}}
     return _plan(measurement, found, group, request)
+
+
+def _worst(measurements: Sequence[Measurement]) -> Measurement:
+    """Per length, candidate and head the largest density and error and the smallest retained mass of all measurements."""
+    require(bool(measurements), "fit_budget needs at least one measurement")
+    first = measurements[0]
+    for other in measurements[1:]:
+        first.fingerprint.check(other.fingerprint)
+        require(
+            (other.candidates, other.lengths) == (first.candidates, first.lengths),
+            "measurements must agree in candidates and lengths: measure every kind of text with the same ones",
+        )
+    tables = {name: torch.stack([getattr(one, name) for one in measurements]) for name in ("density", "retained", "error")}
+    return replace(
+        first,
+        density=tables["density"].amax(0),
+        retained=tables["retained"].amin(0),
+        error=tables["error"].amax(0),
+        provenance={"worst_of": [one.provenance for one in measurements]},
+    )
 
 
 def _check_sharing(measurement: Measurement, share: str) -> None:

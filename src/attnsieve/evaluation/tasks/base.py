@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from attnsieve.plan import Plan
@@ -29,6 +29,10 @@ class Task:
     def observe(self, model: Any, tokenizer: Any, item: Any) -> Any:
         """What the model, dense or under a plan, makes of one item: the measures by name, unless `measure` makes them."""
         raise NotImplementedError
+
+    def observe_all(self, model: Any, tokenizer: Any, items: Sequence[Any]) -> Iterator[Any]:
+        """`observe` of every item, in order; several at once where a task can."""
+        return (self.observe(model, tokenizer, item) for item in items)
 
     def measure(self, seen: Any, dense: Any) -> dict[str, float]:
         """Measures of one item, from what was seen under a plan and what was seen dense (the same object for dense)."""

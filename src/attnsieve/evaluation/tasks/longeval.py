@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -42,10 +43,10 @@ def lines() -> QuestionTask:
     )
 
 
-def lines_prefix() -> QuestionTask:
+def lines_prefix(queries: int = QUERIES) -> QuestionTask:
     """`longeval-lines-prefix`: not the official task. The same prompt without chat template, continued up to the number;
     eight lines of a document are asked for, teacher-forced."""
-    return QuestionTask("longeval-lines-prefix", _prefixed_lines)
+    return QuestionTask("longeval-lines-prefix", partial(_prefixed_lines, queries))
 
 
 def topics(conversations: Path | None = None) -> QuestionTask:
@@ -78,11 +79,11 @@ def _one_line(random: Random, count: int) -> Item:
     return Item((query,), {"lines": count, "asked": [place]})
 
 
-def _prefixed_lines(random: Random, count: int) -> Item:
+def _prefixed_lines(queries: int, random: Random, count: int) -> Item:
     keys, numbers, record = _record(random, count)
-    asked = sorted(random.sample(range(count), min(QUERIES, count)))
-    queries = (Query(record + (LINES_QUESTION + LINES_PREFIX).format(key=keys[place]), (numbers[place],)) for place in asked)
-    return Item(tuple(queries), {"lines": count, "asked": asked})
+    asked = sorted(random.sample(range(count), min(queries, count)))
+    questions = (Query(record + (LINES_QUESTION + LINES_PREFIX).format(key=keys[place]), (numbers[place],)) for place in asked)
+    return Item(tuple(questions), {"lines": count, "asked": asked})
 
 
 def _last_integer_right(prediction: str, query: Query) -> float:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 from statistics import fmean
 from typing import Any
 
-from attnsieve.evaluation.scoring import generate, score_answers
+import torch
+from torch import Tensor
+
+from attnsieve.evaluation.scoring import AnswerScore, generate, score_documents
 from attnsieve.evaluation.tasks.base import Task
 from attnsieve.evaluation.tokens import Budget, as_chat, encode, shared_length
 
@@ -43,6 +46,14 @@ class Generation:
     stop: str | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """What a model made of an item: measures, and the logits before each token of its forced answers [tokens, vocabulary]."""
+
+    measures: dict[str, float]
+    logits: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class QuestionTask(Task):
     """A task whose items are built from a number of units (lines, sentences) that fills the length.
@@ -65,7 +76,7 @@ class QuestionTask(Task):
         made, units = [], self.least
         for index in range(count):
             build = partial(self._build, tokenizer, f"{self.name}/{length}/{seed}/{index}")
-            units = budget.most(partial(_longest_of, tokenizer, build), self.least, units)
+            units = budget.most(partial(longest_of, tokenizer, build), self.least, units)
             made.append(build(units))
         return made
 
@@ -73,12 +84,23 @@ class QuestionTask(Task):
         """See `Task.ids`: the first query's."""
         return encode(tokenizer, item.queries[0].prompt)
 
-    def observe(self, model: Any, tokenizer: Any, item: Item) -> dict[str, float]:
+    def observe(self, model: Any, tokenizer: Any, item: Item) -> Answered:
         """See `Task.observe`."""
-        measures = forced_measures(model, tokenizer, item) if self.forced else {}
-        if self.generation is not None:
-            measures |= generated_measures(model, tokenizer, item, self.generation)
-        return measures
+        return next(self.observe_all(model, tokenizer, [item]))
+
+    def observe_all(self, model: Any, tokenizer: Any, items: Sequence[Item]) -> Iterator[Answered]:
+        """See `Task.observe_all`."""
+        forced = forced_answers(model, tokenizer, items) if self.forced else (Answered({}) for _ in items)
+        for item, seen in zip(items, forced, strict=True):
+            written = {} if self.generation is None else generated_measures(model, tokenizer, item, self.generation)
+            yield Answered(seen.measures | written, seen.logits)
+
+    def measure(self, seen: Answered, dense: Answered) -> dict[str, float]:
+        """See `Task.measure`; of forced answers also "answer_kl", KL(dense || plan) of the next-token distributions (nats)."""
+        if seen.logits is None or dense.logits is None:
+            return seen.measures
+        own, other = (logits.float().log_softmax(-1) for logits in (seen.logits, dense.logits))
+        return seen.measures | {"answer_kl": float((other.exp() * (other - own)).sum(-1).mean())}
 
     def _build(self, tokenizer: Any, key: str, units: int) -> Item:
         item = self.build(Random(key), units)
@@ -87,10 +109,17 @@ class QuestionTask(Task):
         return replace(item, queries=tuple(replace(query, prompt=as_chat(tokenizer, query.prompt)) for query in item.queries))
 
 
-def forced_measures(model: Any, tokenizer: Any, item: Item) -> dict[str, float]:
-    """Means over the item's queries of the teacher-forced scores."""
-    scores = score_answers(model, tokenizer, [(query.prompt + query.gap, query.answers[0]) for query in item.queries])
-    return {"exact_match": fmean(score.exact for score in scores), "answer_nll": fmean(score.nll for score in scores)}
+def forced_answers(model: Any, tokenizer: Any, items: Sequence[Item]) -> Iterator[Answered]:
+    """Of every item, the means over its queries of the teacher-forced scores."""
+    asked = ([(query.prompt + query.gap, query.answers[0]) for query in item.queries] for item in items)
+    for scores in score_documents(model, tokenizer, asked):
+        measures = {"exact_match": fmean(score.exact for score in scores), "answer_nll": fmean(score.nll for score in scores)}
+        yield Answered(measures, _joined(scores))
+
+
+def _joined(scores: Sequence[AnswerScore]) -> Tensor | None:
+    logits = [score.logits for score in scores if score.logits is not None]
+    return torch.cat(logits) if logits else None
 
 
 def generated_measures(model: Any, tokenizer: Any, item: Item, generation: Generation) -> dict[str, float]:
@@ -100,7 +129,7 @@ def generated_measures(model: Any, tokenizer: Any, item: Item, generation: Gener
     return {generation.metric: fmean(scores)}
 
 
-def _longest_of(tokenizer: Any, build: Callable[[int], Item], units: int) -> str:
+def longest_of(tokenizer: Any, build: Callable[[int], Item], units: int) -> str:
     """The text, answer included, of the query that needs most tokens."""
     texts = [query.prompt + query.gap + query.answers[0] for query in build(units).queries]
     # What all of them begin with is long and costs the same in each.

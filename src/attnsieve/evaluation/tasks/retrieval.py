@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from random import Random
 
 from attnsieve.evaluation.tasks.questions import Item, Query, QuestionTask
@@ -15,9 +16,9 @@ PASSKEY_INTRODUCTION = (
 )
 
 
-def key_value() -> QuestionTask:
+def key_value(queries: int = QUERIES) -> QuestionTask:
     """`kv`: bare lines "adjective-noun: 12345", a blank line, and a key again. Eight keys of a document are asked for."""
-    return QuestionTask("kv", _key_value)
+    return QuestionTask("kv", partial(_key_value, queries))
 
 
 def passkey() -> QuestionTask:
@@ -25,13 +26,13 @@ def passkey() -> QuestionTask:
     return QuestionTask("passkey", _passkey)
 
 
-def _key_value(random: Random, lines: int) -> Item:
+def _key_value(queries: int, random: Random, lines: int) -> Item:
     keys = distinct_keys(random, lines)
     values = [str(value) for value in random.sample(range(10_000, 100_000), lines)]
     document = "".join(f"{key}: {value}\n" for key, value in zip(keys, values, strict=True))
-    asked = sorted(random.sample(range(lines), min(QUERIES, lines)))
-    queries = tuple(Query(f"{document}\n{keys[line]}: ", (values[line],)) for line in asked)
-    return Item(queries, {"lines": lines, "asked": asked})
+    asked = sorted(random.sample(range(lines), min(queries, lines)))
+    questions = tuple(Query(f"{document}\n{keys[line]}: ", (values[line],)) for line in asked)
+    return Item(questions, {"lines": lines, "asked": asked})
 
 
 def _passkey(random: Random, sentences: int) -> Item:
