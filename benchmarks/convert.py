@@ -93,6 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", type=numbers, default=[1024, 2048])
     parser.add_argument("--items", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--models", type=Path, help="folder for the trained models, kept only if given")
     parser.add_argument("--no-graph", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS / "convert.jsonl")
@@ -128,7 +129,8 @@ def main() -> None:
         trained = run(Language(model, text, arguments.steps, 0, arguments), f"w {keep}", budget)
         if trained is not None:
             stage("trained", keep, arguments.steps, model, **trained)
-            model.save_pretrained(arguments.out.with_suffix("") / f"{name}-{keep}")
+            if arguments.models:
+                model.save_pretrained(arguments.models / f"{name}-{keep}")
     report(arguments.out, rows.all)
 
 

@@ -35,8 +35,14 @@ from attnsieve.nn.scores import key_scores
 from attnsieve.spans import Spans
 
 LENGTHS = (32768, 131072, 8192, 65536, 4096, 262144)
-BUDGETS = (2048, 1024, 512)
-DECODE_LENGTHS = (4096, 131072, 1048576, 32768)
+# w; the first of a suite is what its target is stated for.
+BUDGETS = {
+    "forward": (1024, 2048, 512),
+    "backward": (2048, 1024, 512),
+    "decode": (2048, 1024, 512),
+    "windows": (1024, 2048, 512),
+}
+DECODE_LENGTHS = (4096, 1048576, 131072, 32768, 262144)
 FILL = 16384  # tokens that fill a cache at once
 
 
@@ -177,14 +183,17 @@ def recorded(run: Callable[[], object], device: str) -> Callable[[], object]:
 
 
 def lines(arguments: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
-    """(suite, n, w): the first length of every suite comes before the second of any."""
-    lengths = {suite: DECODE_LENGTHS if suite == "decode" else LENGTHS for suite in arguments.suites}
-    if arguments.lengths:
-        lengths = {suite: [int(n) for n in arguments.lengths.split(",")] for suite in arguments.suites}
-    budgets = [int(w) for w in arguments.budgets.split(",")]
-    for place in range(max(map(len, lengths.values()))):
-        for suite in arguments.suites:
-            yield from ((suite, lengths[suite][place], w) for w in budgets if place < len(lengths[suite]))
+    """(suite, n, w) of all suites, the most telling first; another w counts as much as two further lengths."""
+    found = []
+    for suite in arguments.suites:
+        lengths = numbers(arguments.lengths) or (DECODE_LENGTHS if suite == "decode" else LENGTHS)
+        budgets = numbers(arguments.budgets) or BUDGETS[suite]
+        found += [(place + 2 * rank, suite, n, w) for rank, w in enumerate(budgets) for place, n in enumerate(lengths)]
+    return ((suite, n, w) for _, suite, n, w in sorted(found, key=lambda line: line[0]))
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
 
 
 def report(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -219,8 +228,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("suites", nargs="+", choices=("forward", "backward", "decode", "windows"))
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--budget-ms", type=float, default=100.0, help="how long one measurement is repeated")
-    parser.add_argument("--lengths", default="")
-    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="w")
+    parser.add_argument("--lengths", default="", help="instead of all, as 4096,32768")
+    parser.add_argument("--budgets", default="", help="w, instead of all")
     parser.add_argument("--baselines", default="cudnn,flash,fa4", help="those that are missing are skipped")
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
     parser.add_argument("--device", default="cuda")

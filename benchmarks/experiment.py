@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnsieve.bench.rows import environment
+from attnsieve.environment import environment
 from attnsieve.show import markdown
 from attnsieve.show.canvas import COLOURS, GREY, MARKERS, new_figure, quiet_axes, save
 
@@ -27,12 +27,19 @@ Curves = Mapping[str, Sequence[tuple[float, float, float]]]
 
 
 class Rows:
-    """A file of JSON lines. `key` says what was measured; a row with an equal key is not measured again."""
+    """A file of JSON lines. `key` says what was measured; a row with an equal key is not measured again.
+
+    Processes may add rows to one file at the same time; `all` are those that were there at first and this one's own.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self.all: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+        self.all = self.read()
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows that the file holds now."""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The row of this measurement, if there is one."""
@@ -43,8 +50,8 @@ class Rows:
         row = {**key, **numbers, "device": device_name(device), **environment()}
         self.all.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        with self.path.open("ab", buffering=0) as file:  # one write: lines of several processes do not mix
+            file.write((json.dumps(row, allow_nan=False) + "\n").encode())
         return row
 
 
@@ -82,6 +89,8 @@ class Training:
         options = {"fused": True, "capturable": True} if gpu else {}
         self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.95), **options)
         self.stream = torch.cuda.Stream() if gpu else None
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())
         self.graph = self._captured() if graph and gpu else None
 
     def step(self) -> None:
@@ -109,7 +118,6 @@ class Training:
         self.last.copy_(loss.detach())
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for _ in range(3):  # compiles kernels, makes the optimizer's state; the learning rate is 0
                 self._update()
@@ -176,9 +184,13 @@ def draw(
         print("no figure: matplotlib is not installed; run the command again where it is")
         return
     methods = list(dict.fromkeys(method for curves in panels.values() for method in curves))
-    figure = new_figure(3.2 * max(len(panels), 2), 3.2)
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for panel, (name, curves) in zip(axes, panels.items(), strict=True):
+    columns, lines = min(len(panels), 4), -(-len(panels) // 4)
+    figure = new_figure(3.2 * max(columns, 2), 3.2 * lines)
+    grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    axes = list(grid.flat)
+    for spare in axes[len(panels) :]:
+        spare.set_axis_off()
+    for panel, (name, curves) in zip(axes, panels.items(), strict=False):
         quiet_axes(panel)
         panel.set_title(name, fontsize=9, loc="left")
         panel.set_xlabel(x, fontsize=9)
@@ -189,10 +201,11 @@ def draw(
             panel.axvline(marks[name], color=GREY, linewidth=1, linestyle="--")
         for method, points in curves.items():
             place = methods.index(method)
-            columns = list(zip(*sorted(points), strict=True))
+            points = list(zip(*sorted(points), strict=True))
             style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 4}
-            panel.errorbar(*columns, **style, linewidth=1.2, capsize=2, label=method)
-    axes[0].set_ylabel(y, fontsize=9)
+            panel.errorbar(*points, **style, linewidth=1.2, capsize=2, label=method)
+    for first in grid[:, 0]:
+        first.set_ylabel(y, fontsize=9)
     handles = {label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8, frameon=False)
     print(save(figure, path.with_suffix(".png")))

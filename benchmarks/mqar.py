@@ -1,21 +1,24 @@
 """Associative recall by attention layer: how many pairs each one can look up, and what a budget of w keys cannot.
 
     python benchmarks/mqar.py --minutes 1 --out benchmarks/results/mqar.jsonl
-    python benchmarks/mqar.py --minutes 10 --seeds 3 --stages all
+    python benchmarks/mqar.py --minutes 10 --seeds 3 --shapes 256x64,512x64,512x64+noise
 
 Two layers of one head as wide as the model. As in Zoology a model is trained on rows with different numbers of pairs, here
 length / 4 (the most that Zoology's rule allows), half of that and so on, and tested on each; w = length / 8, so there are fewer
-and more pairs than a row may keep keys. A model is trained with every learning rate, and the best one counts. Shapes come in
-stages, the most telling ones first; models that the file holds already are not trained again. On a GPU a training step is one
-CUDA graph, and several models are trained side by side.
+and more pairs than a row may keep keys. A model is trained with every learning rate, and the best one counts. The first shapes
+come first, and two further shapes before another seed; models that the file holds already are not trained again. On a GPU a
+training step is one CUDA graph, and several models are trained side by side. Processes, one per GPU, can share the work: give
+them different shapes and the same file, then make the report of all rows with --minutes 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,8 @@ from attnsieve.nn.mqar import IGNORED
 
 LAYERS = ("mha", "dma", "dma-window", "swa", "mla", "nsa")
 RATES = (2e-3, 4e-3)
+SHAPES = "256x64,512x64,256x64+noise,512x128,1024x64,256x256,256x32,2048x64,512x64+noise"
+TOKENS = 65536  # of a step at most
 FEWEST = 2  # pairs of the easiest rows
 CHECK_EVERY = 250  # steps between looks at the accuracy
 SOLVED = 0.995
@@ -95,7 +100,7 @@ class Recall:
 
     def __init__(self, cell: Cell, device: torch.device, graph: bool) -> None:
         torch.manual_seed(cell.seed)
-        self.cell, self.device = cell, device
+        self.cell, self.device, self.start = cell, device, time.monotonic()
         self.model = DmaForCausalLM(cell.configuration()).to(device).train()
         self.right = torch.zeros((), device=device)
         self.training = Training(self.model, self._loss, cell.steps, cell.rate, cell.seed, graph=graph)
@@ -125,8 +130,10 @@ class Recall:
         predicted, wanted = self._answers(*self.cell.task.sample(self.cell.batch, random, levels))
         right, asked = self._right(predicted, wanted)
         self.right.lerp_(right[::levels].sum() / asked[::levels].sum(), 0.05)
-        losses = F.cross_entropy(predicted.transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
-        return (losses.sum(1) / asked.sum(1)).mean()  # rows with few pairs count as much, or nothing is learned at first
+        losses = F.cross_entropy(predicted.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
+        return (
+            losses.view_as(wanted).sum(1) / asked.sum(1)
+        ).mean()  # rows with few pairs count as much, or nothing is learned at first
 
     def _right(self, predicted: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """bool [B, pairs]: answered rightly; asked at all."""
@@ -142,25 +149,29 @@ class Recall:
         return logits.float(), labels[:, 1:].gather(1, places)
 
 
-def train_together(cells: list[Cell], device: torch.device, arguments: argparse.Namespace, budget: Budget) -> Iterator[Result]:
-    """Train cells side by side; the numbers of each as it ends, or as it stands when the time is over."""
-    start = time.monotonic()
-    active = [Recall(cell, device, not arguments.no_graph) for cell in cells]
-    with tqdm(total=sum(cell.steps for cell in cells), desc="train", unit="step", leave=False, disable=None) as bar:
-        while active and budget.left > 0:
+def train_all(cells: Iterable[Cell], device: torch.device, arguments: argparse.Namespace, budget: Budget) -> Iterator[Result]:
+    """Train cells in this order, `together` at a time; the numbers of each as it ends, or as it stands when the time is over."""
+    waiting, active = iter(cells), []
+    with tqdm(desc="train", unit="step", leave=False, disable=None) as bar:
+        while budget.left > 0:
+            for cell in islice(waiting, arguments.together - len(active)):
+                active.append(Recall(cell, device, not arguments.no_graph))
+            if not active:
+                return
             for one in active:
                 for _ in range(min(10, one.cell.steps - one.training.done)):
                     one.training.step()
                     bar.update()
             for one in [one for one in active if one.ends()]:
                 active.remove(one)
-                yield one.cell, _numbers(one, arguments.test_examples, time.monotonic() - start)
+                yield one.cell, _numbers(one, arguments.test_examples)
     for one in active:
-        yield one.cell, _numbers(one, arguments.test_examples, time.monotonic() - start) | {"finished": False}
+        yield one.cell, _numbers(one, arguments.test_examples) | {"finished": False}
 
 
-def _numbers(one: Recall, examples: int, seconds: float) -> dict[str, Any]:
+def _numbers(one: Recall, examples: int) -> dict[str, Any]:
     torch.cuda.synchronize() if one.device.type == "cuda" else None
+    seconds = time.monotonic() - one.start
     found = one.test(examples)
     numbers: dict[str, Any] = {"accuracy": {pairs: value for pairs, (value, _) in found.items()}}
     numbers["stderr"] = {pairs: error for pairs, (_, error) in found.items()}
@@ -176,24 +187,26 @@ def _numbers(one: Recall, examples: int, seconds: float) -> dict[str, Any]:
     return numbers
 
 
-def stages(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Lists of shapes, the most telling first: without noise, with noise, other widths, other lengths."""
-    shape = lambda n, width, noise: {"length": n, "keep": n // 8, "width": width, "noise": noise}  # noqa: E731
-    yield [shape(arguments.length, arguments.width, False)]
-    yield [shape(arguments.length, arguments.width, True)]
-    yield [shape(arguments.length, width, True) for width in (32, 128, 256) if width != arguments.width]
-    yield [shape(length, arguments.width, True) for length in (512, 1024, 2048) if length != arguments.length]
-
-
-def cells(arguments: argparse.Namespace) -> Iterator[Cell]:
-    """Models in the order of what they tell: layers that stand beside each other are trained together."""
-    fixed = {"steps": arguments.steps, "batch": arguments.batch, "vocabulary": arguments.vocabulary}
-    count = None if arguments.stages == "all" else int(arguments.stages)
-    for stage in islice(stages(arguments), count):
+def cells(arguments: argparse.Namespace) -> list[Cell]:
+    """Models in the order of what they tell; layers that stand beside each other are trained together."""
+    fixed = {"steps": arguments.steps, "vocabulary": arguments.vocabulary}
+    found = []
+    for place, (length, width, noise) in enumerate(arguments.shapes):
+        shape = {"length": length, "width": width, "noise": noise, "keep": length // 8}
+        batch = min(arguments.batch, max(1, TOKENS // length))
         for seed in range(arguments.seeds):
-            for layer in arguments.layers.split(","):
-                for shape in stage:
-                    yield from (Cell(layer, rate=rate, seed=seed, **fixed, **shape) for rate in arguments.rates)
+            for rate in arguments.rates:
+                one = partial(Cell, rate=rate, seed=seed, batch=batch, **fixed, **shape)
+                found += [(place + 2 * seed, one(layer)) for layer in arguments.layers.split(",")]
+    return [cell for _, cell in sorted(found, key=lambda one: one[0])]
+
+
+def shapes(text: str) -> list[tuple[int, int, bool]]:
+    """ "256x64+noise" to (256 tokens, width 64, True), of several with commas between them."""
+    found = re.findall(r"(\d+)x(\d+)(\+noise)?(?:,|$)", text)
+    if ",".join(f"{length}x{width}{noise}" for length, width, noise in found) != text:
+        raise argparse.ArgumentTypeError(f"expected shapes like 256x64,512x64+noise, got {text!r}")
+    return [(int(length), int(width), bool(noise)) for length, width, noise in found]
 
 
 def told(cell: Cell, numbers: dict[str, Any]) -> str:
@@ -235,15 +248,13 @@ def report(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10, help="no cell is started or finished after this")
-    parser.add_argument("--stages", default="2", help="how many stages, or all")
+    parser.add_argument("--minutes", type=float, default=10, help="models are tested as they stand after this; 0: report only")
+    parser.add_argument("--shapes", type=shapes, default=shapes(SHAPES), help=f"tokens x width, default {SHAPES}")
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")], default=list(RATES))
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64, help=f"rows of a step, fewer where {TOKENS} tokens are less")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--test-examples", type=int, default=256, help="rows of each number of pairs")
     parser.add_argument("--together", type=int, default=6, help="models that are trained side by side")
@@ -257,15 +268,14 @@ def main() -> None:
     arguments = parse()
     rows, budget, device = Rows(arguments.out), Budget(arguments.minutes), device_of(arguments.device)
     missing = [cell for cell in cells(arguments) if rows.find(asdict(cell) | {"finished": True}) is None]
-    for first in range(0, len(missing), arguments.together):
-        if budget.left <= 0:
-            print(f"out of time, {len(missing) - first} models not trained")
-            break
-        for cell, numbers in train_together(missing[first : first + arguments.together], device, arguments, budget):
-            rows.add(asdict(cell), numbers, device)
-            print(told(cell, numbers), flush=True)
-    if rows.all:
-        report(arguments.out, rows.all)
+    trained = 0
+    for cell, numbers in train_all(missing, device, arguments, budget):
+        rows.add(asdict(cell), numbers, device)
+        trained += numbers["finished"]
+        print(told(cell, numbers), flush=True)
+    print(f"{len(missing) - trained} of {len(missing)} models not trained to the end")
+    if found := rows.read():
+        report(arguments.out, found)
 
 
 if __name__ == "__main__":

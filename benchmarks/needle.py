@@ -132,8 +132,8 @@ def main() -> None:
             if rows.find(key) is None and budget.left > 0:
                 ids, answers = contexts(text, length, depth, arguments.items, model.config.vocab_size, seed=length)
                 rows.add(key, measure(model, ids, answers), device)
-    if rows.all:
-        report(arguments.out, rows.all)
+    if found := rows.read():
+        report(arguments.out, found)
 
 
 if __name__ == "__main__":

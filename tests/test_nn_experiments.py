@@ -42,13 +42,14 @@ def rows_of(path: Path) -> list[dict]:
 
 def test_recall(command, tmp_path, capsys):
     out = tmp_path / "mqar.jsonl"
-    sizes = ["--length", 32, "--width", 16, "--steps", 3, "--batch", 4, "--vocabulary", 64, "--rates", 0.01]
-    options = ["--device", "cpu", "--minutes", 1, "--stages", 1, "--test-examples", 4, "--layers", "mha,dma,nsa", "--out", out]
+    sizes = ["--shapes", "32x16,16x16+noise", "--steps", 3, "--batch", 4, "--vocabulary", 64, "--rates", 0.01]
+    options = ["--device", "cpu", "--minutes", 1, "--test-examples", 4, "--layers", "mha,dma,nsa", "--out", out]
     command("mqar", *sizes, *options)
     rows = rows_of(out)
-    assert [row["layer"] for row in rows] == ["mha", "dma", "nsa"]
-    assert {row["keep"] for row in rows} == {4}
-    assert all(set(row["accuracy"]) == {"8", "4", "2"} and row["trained_steps"] == 3 for row in rows)
+    assert [row["layer"] for row in rows] == ["mha", "dma", "nsa"] * 2
+    assert [(row["length"], row["keep"], row["noise"]) for row in rows] == [(32, 4, False)] * 3 + [(16, 2, True)] * 3
+    assert all(set(row["accuracy"]) == {"8", "4", "2"} for row in rows[:3])
+    assert all(row["trained_steps"] == 3 and row["finished"] for row in rows)
     assert {"A"} == set().union(*(set(row) for row in rows)) - set(rows[0])
     assert "| 32" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 5000
@@ -82,7 +83,8 @@ def tokens_and_models(folder: Path, layers: tuple[str, ...]) -> None:
     """What prepare and train leave behind, without training."""
     torch.manual_seed(0)
     (folder / "tokens").mkdir()
-    np.save(folder / "tokens" / "held_out.npy", np.random.default_rng(0).integers(0, VOCAB, 6000).astype(np.uint16))
+    ids = np.random.default_rng(0).integers(0, VOCAB, 6000).astype(np.uint16)
+    importlib.import_module("language").save_tokens(folder / "tokens", "held_out", ids)
     for layer in layers:
         dma(attention=layer, **OPTIONS[layer]).save_pretrained(folder / "models" / f"{layer}-0")
 
