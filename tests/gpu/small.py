@@ -1,0 +1,73 @@
+"""Every Triton kernel once on small odd shapes: `PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m tests.gpu.small`.
+
+Without torch's own allocator each tensor is an allocation, so that reading or writing behind one shows. Run it once without
+the sanitizer first, which compiles the kernels faster. Tools: memcheck, racecheck, initcheck, synccheck.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attnsieve import Spans, attend, compile_layout
+from attnsieve.bench.masks import selected
+from attnsieve.layout import Layout
+from attnsieve.patterns import Pattern, columns, diagonals, empty, random_blocks, sink, window
+from attnsieve.ragged import Kept, RaggedStore
+from tests.laws.samples import dam
+
+N = 197
+DTYPE = torch.float16
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HEADS = [
+    sink(2) | window(9),
+    dam(20, (0, 7), (0, 1, 6)),
+    diagonals(0, 40, 90) | columns(*range(3, 190, 11)),
+    random_blocks(1, block=64),
+    empty(),
+]
+
+
+def layouts() -> list[Layout]:
+    """One per kind of list: tiles with every predicate, single keys with tiles, keys alone."""
+    mixed = [compile_layout([head] * 2, N, DEVICE) for head in HEADS]
+    return [*mixed, selected(N, 2, DEVICE, 50)]
+
+
+def whole(layout: Layout) -> None:
+    """Forward and backward, with a key bias."""
+    q = torch.randn(1, 4, N, 64, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    k, v = (torch.randn(1, 2, N, 64, device=DEVICE, dtype=DTYPE, requires_grad=True) for _ in range(2))
+    bias = torch.randn(1, 2, N, device=DEVICE, requires_grad=True)
+    attend(q, k, v, layout, key_bias=bias, backend="triton").sum().backward()
+
+
+def parts(layout: Layout) -> None:
+    """A decode step, a chunk and packed documents."""
+    q, k, v = (torch.randn(1, heads, N, 64, device=DEVICE, dtype=DTYPE) for heads in (4, 2, 2))
+    for rows in (1, 33):
+        attend(q[:, :, -rows:], k, v, layout, backend="triton")
+    attend(q, k, v, layout, spans=Spans.packed([100, 1, 90], device=DEVICE), backend="triton")
+
+
+def step(row: list[Pattern]) -> None:
+    """A decode step from ragged storage."""
+    q, k, v = (torch.randn(2, heads, N, 64, device=DEVICE, dtype=DTYPE) for heads in (len(row), 2, 2))
+    kept = Kept.of(row, 2, 300)
+    store = RaggedStore(kept, kept.index(DEVICE, 100), k, v)
+    store.fill(k[:, :, :-1], v[:, :, :-1], (0, 50), 0)
+    store.step(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], 0.125, "triton")
+
+
+def main() -> None:
+    """Run everything."""
+    for layout in layouts():
+        whole(layout)
+        parts(layout)
+    step([HEADS[0], HEADS[2], HEADS[2], HEADS[4]])
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    print("done")
+
+
+if __name__ == "__main__":
+    main()
