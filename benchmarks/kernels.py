@@ -24,41 +24,46 @@ from attnsieve.bench.suite import Suite
 
 LLAMA = "llama-3.1-8b"
 DMA = "dma-1024;dma-2048"
+WINDOW = "sink(4) | window(1024)"
+# Half of the pairs, where sparse attention has the least to win.
+HALF = "blocks-50;blocks-25;columns-50"
+CHOSEN = "sink(4) | window(64) | vertical_slash(mass=0.95);sink(4) | window(64) | probed_keys(mass=0.9)"
 # op, masks, shape, lengths, backends, baselines.
 STANDARD = {
     "prefill": [
-        ("prefill", f"blocks-10;C;B;C+;{DMA}", LLAMA, "32768", "triton", "cudnn,flash"),
-        ("prefill", f"blocks-10;C;B;{DMA}", LLAMA, "131072", "triton", "cudnn"),
-        ("prefill", "blocks-50;blocks-25;blocks-5;A;columns-5;dense()", LLAMA, "32768", "triton", "cudnn"),
-        ("prefill", "blocks-50;blocks-25;blocks-10;C;B;dense()", LLAMA, "8192", "triton", "cudnn,flash"),
-        ("prefill", "blocks-50;blocks-25;C", LLAMA, "4096", "triton", "cudnn,flash"),
-        ("prefill", "blocks-25;blocks-5", LLAMA, "131072", "triton", "cudnn"),
+        ("prefill", f"C;B;blocks-10;A;C+;{DMA}", LLAMA, "32768", "triton", "cudnn,flash,fa4"),
+        ("prefill", f"C;B;blocks-10;C+;{DMA}", LLAMA, "131072", "triton", "cudnn,fa4"),
+        ("prefill", "blocks-50;blocks-25;blocks-5;columns-5;columns-50;dense()", LLAMA, "32768", "triton", "cudnn,fa4"),
+        ("prefill", "blocks-25;blocks-10;C;B;dense()", LLAMA, "8192", "triton", "cudnn,flash,fa4"),
+        ("prefill", "blocks-50;blocks-25;C", LLAMA, "4096", "triton", "cudnn,flash,fa4"),
+    ],
+    "auto": [
+        ("prefill", f"{HALF};blocks-10;C;B;{WINDOW}", LLAMA, "8192,32768", "auto", "cudnn,flash,fa4"),
+        ("prefill", f"{HALF};{WINDOW}", LLAMA, "131072", "auto", "cudnn,fa4"),
     ],
     "decode": [
         ("decode", "columns-10;columns-5;columns-10+;columns-5+;dense()", LLAMA, "131072", "triton", "cudnn,flash"),
-        ("decode", "columns-10;columns-5;dense()", LLAMA, "32768", "triton", "cudnn,flash"),
-        ("decode", "columns-2;columns-2+", LLAMA, "32768,131072", "triton", "cudnn"),
+        ("decode", "columns-10;columns-5;columns-10+;columns-5+;dense()", LLAMA, "32768", "triton", "cudnn,flash"),
     ],
     "backward": [
-        ("forward_backward", DMA, LLAMA, "32768", "triton", "cudnn"),
-        ("forward_backward", "dma-2048", LLAMA, "131072", "triton", "cudnn"),
-        ("forward_backward", "C;blocks-10", LLAMA, "32768", "triton", "cudnn"),
+        ("forward_backward", DMA, LLAMA, "32768", "triton", "cudnn,fa4"),
+        ("forward_backward", "dma-2048", LLAMA, "131072", "triton", "cudnn,fa4"),
+        ("forward_backward", "C;blocks-10", LLAMA, "32768", "triton", "cudnn,fa4"),
     ],
     "layout": [
         ("layout", f"blocks-10;B;C;{DMA}", LLAMA, "32768,131072", "triton", ""),
-        ("select", "vertical_slash(mass=0.95);dma-1024;dma-2048", LLAMA, "32768,131072", "auto", ""),
+        ("select", f"{CHOSEN};{DMA}", LLAMA, "32768,131072", "auto", ""),
     ],
     "fa4": [
-        ("prefill", "blocks-10;C+;sink(4) | window(1024)", LLAMA, "32768,131072", "fa4", "fa4"),
+        ("prefill", f"blocks-10;C+;{WINDOW}", LLAMA, "32768,131072", "fa4", "fa4"),
         ("prefill", "blocks-50;blocks-25;blocks-5;B;window(4096);dense()", LLAMA, "32768", "fa4", "fa4"),
         ("prefill", "blocks-25;blocks-10;window(1024);dense()", LLAMA, "8192", "fa4", "fa4"),
     ],
-    "flex": [("prefill", "blocks-25;blocks-10", LLAMA, "32768", "flex-triton,flex-flash", "cudnn")],
+    "flex": [("prefill", "blocks-25;blocks-10", LLAMA, "32768", "flex-triton,flex-flash", "cudnn,fa4")],
     "shapes": [
-        ("prefill", "blocks-10;C", shape, "32768", "triton", "cudnn")
-        for shape in ("llama-3.2-1b", "llama-3.2-3b", "qwen3-32b", "smollm2-135m")
+        ("prefill", "blocks-10;C", shape, "32768", "auto", "cudnn,fa4")
+        for shape in ("llama-3.2-1b", "llama-3.2-3b", "qwen3-32b", "70b-layer", "smollm2-135m")
     ],
-    "auto": [("prefill", "blocks-50;blocks-25;C;dense()", LLAMA, "8192,32768", "auto", "cudnn,flash")],
 }
 
 
@@ -100,6 +105,7 @@ def warm(lines: list[tuple[str, ...]], processes: int) -> None:
     """Compile what the lines will run, each mask and shape once."""
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     jobs = {(op, mask, shape, "2048", backends, "") for op, masks, shape, _, backends, _ in lines for mask in masks.split(";")}
+    jobs |= {(op, "dense()", shape, "2048", "", name) for op, _, shape, _, _, names in lines for name in names.split(",")}
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for job, problem in zip(jobs, pool.map(compile_one, jobs), strict=True):
             if problem:
