@@ -7,6 +7,7 @@ import re
 import pytest
 
 from attnsieve import UserError
+from attnsieve.evaluation.rehearsal import rehearsal
 from attnsieve.evaluation.scoring import AnswerScore
 from attnsieve.evaluation.tasks import TASKS, make_task, questions
 from attnsieve.evaluation.tasks.aligned import aligned
@@ -211,7 +212,7 @@ def test_aligned_items_share_shapes(name):
     assert (task.name, task.variant) == (name, "aligned")
     assert len({item.queries[0].prompt for item in items}) == 6
     assert all(1400 < longest(tokens, item) <= 2000 for item in items)
-    asked = [[query.prompt[query.prompt.rindex("\n") :] + query.answers[0] for query in item.queries] for item in items]
+    asked = [[query.prompt[query.prompt.rindex("\n") :] for query in item.queries] for item in items]
     assert all(1 <= len(queries) <= 8 for queries in asked)
     assert len({len(encode(tokens, rest)) for queries in asked for rest in queries}) == 1
     sizes = [longest(tokens, item) for item in items]
@@ -225,6 +226,22 @@ def test_aligned_items_are_scored_like_any(monkeypatch):
     together = [seen.measures for seen in task.observe_all(model(), tokens, items)]
     alone = [task.observe(model(), tokens, item).measures for item in items]
     assert together == [pytest.approx(one, abs=1e-6) for one in alone]
+
+
+@pytest.mark.parametrize("name", ["kv", "longeval-lines-prefix"])
+def test_a_rehearsal_is_a_document_with_questions_and_answers(name):
+    tokens = tokenizer()
+    ids = rehearsal(tokens, name, 3000, 7)
+    assert len(ids) == 3000
+    assert ids == rehearsal(tokens, name, 3000, 7)
+    text = tokens.decode(ids)
+    form = r"\n\n(\w+-\w+): (\d{5})(?=\n)" if name == "kv" else r"Line <(\S+)>: <REGISTER_CONTENT> is <(\d+)(?=\n)"
+    answered = re.findall(form, text)
+    assert len(answered) >= 4
+    for key, value in answered:
+        assert (f"{key}: {value}\n" if name == "kv" else f"line {key}: REGISTER_CONTENT is <{value}>") in text[:2600]
+    with pytest.raises(UserError, match="rehearse"):
+        rehearsal(tokens, "passkey", 3000, 7)
 
 
 def test_buckets_double():

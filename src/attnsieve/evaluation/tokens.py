@@ -29,10 +29,12 @@ def split_answer(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], l
     return whole[:shared], whole[shared:]
 
 
-def shared_length(sequences: Sequence[Sequence[Any]]) -> int:
-    """How many leading elements all sequences have in common."""
-    columns = zip(*sequences, strict=False)
-    return next((place for place, ids in enumerate(columns) if len(set(ids)) > 1), min(map(len, sequences)))
+def shared_length(sequences: Sequence[Any]) -> int:
+    """How many leading elements all sequences (texts, or lists of ids) have in common."""
+    # What the first and the last of them in order share, all of them do.
+    pairs = zip(min(sequences), max(sequences), strict=False)
+    shortest = min(map(len, sequences))
+    return next((place for place, (one, other) in enumerate(pairs) if one != other), shortest)
 
 
 def as_chat(tokenizer: Any, prompt: str) -> str:

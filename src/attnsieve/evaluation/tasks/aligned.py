@@ -14,17 +14,18 @@ from attnsieve.evaluation.tasks.retrieval import QUERIES, key_value
 from attnsieve.evaluation.tokens import Budget, shared_length
 
 # How many documents are made for each one that is kept, and how many questions for each one that is asked.
-DRAWS, ASKED_OF = 12, 5
+DRAWS, ASKED_OF = 12, 8
 
 # Tasks with many questions about a document, by name.
 MANY: dict[str, Callable[[int], QuestionTask]] = {"kv": key_value, "longeval-lines-prefix": lines_prefix}
 
 
 class Shape(NamedTuple):
-    """Tokens of a document, and of what follows it in each question."""
+    """Tokens of a document, of what follows it in each question, and of the longest answer."""
 
     document: int
     rests: list[int]
+    answer: int
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class AlignedTask(QuestionTask):
         # Other draws may be a little longer than the one that fills the length.
         units = max(self.least, units - 1)
         shapes = [_shape(tokenizer, build(index, units)) for index in range(DRAWS * count)]
-        fitting = {index: shape for index, shape in enumerate(shapes) if shape.document + max(shape.rests) <= length}
+        fitting = {
+            index: shape for index, shape in enumerate(shapes) if shape.document + max(shape.rests) + shape.answer <= length
+        }
         rest = Counter(rest for shape in fitting.values() for rest in set(shape.rests)).most_common(1)[0][0]
         sizes = Counter(shape.document for shape in fitting.values() if rest in shape.rests)
         chosen = sorted(
@@ -64,13 +67,19 @@ def aligned(task: QuestionTask) -> AlignedTask:
     return AlignedTask(**same | {"variant": " ".join(part for part in (many.variant, "aligned") if part)})
 
 
+def rests(item: Item) -> tuple[str, list[str]]:
+    """The document, up to the last whole line that all questions share, and what follows it in each, without the answer."""
+    texts = [query.prompt + query.gap for query in item.queries]
+    document = texts[0].rfind("\n", 0, shared_length(texts)) + 1
+    return texts[0][:document], [text[document:] for text in texts]
+
+
 def _shape(tokenizer: Any, item: Item) -> Shape:
-    """Counts of the document, up to its last whole line, and of the rests with their answers, each cut into tokens alone."""
-    texts = [query.prompt + query.gap + query.answers[0] for query in item.queries]
-    shared = shared_length(texts) if len(texts) > 1 else len(texts[0]) - len(item.queries[0].answers[0])
-    document = texts[0].rfind("\n", 0, shared) + 1
-    sizes = [len(ids) for ids in tokenizer([texts[0][:document], *(text[document:] for text in texts)]).input_ids]
-    return Shape(sizes[0], sizes[1:])
+    """Counts of parts that are cut into tokens each by itself."""
+    document, questions = rests(item)
+    texts = [document, *questions, *(query.answers[0] for query in item.queries)]
+    sizes = [len(ids) for ids in tokenizer(texts).input_ids]
+    return Shape(sizes[0], sizes[1 : len(questions) + 1], max(sizes[len(questions) + 1 :]))
 
 
 def _asked(item: Item, shape: Shape, rest: int) -> Item:
