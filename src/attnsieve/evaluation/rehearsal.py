@@ -26,8 +26,11 @@ def rehearsal(tokenizer: Any, name: str, length: int, seed: int) -> list[int]:
     for _ in range(2):
         (item,) = task.items(tokenizer, room, 1, seed)
         document, questions = rests(item)
-        questions = [question + query.answers[0] for question, query in zip(questions, item.queries, strict=True)]
-        ids = encode(tokenizer, document + "\n".join(random.sample(questions, len(questions))) + "\n")
+        body = document.rstrip("\n")
+        answered = [
+            document[len(body) :] + question + query.answers[0] for question, query in zip(questions, item.queries, strict=True)
+        ]
+        ids = encode(tokenizer, body + "".join(random.sample(answered, len(answered))))
         if len(ids) >= length:
             return ids[:length]
         # Few questions: a longer document makes up for them, two lines too long, and the last question is cut.
