@@ -42,10 +42,15 @@ def cut(tau: float, lam: float, eps: float) -> float:
 
 def at_least(maps: Tensor, threshold: float) -> Tensor:
     """maps >= threshold, exact although `maps` may have fewer bits than `threshold`."""
-    rounded = torch.tensor(threshold, dtype=maps.dtype)  # on the host, so that nothing waits for a device
+    return maps >= rounded_up(threshold, maps.dtype)
+
+
+def rounded_up(threshold: float, dtype: torch.dtype) -> float:
+    """The least number of `dtype` that is at least `threshold`."""
+    rounded = torch.tensor(threshold, dtype=dtype)  # on the host, so that nothing waits for a device
     if rounded.double() < threshold:
         rounded = rounded.nextafter(torch.full_like(rounded, torch.inf))
-    return maps >= rounded.item()
+    return rounded.item()
 
 
 def _boxcox(x: Tensor, lam: float) -> Tensor:

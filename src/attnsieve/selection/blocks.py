@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attnsieve.patterns.dynamic import AntidiagonalBlocks, PooledBlocks, ProbedBlocks, ProbedKeys, TopBlocks
+from attnsieve.selection import fused
 from attnsieve.selection.sequence import Chosen, SequenceQK, fewest_with_mass
 
 # Cells of exact attention held at once: bounds memory, not the result.
@@ -15,25 +18,57 @@ CELLS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}
 
 def probed_blocks(atom: ProbedBlocks, sequence: SequenceQK) -> Chosen:
     """Exact attention of a few rows of every query block, summed over key blocks."""
-    return Chosen(table=fewest_with_mass(_probed(atom, sequence, atom.block), atom.mass), block=atom.block, keys=atom.block)
+    return Chosen(table=_probed(atom, sequence, atom.block), block=atom.block, keys=atom.block)
 
 
 def probed_keys(atom: ProbedKeys, sequence: SequenceQK) -> Chosen:
     """Exact attention of a few rows of every query block, key by key."""
-    return Chosen(table=fewest_with_mass(_probed(atom, sequence, 1), atom.mass), block=atom.block, keys=1)
+    return Chosen(table=_probed(atom, sequence, 1), block=atom.block, keys=1)
 
 
 def _probed(atom: ProbedBlocks | ProbedKeys, sequence: SequenceQK, keys: int) -> Tensor:
-    """float32 [S, C, rows of blocks, key blocks]: attention of sampled rows, summed over them and over `keys` keys each."""
+    """bool [S, C, rows of blocks, key blocks]: the fewest blocks of `keys` keys with the mass of sampled rows."""
     rows, fresh = _sampled_rows(sequence, atom.block, atom.rows)
     again = _shortest(sequence, atom.block) < atom.rows
-    row_cells = sequence.q.shape[0] * sequence.q.shape[1] * atom.rows * sequence.tokens
-    at_once = max(1, CELLS_AT_ONCE.get(sequence.q.device.type, CELLS_AT_ONCE["cuda"]) // row_cells)
-    parts = []
-    for part, new in zip(rows.split(at_once), fresh.split(at_once), strict=True):
-        mass = _sum_keys(sequence.attention(part.flatten()), keys).unflatten(2, part.shape)
-        parts.append((mass * new[..., None] if again else mass).sum(3))
-    return torch.cat(parts, dim=2)
+    on_chip = fused.serves_heads(sequence.q)
+    masses = _fused_masses if on_chip else _masses
+    # In fused kernels the attention to a single key is added up before it is written.
+    cells = sequence.q.shape[1] * (1 if on_chip and keys == 1 else atom.rows) * -(-sequence.tokens // (keys if on_chip else 1))
+
+    def choose(part: slice) -> Tensor:
+        mass = masses(sequence, rows[part], fresh[part] if again else None, keys)
+        return fewest_with_mass(mass, atom.mass, (rows[part, -1] + 1).int() if keys == 1 else None)
+
+    return _in_parts(sequence, len(rows), -(-sequence.tokens // keys), cells, choose)
+
+
+def _in_parts(sequence: SequenceQK, blocks: int, width: int, cells: int, choose: Callable[[slice], Tensor]) -> Tensor:
+    """bool [S, C, blocks, width] by as many rows of blocks at once as memory allows; one of them takes `cells` numbers."""
+    device = sequence.q.device
+    at_once = max(1, CELLS_AT_ONCE.get(device.type, CELLS_AT_ONCE["cuda"]) // (cells * len(sequence.q)))
+    if at_once >= blocks:
+        return choose(slice(0, blocks))
+    table = torch.empty(len(sequence.q), sequence.choices, blocks, width, dtype=torch.bool, device=device)
+    for start in range(0, blocks, at_once):
+        part = slice(start, min(start + at_once, blocks))
+        table[:, :, part] = choose(part)
+    return table
+
+
+def _masses(sequence: SequenceQK, rows: Tensor, fresh: Tensor | None, keys: int) -> Tensor:
+    """float32 [S, C, blocks, key blocks]: attention of rows [blocks, count], summed over those that are fresh and over keys."""
+    mass = _sum_keys(sequence.attention(rows.flatten()), keys).unflatten(2, rows.shape)
+    summed: Tensor = (mass if fresh is None else mass * fresh[..., None]).sum(3)
+    return summed
+
+
+def _fused_masses(sequence: SequenceQK, rows: Tensor, fresh: Tensor | None, keys: int) -> Tensor:
+    from attnsieve.selection.fused.masses import Sums, by_block, by_key
+    from attnsieve.selection.fused.rows import ProbedRows
+
+    probed = ProbedRows.of(sequence, rows.flatten(), None if fresh is None else fresh.flatten())
+    sums = Sums(rows.shape[1], sequence.together)
+    return by_key(probed, sequence.k, sums) if keys == 1 else by_block(probed, sequence.k, keys, sums)
 
 
 def _shortest(sequence: SequenceQK, block: int) -> int:
@@ -56,6 +91,29 @@ def _sampled_rows(sequence: SequenceQK, block: int, count: int) -> tuple[Tensor,
 
 def antidiagonal_blocks(atom: AntidiagonalBlocks, sequence: SequenceQK) -> Chosen:
     """Sums of scores along antidiagonals of stride x stride squares, softmax over squares, summed over key blocks."""
+    if fused.serves_heads(sequence.q):
+        table = _fused_antidiagonals(atom, sequence)
+    else:
+        table = fewest_with_mass(_antidiagonals(atom, sequence), atom.mass)
+    return Chosen(table=table, block=atom.block, keys=atom.block)
+
+
+def _fused_antidiagonals(atom: AntidiagonalBlocks, sequence: SequenceQK) -> Tensor:
+    from attnsieve.selection.fused.masses import Sums, by_block
+    from attnsieve.selection.fused.rows import ProbedRows
+
+    squares, first, width = atom.block // atom.stride, sequence.first_row // atom.block, -(-sequence.tokens // atom.block)
+
+    def choose(part: slice) -> Tensor:
+        own = range((first + part.start) * squares, (first + part.stop) * squares)
+        probed = ProbedRows.of_squares(sequence, own, atom.stride)
+        return fewest_with_mass(by_block(probed, sequence.k, squares, Sums(squares, sequence.together)), atom.mass)
+
+    return _in_parts(sequence, width - first, width, sequence.q.shape[1] * squares * width, choose)
+
+
+def _antidiagonals(atom: AntidiagonalBlocks, sequence: SequenceQK) -> Tensor:
+    """float32 [S, C, rows of blocks, key blocks]."""
     block, stride, n = atom.block, atom.stride, sequence.tokens
     front, back = sequence.first_row % block, -n % block
     q = F.pad(sequence.q.float(), (0, 0, front, back)).unflatten(2, (-1, stride)).flip(3).flatten(3)
@@ -66,8 +124,8 @@ def antidiagonal_blocks(atom: AntidiagonalBlocks, sequence: SequenceQK) -> Chose
     weights = sequence.merged(scores.masked_fill_(key > row[:, None], -torch.inf).softmax(-1))
     # Squares of padding, before the call's first query and after its last.
     asked = (row >= sequence.first_row // stride) & (row < -(-n // stride))
-    mass = _sum_keys(weights * asked[:, None], block // stride).unflatten(2, (-1, block // stride)).sum(3)
-    return Chosen(table=fewest_with_mass(mass, atom.mass), block=block, keys=block)
+    mass: Tensor = _sum_keys(weights * asked[:, None], block // stride).unflatten(2, (-1, block // stride)).sum(3)
+    return mass
 
 
 def pooled_blocks(atom: PooledBlocks, sequence: SequenceQK) -> Chosen:
@@ -97,10 +155,10 @@ def _pooled_scores(sequence: SequenceQK, block: int) -> tuple[Tensor, Tensor]:
 def _pool(x: Tensor, block: int, first: int) -> Tensor:
     """Mean per block of rows at positions first, first + 1, ...: float32 [S, H, blocks with rows, D]."""
     stop = first + x.shape[2]
-    padded = F.pad(x.float(), (0, 0, first % block, -stop % block))
+    padded = F.pad(x, (0, 0, first % block, -stop % block))
     start = torch.arange(first // block * block, stop, block, device=x.device)
     count = (start + block).clamp_max(stop) - start.clamp_min(first)
-    mean: Tensor = padded.unflatten(2, (-1, block)).sum(3) / count[:, None]
+    mean: Tensor = padded.unflatten(2, (-1, block)).sum(3, dtype=torch.float32) / count[:, None]
     return mean
 
 

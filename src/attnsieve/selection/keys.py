@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnsieve.patterns import FOREVER
 from attnsieve.patterns.dynamic import HeavyHitters, VotedKeys
+from attnsieve.selection import fused
 from attnsieve.selection.probe import forever, probe_rows
 from attnsieve.selection.sequence import Chosen, SequenceQK
 
@@ -30,7 +31,7 @@ def heavy_hitters(atom: HeavyHitters, sequence: SequenceQK) -> Chosen:
         rows = torch.arange(start, stop, device=end.device)
         total += sequence.attention(rows, end > start).sum(2)
         end = _compete(end, total, atom, stop)
-    return Chosen(end=end)
+    return Chosen(end=end, mortal=True)
 
 
 def _compete(end: Tensor, total: Tensor, atom: HeavyHitters, row: int) -> Tensor:
@@ -45,7 +46,7 @@ def _compete(end: Tensor, total: Tensor, atom: HeavyHitters, row: int) -> Tensor
 def voted_keys(atom: VotedKeys, sequence: SequenceQK) -> Chosen:
     """The last queries vote on the keys before them."""
     rows = probe_rows(sequence, atom.probe)
-    votes = sequence.attention(rows).sum(2)
+    votes = _votes(sequence, rows)
     first = max(0, sequence.tokens - atom.probe)
     kept = torch.ones_like(votes, dtype=torch.bool)
     if first > atom.count:
@@ -53,3 +54,13 @@ def voted_keys(atom: VotedKeys, sequence: SequenceQK) -> Chosen:
         best = pooled.topk(atom.count, dim=-1).indices
         kept[..., :first] = torch.zeros_like(kept[..., :first]).scatter_(-1, best, True)
     return Chosen(end=forever(kept))
+
+
+def _votes(sequence: SequenceQK, rows: Tensor) -> Tensor:
+    """float32 [S, C, n]: the attention of all `rows`, the call's last ones, to every key, up to a factor."""
+    if not fused.serves_heads(sequence.q):
+        return sequence.attention(rows).sum(2)
+    from attnsieve.selection.fused.masses import Sums, by_key
+    from attnsieve.selection.fused.rows import ProbedRows
+
+    return by_key(ProbedRows.of(sequence, rows), sequence.k, Sums(len(rows), sequence.together))[:, :, 0]

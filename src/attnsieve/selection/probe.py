@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnsieve.dam.boxcox import at_least, cut
+from attnsieve.dam.boxcox import at_least, cut, rounded_up
 from attnsieve.patterns import FOREVER
 from attnsieve.patterns.dynamic import DamOnline, VerticalSlash
+from attnsieve.selection import fused
 from attnsieve.selection.sequence import Chosen, SequenceQK, fewest_with_mass
 
 # The paper's Box-Cox settings (section 4.2 and appendix B).
@@ -30,23 +31,41 @@ def probe_rows(sequence: SequenceQK, probe: int, strided: int = 0) -> Tensor:
 
 def vertical_slash(atom: VerticalSlash, sequence: SequenceQK) -> Chosen:
     """Every probe cell is counted for its column or its offset, whichever holds more; then the fewest with the mass."""
-    probe = probed(sequence, atom.probe, atom.strided)
-    column, offset = probe.by_key(probe.cells), probe.by_distance(probe.cells)
-    for_column = column.unsqueeze(-2) >= probe.of_distance(offset)
-    shares = [probe.by_key(probe.cells * for_column), probe.by_distance(probe.cells * ~for_column)]
-    shares[0] = shares[0][..., -sequence.tokens :]
+    shares = _fused_shares(atom, sequence) if fused.serves_heads(sequence.q) else _shares(atom, sequence)
     columns, offsets = fewest_with_mass(torch.cat(shares, dim=-1), atom.mass).split(sequence.tokens, dim=-1)
     return Chosen(end=forever(columns), offset=offsets)
 
 
+def _shares(atom: VerticalSlash, sequence: SequenceQK) -> tuple[Tensor, Tensor]:
+    probe = probed(sequence, atom.probe, atom.strided)
+    column, offset = probe.by_key(probe.cells), probe.by_distance(probe.cells)
+    for_column = column.unsqueeze(-2) >= probe.of_distance(offset)
+    of_columns, of_offsets = probe.by_key(probe.cells * for_column), probe.by_distance(probe.cells * ~for_column)
+    return of_columns[..., -sequence.tokens :], of_offsets
+
+
+def _fused_shares(atom: VerticalSlash, sequence: SequenceQK) -> tuple[Tensor, Tensor]:
+    from attnsieve.selection.fused.slash import larger_shares
+
+    rows = probe_rows(sequence, atom.probe, atom.strided)
+    return larger_shares(sequence, rows, min(atom.probe, sequence.q.shape[2]))
+
+
 def dam_online(atom: DamOnline, sequence: SequenceQK) -> Chosen:
     """DAM's threshold and matching on the probe's rows."""
-    probe = probed(sequence, atom.probe, atom.strided)
-    # Cells that no query reads hold 0, which passes a threshold of 0 alone.
-    true_mask = (at_least(probe.cells, cut(atom.tau, LAMBDA, EPSILON)) & probe.causal).float()
-    enough = atom.mu * probe.by_key(probe.causal.float())[..., -sequence.tokens :]
-    columns = probe.by_key(true_mask)[..., -sequence.tokens :] >= enough
-    return Chosen(end=forever(columns), offset=probe.by_distance(true_mask) >= enough)
+    threshold, rows = cut(atom.tau, LAMBDA, EPSILON), probe_rows(sequence, atom.probe, atom.strided)
+    if fused.serves_heads(sequence.q):
+        from attnsieve.selection.fused.slash import counts
+
+        column, offset = counts(sequence, rows, min(atom.probe, sequence.q.shape[2]), rounded_up(threshold, torch.float32))
+    else:
+        probe = probed(sequence, atom.probe, atom.strided)
+        # Cells that no query reads hold 0, which passes a threshold of 0 alone.
+        true_mask = (at_least(probe.cells, threshold) & probe.causal).float()
+        column, offset = probe.by_key(true_mask)[..., -sequence.tokens :], probe.by_distance(true_mask)
+    # As many rows read key x as have a key at distance x.
+    enough = atom.mu * (rows[:, None] >= torch.arange(sequence.tokens, device=rows.device)).sum(0)
+    return Chosen(end=forever(column >= enough), offset=offset >= enough)
 
 
 def probed(sequence: SequenceQK, probe: int, strided: int) -> Probe:

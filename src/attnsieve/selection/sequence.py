@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from attnsieve.selection import fused
+
 
 @dataclass(frozen=True, eq=False)
 class SequenceQK:
@@ -67,18 +69,27 @@ class SequenceQK:
 @dataclass(frozen=True, eq=False)
 class Chosen:
     """A choice in the vectors of a layout: end int32 [S, C, n], offset bool [S, C, n], table bool [S, C, rows, nb] of blocks of
-    `block` queries by `keys` keys, for the rows of blocks that hold queries. S and C may be 1 where all choose alike."""
+    `block` queries by `keys` keys, for the rows of blocks that hold queries. S and C may be 1 where all choose alike. mortal: some
+    ends are neither FOREVER nor 0."""
 
     end: Tensor | None = None
     offset: Tensor | None = None
     table: Tensor | None = None
     block: int = 0
     keys: int = 0
+    mortal: bool = False
 
 
-def fewest_with_mass(weights: Tensor, mass: float) -> Tensor:
-    """bool like `weights` [..., n]: the fewest entries whose sum reaches `mass` of the total of the last dimension."""
-    ordered, order = weights.sort(-1, descending=True)
+def fewest_with_mass(weights: Tensor, mass: float, stops: Tensor | None = None) -> Tensor:
+    """bool like `weights` [..., B, n]: the fewest entries whose sum reaches `mass` of the total of the last dimension, of equal
+    ones the first. stops: int32 [B], where entries end that count, if those beyond are not 0."""
+    if fused.serves(weights):
+        from attnsieve.selection.fused.fewest import fewest_with_mass as search
+
+        return search(weights, mass, stops)
+    if stops is not None:
+        weights = weights.masked_fill(torch.arange(weights.shape[-1], device=weights.device) >= stops[:, None], 0)
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     # The largest entry is always kept; the comparison leaves room for the rounding of a float32 sum.
     kept = before < mass * weights.sum(-1, keepdim=True) * (1 - 1e-6)

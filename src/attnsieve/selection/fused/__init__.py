@@ -1,0 +1,31 @@
+"""Choosing on a GPU: the exact attention of probed queries in fused kernels, which never write a score to memory.
+
+Every function here has its oracle in plain torch, in the files of `attnsieve.selection`: same rule, another order of sums. Triton
+is imported when a call is served, not before. Sums have a fixed order that no batch mate changes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+_WIDEST = 256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the kernels take tensors like these; else plain torch chooses."""
+    return _has_triton() and all(x.is_cuda and x.dtype in _DTYPES for x in tensors)
+
+
+def serves_heads(q: Tensor) -> bool:
+    """`serves`, for queries [S, H, nq, D]."""
+    return serves(q) and q.shape[-1] <= _WIDEST
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

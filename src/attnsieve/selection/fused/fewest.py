@@ -1,0 +1,99 @@
+"""The fewest entries that hold a share of their row's sum, without sorting: a search for the least entry that is kept.
+
+Entries are not negative, so that their bits ascend as they do. An entry is kept if those above it hold less than asked; of equal
+entries the first ones. Sums run in float32 in a fixed order.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Rows up to this width stay in registers during the search; longer ones are read anew for each step.
+MOST_IN_REGISTERS = 1 << 15
+STEP = 1 << 12
+
+
+@triton.jit
+def _store_kept(p_kept, o, w, ok, least, above, target, ties):
+    """Flags of one stretch: all entries above the least one kept, of its equals those before which less than asked is kept."""
+    bits = w.to(tl.int32, bitcast=True)
+    tie = (bits == least).to(tl.int32)
+    rank = ties + tl.cumsum(tie, 0) - tie
+    value = tl.cast(least, tl.int32).to(tl.float32, bitcast=True)
+    kept = (bits > least) | ((tie == 1) & (above + rank * value < target))
+    tl.store(p_kept + o, (kept & (w > 0)).to(tl.uint8), mask=ok)
+    return ties + tl.sum(tie, 0)
+
+
+@triton.jit
+def short_kernel(weights, stops, kept, mass, width, blocks, WIDTH: tl.constexpr):
+    """kept uint8 [R, width] of weights float32 [R, width], of which row r counts up to stops[r % blocks]; a row per program."""
+    i_r = tl.program_id(0).to(tl.int64)
+    o = tl.arange(0, WIDTH)
+    stop = tl.load(stops + i_r % blocks) if stops is not None else width
+    w = tl.load(weights + i_r * width + o, mask=o < stop, other=0.0)
+    bits = w.to(tl.int32, bitcast=True)
+    target = tl.sum(w, 0) * mass
+    # What is above `low` suffices, what is above `high` does not.
+    low, high = -1, tl.max(bits, 0)
+    while low + 1 < high:
+        middle = low + (high - low) // 2
+        enough = tl.sum(tl.where(bits > middle, w, 0.0), 0) >= target
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+    above = tl.sum(tl.where(bits > high, w, 0.0), 0)
+    _store_kept(kept + i_r * width, o, w, o < width, high, above, target, 0)
+
+
+@triton.jit
+def _sums_above(p_row, stop, limits, WAYS: tl.constexpr, STEP: tl.constexpr):
+    """float32 [WAYS]: the sum of a row's entries whose bits are above each limit."""
+    sums = tl.zeros([WAYS, STEP], tl.float32)
+    for start in range(0, stop, STEP):
+        o = start + tl.arange(0, STEP)
+        w = tl.load(p_row + o, mask=o < stop, other=0.0)
+        sums += tl.where(w.to(tl.int32, bitcast=True)[None, :] > limits[:, None], w[None, :], 0.0)
+    return tl.sum(sums, 1)
+
+
+@triton.jit
+def long_kernel(weights, stops, kept, mass, width, blocks, WAYS: tl.constexpr, STEP: tl.constexpr):
+    """As `short_kernel` with the rows in memory; each step tries WAYS limits."""
+    i_r = tl.program_id(0).to(tl.int64)
+    p_row = weights + i_r * width
+    stop = tl.load(stops + i_r % blocks) if stops is not None else width
+    way = tl.arange(0, WAYS)
+    target = tl.max(_sums_above(p_row, stop, way * 0 - 1, WAYS, STEP), 0) * mass
+    low, high = -1, 0x7F800000
+    while low + 1 < high:
+        stride = (high - low + WAYS) // (WAYS + 1)
+        limits = tl.minimum(low + stride * (way + 1), high)
+        enough = _sums_above(p_row, stop, limits, WAYS, STEP) >= target
+        new_low = tl.maximum(low, tl.max(tl.where(enough, limits, low), 0))
+        high = tl.minimum(high, tl.min(tl.where(enough, high, limits), 0))
+        low = new_low
+    above = tl.max(_sums_above(p_row, stop, way * 0 + high, WAYS, STEP), 0)
+    ties = 0
+    for start in range(0, width, STEP):
+        o = start + tl.arange(0, STEP)
+        w = tl.load(p_row + o, mask=o < stop, other=0.0)
+        ties = _store_kept(kept + i_r * width, o, w, o < width, high, above, target, ties)
+
+
+def fewest_with_mass(weights: Tensor, mass: float, stops: Tensor | None = None) -> Tensor:
+    """bool like weights, float32 [..., B, W]: the fewest entries whose sum reaches `mass` of the row's. stops: int32 [B], the
+    entries of a row that count; those beyond are not read."""
+    weights, width = weights.contiguous(), weights.shape[-1]
+    kept = torch.empty_like(weights, dtype=torch.uint8)
+    rows = weights.numel() // width
+    # The comparison leaves room for the rounding of a float32 sum.
+    arguments = (weights, stops, kept, mass * (1 - 1e-6), width, 1 if stops is None else len(stops))
+    if width <= MOST_IN_REGISTERS:
+        size = int(triton.next_power_of_2(width))
+        short_kernel[(rows,)](*arguments, WIDTH=size, num_warps=max(1, size // 1024))
+    else:
+        long_kernel[(rows,)](*arguments, WAYS=4, STEP=STEP, num_warps=16)
+    return kept.view(torch.bool)

@@ -1,0 +1,170 @@
+"""Columns and distances: sums of the attention of consecutive rows along both, over one reading of K and without a copy of it.
+
+A program holds the cells of up to ROWS rows, one position after the other, and N keys. Turning row x by x keys puts cells of equal
+distance below each other; those that run over the edge belong to N distances further on and are added apart.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnsieve.selection.fused.rows import ProbedRows, Sides, constants, head_of, keys_of, load_keys, load_rows, row_lse
+from attnsieve.selection.sequence import SequenceQK
+
+
+@triton.jit
+def slash_kernel(
+    q,
+    position,
+    lse,
+    keys,
+    column,
+    offset,
+    of_keys,
+    of_distances,
+    scale,
+    cut,
+    rows,
+    first,
+    count,
+    KV: tl.constexpr,
+    GX: tl.constexpr,
+    ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    PARTS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """of_keys [S * C, stretches, n] and of_distances [S * C, stretches, 2, n], to be added up over what lies between.
+
+    A stretch is AT_ONCE of `count` rows from the first one on, whose positions ascend one by one. A cell counts the sum of its
+    heads; with `cut` 1, if their mean is at least `cut`. With `column` and `offset`, float32 [S * C, n], it counts for the larger
+    of the two alone, the column where they are equal.
+    """
+    i_x, i_c = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    GU: tl.constexpr = G // GX
+    i_sk = i_c // GU
+    x = tl.arange(0, ROWS)
+    y = i_x * AT_ONCE + x
+    ok = (x < AT_ONCE) & (y < count)
+    y += first
+    last = tl.load(position + y, mask=ok, other=-1)
+    o = tl.arange(0, N)
+    j = tl.program_id(0) * N + o
+    k_tile = load_keys(head_of(keys, i_sk, KV), keys, j, j >= 0, 0, 1, D, DP)
+    read = j[None, :] <= last[:, None]
+    cells = tl.zeros([ROWS, N], tl.float32)
+    for g_x in range(GX):
+        g = i_c % GU + g_x + x * 0
+        q_tile = load_rows(q + i_sk * rows * D, y, g, ok, 0, G, PARTS, D, DP)
+        row_lse = tl.load(lse + i_sk * rows + y * G + g, mask=ok, other=0.0)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        cells += tl.exp2(s - row_lse[:, None])
+    cells = tl.where(read, cells, 0.0)
+    if cut is not None:
+        cells = tl.where(read & (cells / GX >= cut), 1.0, 0.0)
+    by_distance = cells
+    n = keys.tokens
+    if column is not None:
+        distance = last[:, None] - j[None, :]
+        of_column = tl.load(column + i_c * n + j, mask=j < n, other=0.0)
+        of_offset = tl.load(offset + i_c * n + distance, mask=read, other=0.0)
+        for_column = of_column[None, :] >= of_offset
+        by_distance = tl.where(for_column, 0.0, cells)
+        cells = tl.where(for_column, cells, 0.0)
+    o_out = i_c * tl.num_programs(1) + i_x
+    tl.store(of_keys + o_out * n + j, tl.sum(cells, 0), mask=j < n)
+
+    turned = tl.gather(by_distance, (x[:, None] + o[None, :]) % N, 1)
+    inside = x[:, None] + o[None, :] < N
+    # Key x + o of row x has the distance of key o of row 0, and what runs over the edge that of the key N before.
+    distance = tl.load(position + first + i_x * AT_ONCE) - j
+    for over in tl.static_range(2):
+        sums = tl.sum(tl.where(inside if over == 0 else inside == 0, turned, 0.0), 0)
+        p_out = of_distances + (o_out * 2 + over) * n + distance + over * N
+        tl.store(p_out, sums, mask=(distance + over * N >= 0) & (distance + over * N < n))
+
+
+def larger_shares(sequence: SequenceQK, rows: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """float32 [S, C, n] twice: the attention of the queries at `rows`, int64 [P] ascending, the last of them one by one, by key and
+    by distance; every cell is counted where the sum of all cells is larger, by key where they are equal."""
+    probed = ProbedRows.of(sequence, rows)
+    lse, _ = row_lse(probed, sequence.k)
+    all_cells = sums(probed, sequence.k, lse, last, sequence.together)
+    return sums(probed, sequence.k, lse, last, sequence.together, by=all_cells)
+
+
+def counts(sequence: SequenceQK, rows: Tensor, last: int, cut: float) -> tuple[Tensor, Tensor]:
+    """As `larger_shares`: the number of cells, by key and by distance, that hold at least `cut`, exact in float32."""
+    probed = ProbedRows.of(sequence, rows)
+    lse, _ = row_lse(probed, sequence.k)
+    return sums(probed, sequence.k, lse, last, sequence.together, cut=cut)
+
+
+def sums(
+    probed: ProbedRows,
+    k: Tensor,
+    lse: Tensor,
+    last: int,
+    together: bool,
+    *,
+    cut: float | None = None,
+    by: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """float32 [S, C, n] twice: cells of the probed rows added up by key and by distance. The last `last` positions ascend one by
+    one, those before are anywhere. See `slash_kernel` for `cut` and `by`, its column and offset."""
+    earlier = len(probed.position) - last
+    stretches = [(earlier, last, 64), (0, earlier, 1)]
+    parts = [_sums(probed, k, lse, stretch, together, cut, by) for stretch in stretches if stretch[1]]
+    columns, distances = zip(*parts, strict=True)
+    return sum(columns[1:], columns[0]), sum(distances[1:], distances[0])
+
+
+def _sums(
+    probed: ProbedRows,
+    k: Tensor,
+    lse: Tensor,
+    stretch: tuple[int, int, int],
+    together: bool,
+    cut: float | None,
+    by: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    first, count, at_once = stretch
+    members = probed.group if together else 1
+    sides = Sides.of(probed.q, min(count, at_once))
+    at_once = min(at_once, sides.rows)
+    heads, n = len(lse) * probed.group // members, k.shape[2]
+    stretches = triton.cdiv(count, at_once)
+    of_keys = k.new_empty(heads, stretches, n, dtype=torch.float32)
+    of_distances = k.new_zeros(heads, stretches, 2, n, dtype=torch.float32)
+    slash_kernel[(triton.cdiv(n, sides.keys), stretches, heads)](
+        probed.q,
+        probed.position,
+        lse,
+        keys_of(k),
+        None if by is None else by[0].contiguous(),
+        None if by is None else by[1].contiguous(),
+        of_keys,
+        of_distances,
+        probed.scale,
+        cut,
+        probed.count,
+        first,
+        count,
+        KV=k.shape[1],
+        GX=members,
+        ROWS=sides.rows,
+        AT_ONCE=at_once,
+        N=sides.keys,
+        **constants(probed.q),
+        num_warps=4,
+    )
+    shape = (k.shape[0], -1, n)
+    return of_keys.sum(1).view(shape), of_distances.sum((1, 2)).view(shape)

@@ -1,0 +1,172 @@
+"""The fused kernels that choose on a GPU, in Triton's interpreter, against the same rules in plain torch."""
+
+import importlib
+
+import pytest
+import torch
+
+from attnsieve import Spans
+from attnsieve.patterns import antidiagonal_blocks, dam_online, probed_blocks, probed_keys, vertical_slash, voted_keys
+from attnsieve.selection import blocks, choose, fused
+from attnsieve.selection.sequence import SequenceQK, fewest_with_mass
+from tests.interpreter import needs_interpreter
+from tests.test_selection import random_qk, shared
+
+pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")]
+PROBES = [
+    vertical_slash(mass=0.8, probe=70),
+    vertical_slash(mass=0.9, probe=9, strided=3),
+    dam_online(tau=0.4, mu=0.5, probe=16, strided=2),
+    voted_keys(9, probe=20, pool=3),
+    probed_keys(mass=0.7, block=32, rows=3),
+    probed_blocks(mass=0.7, block=32, rows=4),
+    probed_blocks(mass=0.8, block=24, rows=1),
+    antidiagonal_blocks(mass=0.5, block=32, stride=4),
+]
+
+
+@pytest.fixture
+def on_chip(monkeypatch):
+    """Call it to have kernels choose from then on; programs end after one tile of keys."""
+
+    def start():
+        for module in ("rows", "masses"):
+            monkeypatch.setattr(importlib.import_module(f"attnsieve.selection.fused.{module}"), "TILES_AT_ONCE", 1)
+        monkeypatch.setattr(fused, "serves", lambda *tensors: True)
+
+    return start
+
+
+def check(pattern, q, k, start, spans=None, differing=1e-3):
+    """The same masks, but for close calls: sums are rounded in another order."""
+    rows = torch.arange(k.shape[2])
+    expected = choose([pattern] * q.shape[1], q, k, spans=spans).dense(rows, rows)
+    start()
+    found = choose([pattern] * q.shape[1], q, k, spans=spans).dense(rows, rows)
+    assert float((found != expected).float().mean()) <= differing
+    assert expected.float().mean() < 0.45
+
+
+@pytest.mark.parametrize("pattern", [*PROBES, *map(shared, PROBES)], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "n", "q_len"), [(6, 2, 24, 150, 150), (3, 3, 16, 90, 37), (7, 1, 16, 80, 1)]
+)
+def test_chooses_what_plain_torch_chooses(pattern, heads, kv_heads, width, n, q_len, on_chip):
+    q, k = random_qk(1, heads, kv_heads, n, width=width)
+    check(pattern, q[:, :, n - q_len :], k, on_chip)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("group", "width"), [(4, 128), (1, 80), (3, 64)])
+def test_half_precision_and_head_widths(dtype, group, width, on_chip):
+    for pattern in (vertical_slash(mass=0.7, probe=20), shared(probed_keys(mass=0.6, block=64, rows=2))):
+        q, k = (x.to(dtype) for x in random_qk(1, group, 1, 129, width=width, scale=1.5))
+        # k as models hold it: heads beside each other.
+        check(pattern, q, k.transpose(1, 2).contiguous().transpose(1, 2), on_chip)
+
+
+@pytest.mark.parametrize("pattern", [PROBES[0], shared(PROBES[4]), PROBES[5], PROBES[7]], ids=str)
+def test_padding_and_batch_mates_do_not_matter(pattern, on_chip):
+    n, pads = 90, [0, 41]
+    q, k = random_qk(2, 4, 2, n, width=16)
+    for b, pad in enumerate(pads):
+        q[b, :, :pad], k[b, :, :pad] = torch.nan, torch.nan
+    on_chip()
+    layout = choose([pattern] * 4, q, k, spans=Spans.left_padded(torch.tensor(pads), n, n))
+    for b, pad in enumerate(pads):
+        rows = torch.arange(n - pad)
+        alone = choose([pattern] * 4, q[b : b + 1, :, pad:], k[b : b + 1, :, pad:])
+        assert torch.equal(layout.dense(rows, rows)[b], alone.dense(rows, rows)[0])
+
+
+@pytest.mark.parametrize("pattern", PROBES[4:], ids=str)
+def test_chunks_choose_the_same(pattern, on_chip):
+    q, k = random_qk(1, 2, 1, 120, width=16)
+    on_chip()
+    rows, whole = torch.arange(120), choose([pattern] * 2, q, k)
+    for start, stop in [(0, 96), (96, 120)]:
+        part = choose([pattern] * 2, q[:, :, start:stop], k[:, :, :stop])
+        assert torch.equal(part.dense(rows[start:stop], rows[:stop]), whole.dense(rows[start:stop], rows[:stop]))
+
+
+@pytest.mark.parametrize("pattern", PROBES[4:], ids=str)
+def test_a_few_rows_of_blocks_at_a_time(pattern, on_chip, monkeypatch):
+    q, k = random_qk(1, 4, 2, 140, width=16)
+    on_chip()
+    rows, whole = torch.arange(140), choose([pattern] * 4, q, k)
+    monkeypatch.setitem(blocks.CELLS_AT_ONCE, "cpu", 1500)
+    assert torch.equal(choose([pattern] * 4, q, k).dense(rows, rows), whole.dense(rows, rows))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_more_rows_than_a_program_holds(together, on_chip):
+    from attnsieve.selection.fused.masses import Sums, by_key
+    from attnsieve.selection.fused.rows import ProbedRows
+
+    n, count = 330, 300
+    q, k = random_qk(1, 3, 1, n, width=16)
+    sequence, rows = SequenceQK(q, k, 0.3, together), torch.arange(n - count, n)
+    expected = sequence.attention(rows).unflatten(2, (2, -1)).sum(3) * (3 if together else 1)
+    on_chip()
+    found = by_key(ProbedRows.of(sequence, rows), k, Sums(count // 2, together))
+    read = torch.arange(n) <= torch.tensor([n - count // 2 - 1, n - 1])[:, None]
+    torch.testing.assert_close(found[..., read], expected[..., read])
+
+
+WEIGHTS = {
+    "random": lambda width: torch.rand(5, width),
+    "heavy": lambda width: torch.randn(5, width).mul(6).exp(),
+    "equal": lambda width: torch.full((5, width), 0.125),
+    "few levels": lambda width: torch.randint(0, 4, (5, width)) / 8,
+    "one": lambda width: torch.eye(width)[:5] if width > 4 else torch.ones(5, width),
+    "tiny": lambda width: torch.rand(5, width) * 1e-38,
+    "nothing": lambda width: torch.zeros(5, width),
+}
+
+
+@pytest.mark.parametrize("in_registers", [True, False])
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("width", [1, 33, 300])
+def test_the_search_finds_what_sorting_finds(kind, width, in_registers, monkeypatch):
+    """The mass is reached, without the least entry kept it is not, and of equal entries the first are kept."""
+    from attnsieve.selection.fused import fewest
+
+    weights = WEIGHTS[kind](width)
+    if not in_registers:
+        monkeypatch.setattr(fewest, "MOST_IN_REGISTERS", 0)
+        monkeypatch.setattr(fewest, "STEP", 128)
+    for mass in (0.05, 0.5, 0.9, 1.0):
+        kept = fewest.fewest_with_mass(weights, mass)
+        total, held = weights.double().sum(-1), (weights.double() * kept).sum(-1)
+        assert (held >= total * (mass - 1e-5)).all()
+        least = weights.double().masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+        below = torch.where(least.isfinite().squeeze(-1), held - least.squeeze(-1), -1)
+        assert (below <= total * (mass + 1e-6)).all()
+        assert not (kept & (weights == 0)).any()
+        # Nothing larger is left out, and no earlier one of the least ones.
+        ties = weights.double() == least
+        assert not (~kept & (weights.double() > least)).any()
+        assert not ((ties & ~kept).cumsum(-1).bool() & ties & kept).any()
+        if kind != "heavy":
+            assert torch.equal(kept, fewest_with_mass(weights, mass))
+
+
+def test_entries_beyond_the_end_of_a_row_are_not_read():
+    from attnsieve.selection.fused import fewest
+
+    weights, stops = torch.rand(2, 3, 50), torch.tensor([7, 50, 1], dtype=torch.int32)
+    poisoned = weights.masked_fill(torch.arange(50) >= stops[:, None], torch.nan)
+    assert torch.equal(fewest.fewest_with_mass(poisoned, 0.6, stops), fewest_with_mass(weights, 0.6, stops))
+
+
+@pytest.mark.parametrize(("side", "keys", "first"), [(16, 16, 0), (16, 1, 3), (24, 8, 1)])
+def test_lists_hold_the_flags_that_queries_read(side, keys, first):
+    from attnsieve.selection.fused.lists import listed
+
+    table = torch.rand(2, 3, 5, (first + 5) * side // keys) < 0.4
+    count, index = listed(table, side, keys, first)
+    for place in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(5)).tolist():
+        row = table[tuple(place)][: (first + place[2] + 1) * side // keys].nonzero().flatten()
+        assert int(count[tuple(place)]) == len(row)
+        assert torch.equal(index[tuple(place)][: len(row)].long(), row)
+        assert (index[tuple(place)][len(row) :] == -1).all()
