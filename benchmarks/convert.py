@@ -33,7 +33,7 @@ MEASURED = "python-docs"
 def training_tokens(tokenizer: Any, tokens: int) -> Tensor:
     """int64 [tokens]: documents of both kinds in turn."""
     held_out = PACKAGED[MEASURED]()
-    real = (text for text in documents() if len(text) > 1000 and text[:1000] not in held_out)
+    real = (text for _, text in documents() if len(text) > 1000 and text[:1000] not in held_out)
     ids: list[int] = []
     with tqdm(total=tokens, desc="text", unit="token", disable=None) as bar:
         for seed in count(1):

@@ -12,10 +12,12 @@ otherwise, for benchmarks/needle.py. Processes, one per GPU, can share the layer
 from __future__ import annotations
 
 import argparse
+import json
 import lzma
 import math
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import pairwise
@@ -39,21 +41,23 @@ PACKAGES = ("torch", "transformers", "numpy", "sympy")
 HELD_OUT = 20  # one document in this many
 SAMPLE = 30_000_000  # characters that the tokenizer is learned from
 PROBE_STEPS = 6
+SOURCES = "characters.json"  # by source, beside the tokens
 
 
-def documents() -> Iterator[str]:
-    """Real text that is on every machine with torch and transformers, in an order that depends on what is installed."""
+def documents() -> Iterator[tuple[str, str]]:
+    """(source, text): real text that is on every machine with torch and transformers, in an order that depends on what is
+    installed."""
     for name in ("python-docs", "bible"):
         try:
-            yield from pieces(PACKAGED[name](), 20_000)
+            yield from ((name, text) for text in pieces(PACKAGED[name](), 20_000))
         except UserError as error:
             print(f"without {name}: {error}")
-    folders = [Path(sysconfig.get_path("stdlib"))]
-    folders += [Path(found.origin).parent for name in PACKAGES if (found := find_spec(name)) and found.origin]
-    for folder in folders:
+    folders = {"python": Path(sysconfig.get_path("stdlib"))}
+    folders |= {name: Path(found.origin).parent for name in PACKAGES if (found := find_spec(name)) and found.origin}
+    for name, folder in folders.items():
         for path in sorted(folder.rglob("*.py")):
             if "site-packages" not in path.relative_to(folder).parts:
-                yield path.read_text(encoding="utf-8", errors="ignore")
+                yield name, path.read_text(encoding="utf-8", errors="ignore")
 
 
 def pieces(text: str, size: int) -> Iterator[str]:
@@ -63,12 +67,18 @@ def pieces(text: str, size: int) -> Iterator[str]:
 
 def prepare(arguments: argparse.Namespace) -> None:
     """Learn a tokenizer and write the tokens of both halves."""
-    texts = [text for text in documents() if text.strip()]
-    texts = texts[:: max(1, round(sum(map(len, texts)) / arguments.characters))]
+    found = [(source, text) for source, text in documents() if text.strip()]
+    share = min(1.0, arguments.characters / sum(len(text) for _, text in found))
+    found = [one for place, one in enumerate(found) if int((place + 1) * share) > int(place * share)]
+    texts = [text for _, text in found]
     sample = texts[:: max(1, sum(map(len, texts)) // SAMPLE)]
     tokenizer = byte_level_tokenizer(sample, arguments.vocabulary)
     arguments.tokens.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(arguments.tokens)
+    sources = Counter[str]()
+    for source, text in found:
+        sources[source] += len(text)
+    (arguments.tokens / SOURCES).write_text(json.dumps(sources), encoding="utf-8")
     for part, chosen in (("held_out", texts[::HELD_OUT]), ("train", [t for i, t in enumerate(texts) if i % HELD_OUT])):
         ids = np.concatenate([encoded(tokenizer, text) for text in tqdm(chosen, desc=part)])
         save_tokens(arguments.tokens, part, ids)
@@ -224,6 +234,7 @@ def train(arguments: argparse.Namespace) -> None:
                 language = Language(new_model(layer, arguments, vocabulary, seed), text, steps, seed, arguments)
                 numbers = run(language, layer, budget)
                 if numbers is not None:
+                    numbers["text"] = json.loads((arguments.tokens / SOURCES).read_text(encoding="utf-8"))
                     losses = held_out_losses(language.model, held_out, arguments.length, arguments.windows)
                     row = rows.add(key, numbers | measured(losses), device)
                     models = arguments.models or arguments.out.with_suffix("")
@@ -295,7 +306,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("prepare", "train"))
     parser.add_argument("--tokens", type=Path, required=True, help="folder of the tokenized text")
-    parser.add_argument("--characters", type=float, default=60e6, help="prepare: about this much of the text")
+    parser.add_argument("--characters", type=float, default=150e6, help="prepare: about this much of the text")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--layers", default=",".join(LAYERS[:6]))

@@ -63,7 +63,7 @@ def test_recall(command, tmp_path, capsys):
 def test_language_models(command, tmp_path, monkeypatch):
     language = importlib.import_module("language")
     text = "".join(chr(97 + i * i % 23) + " " * (i % 3 == 0) for i in range(9000))
-    monkeypatch.setattr(language, "documents", lambda: iter(language.pieces(text, 400)))
+    monkeypatch.setattr(language, "documents", lambda: (("letters", part) for part in language.pieces(text, 400)))
     tokens, out = ["--tokens", tmp_path / "tokens"], tmp_path / "language.jsonl"
     command("language", "prepare", *tokens, "--vocabulary", 280)
     sizes = ["--hidden", 32, "--intermediate", 64, "--depth", 2, "--heads", 2, "--length", 32, "--keep", 8, "--batch", 4]
@@ -74,6 +74,7 @@ def test_language_models(command, tmp_path, monkeypatch):
     assert rows[1]["parameters"] == pytest.approx(rows[0]["parameters"], rel=0.02)
     assert all(row["curve"][-1] < row["curve"][0] - 0.5 for row in rows)
     assert set(rows[0]["by_position"]) == {"32"}
+    assert rows[0]["text"] == {"letters": len(text)}
     assert "| dma" in out.with_suffix(".md").read_text()
     command("language", "train", *tokens, *sizes, *options)
     assert len(rows_of(out)) == 2
@@ -118,7 +119,9 @@ def test_a_needle_is_where_it_should_be():
 
 def test_conversion(command, tmp_path, monkeypatch):
     module = importlib.import_module("convert")
-    monkeypatch.setattr(module, "documents", lambda: iter(["def function(argument): return argument + 1\n" * 200] * 40))
+    monkeypatch.setattr(
+        module, "documents", lambda: iter([("code", "def function(argument): return argument + 1\n" * 200)] * 40)
+    )
     model = save_tiny_model(tmp_path / "tiny")
     path = model / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<s>"}))

@@ -91,6 +91,7 @@ def test_a_training_step_replays_as_one_graph():
 
     expected = step()
     grads = [parameter.grad.clone() for parameter in model.parameters()]
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         step()

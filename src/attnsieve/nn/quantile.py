@@ -14,11 +14,20 @@ def kth_position(order: Tensor, k: Tensor) -> Tensor:
     no answer and gets an arbitrary position. O(R n log n) time, O(R n) memory, no host synchronisation; fused kernels on a
     GPU, plain torch elsewhere.
     """
-    if order.is_cuda:
-        from attnsieve.nn.quantile_triton import kth_position as fused
+    if not order.is_cuda:
+        return walk(order, k)
+    return _in_graph(order, k) if torch.compiler.is_compiling() else _fused(order, k)
 
-        return fused(order, k)
-    return walk(order, k)
+
+def _fused(order: Tensor, k: Tensor) -> Tensor:
+    from attnsieve.nn.quantile_triton import kth_position as fused
+
+    return fused(order, k)  # type: ignore[no-any-return]
+
+
+# For torch.compile one operation: which buffers the kernels of a walk hand to each other is decided on the host.
+_in_graph = torch.library.custom_op("attnsieve::kth_position", _fused, mutates_args=())
+_in_graph.register_fake(lambda order, k: torch.empty_like(order, memory_format=torch.contiguous_format))
 
 
 def walk(order: Tensor, k: Tensor) -> Tensor:

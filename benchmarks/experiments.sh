@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# DMA beside other attention layers on four GPUs of one host: language models, needles, a conversion, associative recall.
+#
+#   python benchmarks/language.py prepare --tokens runs/tokens
+#   benchmarks/experiments.sh OUT runs/tokens smollm2-135m
+#
+# About eight minutes. Rows are added to OUT/*.jsonl as they are measured, all output to OUT/experiments.log; rows that are
+# there already are not measured again. Tables and figures of all rows are made by the last lines below, on any machine.
+set -u
+out=$1 tokens=$2 model=$3
+models=$(mktemp -d)
+cd "$(dirname "$0")/.."
+
+# on GPU SCRIPT ARGUMENTS...: a script of this folder; reports wait until all rows are there.
+on() {
+    CUDA_VISIBLE_DEVICES=$1 python "benchmarks/$2.py" "${@:3}" --out "$out/$2.jsonl"
+    rm -f "$out"/*.md "$out"/*.png
+}
+
+language() { # GPU MINUTES LAYERS
+    on "$1" language train --tokens "$tokens" --models "$models/$1" --layers "$3" --minutes "$2" --steps "${STEPS:-2400}"
+    on "$1" needle --tokens "$tokens" --models "$models/$1" --minutes 1 --items 4 --depths 0.1,0.5,0.9 --lengths 2048,4096,8192,16384
+}
+
+recall() { # GPU MINUTES SHAPES
+    on "$1" mqar --minutes "$2" --layers mha,dma,dma-window,swa,nsa --seeds 2 --rates "${RATES:-3e-3}" --shapes "$3"
+}
+
+{
+    language 0 5.5 nsa,dma-window &
+    language 1 5.5 mha,dma,swa &
+    recall 2 7 256x64,512x64,1024x64,2048x64,512x64+noise,1024x64+noise &
+    (
+        on 3 convert "$model" --keeps 256 --minutes 1.5 --tokens 2500000
+        recall 3 4.8 256x64+noise,256x128,256x32,512x128,256x256
+    ) &
+    wait
+    rm -rf "$models"
+} >> "$out/experiments.log" 2>&1
+
+# for name in mqar language needle; do python benchmarks/$name.py ... --minutes 0 --out OUT/$name.jsonl; done
