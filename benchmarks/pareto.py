@@ -1,96 +1,223 @@
-"""Accuracy against density on a real model: baselines, uniform dynamic plans, and plans fitted to a budget.
+"""Accuracy against density on real models: published methods, single keys, DAM's presets, and plans fitted to a budget.
 
-    python benchmarks/pareto.py smollm2-135m --lengths 1024,2048 --items 8 --out benchmarks/results/eval-smollm2.jsonl
+    python benchmarks/pareto.py smollm2-135m --lengths 1024,2048 --items 8 --out pareto/
+    python benchmarks/fleet.py --gpus 4 --each 4 --seconds 330 -- \\
+        python benchmarks/pareto.py small.gguf large.gguf --lengths 1024,4096 --items 32,16 --shard {shard} --out pareto/
+    python benchmarks/pareto_figures.py pareto/
 
-Candidates are measured and budgets are fitted on texts with other seeds than the ones that are scored. Runs that the file holds
-already are not repeated.
+Plans are made per model and length, on texts with other seeds than the scored ones, and kept under --out. Items are aligned
+(equal numbers of tokens), so that they run as batches. Any number of processes may share --out: each piece of work is claimed by
+one of them. Rows are written as they come, and runs that a file there holds already are not repeated.
 """
 
 import argparse
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from claims import Board
+from pareto_plans import GROUPS, Shelf, Workshop, summary
 
-from attnsieve import Pattern, Plan, UserError
-from attnsieve.evaluation.baselines import DYNAMIC, STATIC, dynamic_baseline, static_baseline
-from attnsieve.evaluation.compare import evaluate
-from attnsieve.evaluation.tasks import make_task
-from attnsieve.evaluation.text import text_source, token_windows
-from attnsieve.fitting import default_candidates, fit_budget
-from attnsieve.hf import fingerprint, load_model, measure
+from attnsieve import Plan, UserError
+from attnsieve.evaluation.compare import Cell, Runs, plan_digest
+from attnsieve.evaluation.rows import Row, read_rows
+from attnsieve.evaluation.tasks import Task, make_task
+from attnsieve.evaluation.tasks.aligned import MANY, aligned
+from attnsieve.evaluation.tasks.questions import QuestionTask
+from attnsieve.hf import load_model
 
-CALIBRATION_SEED = 1_000_003
+WAIT = 0.5
+PRINTED = {"exact_match": "right", "answer_nll": "NLL", "answer_kl": "KL", "kl": "KL"}
 
 
 def main() -> None:
     arguments = parse()
-    dtype = getattr(torch, arguments.dtype)
-    model, tokenizer = load_model(arguments.model, dtype=dtype, device=arguments.device)
-    plans = budget_plans(model, tokenizer, arguments) | baseline_plans(model, arguments)
-    plans = {name: plan for name, plan in plans.items() if name.startswith(arguments.only)}
-    tasks = [make_task(name, text=arguments.text) for name in arguments.tasks.split(",")]
-    rows = evaluate(model, tokenizer, plans, tasks, arguments.lengths, arguments.items, out=arguments.out)
-    for row in rows:
-        if row.metric in ("exact_match", "answer_nll", "kl"):
-            print(
-                f"{row.task:22s} {row.length:6d} {row.plan:34s} {row.density:.3f} {row.metric:12s} {row.value:.3f} ± {row.stderr:.3f}"
-            )
+    number, count = arguments.shard
+    stop = time.monotonic() + arguments.seconds
+    models = arguments.models[number % len(arguments.models) :] + arguments.models[: number % len(arguments.models)]
+    for name in models:
+        if time.monotonic() < stop:
+            worker = Worker.of(name, arguments, number / count, stop)
+            worker.work()
+            print(f"shard {number}: {name} ended with {max(0.0, stop - time.monotonic()):.0f} s left", flush=True)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--lengths", type=lambda text: [int(part) for part in text.split(",")], default=[1024, 2048])
-    parser.add_argument("--items", type=int, default=8)
-    parser.add_argument("--tasks", default="kv,longeval-lines-prefix")
-    parser.add_argument("--densities", type=lambda text: [float(part) for part in text.split(",")], default=[0.1, 0.25, 0.5])
-    parser.add_argument("--strengths", type=lambda text: [float(part) for part in text.split(",")], default=[0.9, 0.95])
-    parser.add_argument("--text", default="synthetic")
-    parser.add_argument("--calibration", type=int, default=2, help="texts of each kind to measure candidates on")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--lengths", type=whole_numbers, default=[1024, 2048])
+    parser.add_argument("--items", type=whole_numbers, default=[8], help="documents per task, for all lengths or for each")
+    parser.add_argument("--tasks", type=names, default=list(MANY))
+    parser.add_argument("--only", type=names, default=[""], help="starts of plans' names; dense is always there")
+    parser.add_argument("--groups", type=names, default=list(GROUPS))
+    parser.add_argument("--longest", type=names, default=[], help="MODEL=LENGTH: leave out what is longer")
+    parser.add_argument("--text", default="python-docs", help="the plain text to calibrate on")
+    parser.add_argument("--calibration", type=int, default=2, help="texts of each kind to calibrate on")
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", type=lambda text: tuple(text.split(",")), default=("",), help="starts of plans' names")
-    parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
+    parser.add_argument("--shard", type=shard, default=(0, 1), help="i/k: this process is number i of k, from 0")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this time")
+    parser.add_argument("--out", type=Path, required=True, help="a folder")
+    found = parser.parse_args()
+    found.items = found.items * len(found.lengths) if len(found.items) == 1 else found.items
+    if len(found.items) != len(found.lengths):
+        parser.error("--items needs one number, or one for each length")
+    return found
 
 
-def calibration_texts(tokenizer, arguments) -> list[list[int]]:
-    """Plain text and key-value documents of the longest length, none of which is scored."""
-    length, count = max(arguments.lengths), arguments.calibration
-    records = make_task("kv")
-    documents = [records.ids(tokenizer, item) for item in records.items(tokenizer, length, count, CALIBRATION_SEED)]
-    shortest = min(map(len, documents))
-    texts = token_windows(text_source(arguments.text), tokenizer, shortest, count, CALIBRATION_SEED)
-    return [document[-shortest:] for document in documents] + texts
+def whole_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
-def budget_plans(model, tokenizer, arguments) -> dict[str, Plan]:
-    texts = calibration_texts(tokenizer, arguments)
-    measured = measure(model, texts, default_candidates(len(texts[0])))
-    measured.save_pretrained(arguments.out.with_suffix("") / "measurement")
-    plans = {}
-    for density in arguments.densities:
+def names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def shard(text: str) -> tuple[int, int]:
+    number, count = (int(part) for part in text.split("/"))
+    if not 0 <= number < count:
+        raise argparse.ArgumentTypeError(f"expected i/k with i from 0 to k - 1, got {text}")
+    return number, count
+
+
+def task_of(name: str) -> Task:
+    """Question tasks with aligned items and forced answers alone: writing them out takes a forward pass per token."""
+    task = make_task(name, text="python-docs" if name.startswith("needle") else None)
+    if not isinstance(task, QuestionTask) or not task.forced:
+        return task
+    return aligned(replace(task, generation=None))
+
+
+def rotated(things: list[Any], share: float) -> list[Any]:
+    """Processes begin at different places, so that they compile different kernels and seldom want the same piece."""
+    start = int(share * len(things))
+    return things[start:] + things[:start]
+
+
+@dataclass
+class Worker:
+    """One process with one model. done: runs that the folder held at the start. share: its number over that of processes."""
+
+    name: str
+    runs: Runs
+    workshop: Workshop
+    shelf: Shelf
+    board: Board
+    cells: list[Cell]
+    done: set[tuple[Any, ...]]
+    arguments: argparse.Namespace
+    share: float
+    stop: float
+
+    @classmethod
+    def of(cls, name: str, arguments: argparse.Namespace, share: float, stop: float) -> "Worker":
+        model, tokenizer = load_model(name, dtype=getattr(torch, arguments.dtype), device=arguments.device)
+        label, out = Path(name).stem, arguments.out
+        longest = dict(part.split("=") for part in arguments.longest)
+        sizes = [
+            pair for pair in zip(arguments.lengths, arguments.items, strict=True) if pair[0] <= int(longest.get(label, pair[0]))
+        ]
+        # One task object per name: equal cells are then recognised.
+        cells = [Cell(task, length, items, 0) for task in map(task_of, arguments.tasks) for length, items in sizes]
+        runs = Runs(model, tokenizer, out / f"rows-{round(share * arguments.shard[1])}.jsonl", progress=arguments.shard[1] == 1)
+        workshop = Workshop(model, tokenizer, tuple(MANY), arguments.text, arguments.calibration)
+        done = {run_of(row) for row in join(out)}
+        board, shelf = Board(out / "claims"), Shelf(out / "plans" / label)
+        return cls(label, runs, workshop, shelf, board, cells, done, arguments, share, stop)
+
+    def work(self) -> None:
+        """Make plans that nobody makes, then run what can be run, until all is done or claimed or the time is over."""
+        while not self._over():
+            lengths = sorted({cell.length for cell in self.cells}, reverse=True)
+            fits = [(length, group) for length in lengths for group in self.arguments.groups]
+            for length, group in fits:
+                if not self._over():
+                    self._fit(length, group)
+            for cell in rotated(self.cells, self.share):
+                self._cell(cell)
+            if all(self.shelf.has(*fit) for fit in fits):
+                for cell in rotated(self.cells, self.share):
+                    self._cell(cell)
+                return
+            time.sleep(WAIT)
+
+    def _over(self) -> bool:
+        return time.monotonic() >= self.stop
+
+    def _fit(self, length: int, group: str) -> None:
+        if self.shelf.has(length, group) or not self.board.claim(f"{self.name} {self.arguments.dtype} plans {length} {group}"):
+            return
+        start = time.monotonic()
         try:
-            plans[f"budget-{density:g}"] = fit_budget(measured, density=density)
-        except UserError as error:
-            print(f"budget {density:g}: {error}")
-    return plans
+            plans = GROUPS[group](self.workshop, length)
+        except (UserError, RuntimeError) as error:
+            print(f"{self.name} {length} {group}: {type(error).__name__}: {error}", flush=True)
+            plans = {}
+        self.shelf.put(length, group, plans)
+        print(f"{self.name} {length}: {len(plans)} plans of {group} in {time.monotonic() - start:.1f} s", flush=True)
 
+    def _cell(self, cell: Cell) -> None:
+        """The plans at hand that nobody has run on this cell."""
+        ready = [group for group in self.arguments.groups if self.shelf.has(cell.length, group)]
+        plans = {name: plan for group in ready for name, plan in self.shelf.get(cell.length, group).items()}
+        wanted = [(name, plan) for name, plan in plans.items() if name.startswith(tuple(self.arguments.only))]
+        for name, plan in rotated(wanted, self.share):
+            key = (
+                self.name,
+                self.arguments.dtype,
+                plan_digest(plan),
+                cell.task.name,
+                cell.task.variant,
+                cell.length,
+                cell.items,
+            )
+            piece = f"{self.name} {self.arguments.dtype} {cell.task.name} {cell.length} {cell.items} {name}"
+            mine = key not in self.done and not self._over() and self.board.claim(piece)
+            if mine and self._run(cell, name, plan):
+                self.board.finish(piece)
 
-def baseline_plans(model, arguments) -> dict[str, Plan]:
-    mark, plans = fingerprint(model), {}
-    for name in STATIC:
-        for density in arguments.densities:
-            plans[f"{name}-{density:g}"] = static_baseline(name, mark, density=density, length=max(arguments.lengths))
-    for name in DYNAMIC:
-        for strength in [0.02, 0.1] if name == "flashprefill" else arguments.strengths:
-            plans[f"{name}-{strength:g}"] = dynamic_baseline(name, mark, strength=strength)
-    for mass in arguments.strengths:
-        plans[f"probed-{mass:g}"] = Plan.uniform(
-            mark, Pattern.parse(f"sink(4) | window(64) | probed_blocks(mass={mass}, block=16)")
+    def _run(self, cell: Cell, name: str, plan: Plan) -> bool:
+        """Whether it went well."""
+        start = time.monotonic()
+        try:
+            rows = [row for row in self.runs.cell(cell, {name: plan}) if row.plan == name]
+        except (UserError, RuntimeError) as error:
+            print(f"{self.name} {cell.task.name} {cell.length} {name}: {type(error).__name__}: {error}", flush=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return False
+        found = {PRINTED[row.metric]: row for row in rows if row.metric in PRINTED}
+        numbers = "  ".join(f"{short} {row.value:.3f} ({row.dense_value:.3f})" for short, row in found.items())
+        seconds = time.monotonic() - start
+        print(
+            f"{self.name} {cell.task.name} {cell.length} {name}: {rows[0].density:.3f}  {numbers}  {seconds:.1f} s", flush=True
         )
-        plans[f"keys-{mass:g}"] = Plan.uniform(mark, Pattern.parse(f"sink(4) | window(32) | probed_keys(mass={mass})"))
-    return plans
+
+
+def run_of(row: Row) -> tuple[Any, ...]:
+    return row.model, row.dtype, row.plan_digest, row.task, row.variant, row.length, row.items
+
+
+def join(folder: Path) -> list[Row]:
+    """Every run of a folder once."""
+    runs: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for path in sorted(folder.glob("rows*.jsonl")):
+        for row in read_rows(path):
+            runs.setdefault(row.run, {})[row.metric] = row
+    return [row for run in runs.values() for row in run.values()]
+
+
+def plans_of(folder: Path) -> list[str]:
+    """A JSON line about every plan of a folder."""
+    return [
+        summary(model.name, int(length.name), name, plan)
+        for model in sorted((folder / "plans").iterdir())
+        for length in sorted(path for path in model.iterdir() if path.name.isdigit())
+        for group in sorted(length.iterdir())
+        for name, plan in Shelf(model).get(int(length.name), group.name).items()
+    ]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def rehearsal(tokenizer: Any, name: str, length: int, seed: int) -> list[int]:
     require(name in MANY, f"{name!r} has no questions to rehearse; expected one of {', '.join(MANY)}")
     task, random = MANY[name](MOST_QUESTIONS), Random(f"rehearsal/{seed}")
     room = int(length * (1 - QUESTIONS_SHARE))
-    for _ in range(2):
+    while True:
         (item,) = task.items(tokenizer, room, 1, seed)
         document, questions = rests(item)
         body = document.rstrip("\n")
@@ -33,6 +33,5 @@ def rehearsal(tokenizer: Any, name: str, length: int, seed: int) -> list[int]:
         ids = encode(tokenizer, body + "".join(random.sample(answered, len(answered))))
         if len(ids) >= length:
             return ids[:length]
-        # Few questions: a longer document makes up for them, two lines too long, and the last question is cut.
-        room = min(length, room + length - len(ids) + length // 16)
-    raise AssertionError(f"{len(ids)} tokens instead of {length}")
+        # Few questions: a longer document makes up for them, and the last question is cut.
+        room += max(length - len(ids), length // 16)

@@ -24,6 +24,7 @@ DENSE = "dense"
 METRIC_NAMES = {
     "answer_nll": "answer NLL, nats per token",
     "nll": "NLL, nats per token",
+    "answer_kl": "KL to dense at the answer, nats",
     "kl": "KL to dense, nats",
     "top1_agreement": "same most likely token",
     "output_error": "relative output error",

@@ -1,0 +1,137 @@
+"""Figures and tables of `pareto.py`: what a density costs, and which plans keep a model's answers at a quarter of the pairs.
+
+    python benchmarks/pareto_figures.py pareto/ --out benchmarks/results/eval-gpu
+
+Joins the rows of a folder (or reads a file of them) into OUT.jsonl, the plans' summaries into OUT-plans.jsonl, draws
+OUT-MODEL-METRIC.png, and writes the tables to OUT.md.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+
+from pareto import join, plans_of
+
+from attnsieve.evaluation.rows import Row, read_rows
+from attnsieve.show import markdown, percent
+from attnsieve.show.canvas import save
+from attnsieve.show.results import family, result_figure, with_error
+
+METRICS = ("answer_nll", "exact_match", "answer_kl")
+# Keys of SnapKV and H2O are counted per decode step, so a density of the prompt says nothing about them.
+CACHES = ("snapkv", "h2o")
+SHOWN = (
+    "budget", "budget-kv", "keys", "keys-kv", "minference", "xattention", "flashprefill", "streaming-llm", "moa", "bigbird",
+    "longformer", "window", "dam-paper", "dam-robust", "dam-adaptive",
+)  # fmt: skip
+# What a plan must hold (docs: accuracy target): pairs kept, points of exact match, nats of answer NLL.
+MOST_DENSITY, MOST_POINTS, MOST_NLL = 0.25, 0.02, 0.05
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="a folder of pareto.py, or a file of rows")
+    parser.add_argument("--families", default=",".join(SHOWN), help="what is drawn")
+    parser.add_argument("--join-only", action="store_true", help="write the rows and the plans' summaries, draw nothing")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    rows = joined(arguments.source, arguments.out) if arguments.source.is_dir() else read_rows(arguments.source)
+    if arguments.join_only:
+        return
+    shown = arguments.families.split(",")
+    for model in sorted({row.model for row in rows}):
+        own = [row for row in rows if row.model == model and row.dtype == main_dtype(rows)]
+        drawn = [asdict(row) for row in own if row.plan == "dense" or family(row.plan) in shown]
+        for metric in METRICS:
+            print(save(result_figure(drawn, metric), arguments.out.with_name(f"{arguments.out.name}-{model}-{metric}.png")))
+    text = "\n\n".join([targets(rows), caches(rows), table(rows)])
+    arguments.out.with_name(f"{arguments.out.name}.md").write_text(text + "\n", encoding="utf-8")
+    print(targets(rows))
+
+
+def joined(folder: Path, out: Path) -> list[Row]:
+    rows = join(folder)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(asdict(row), ensure_ascii=False) for row in rows)
+    out.with_name(f"{out.name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    out.with_name(f"{out.name}-plans.jsonl").write_text("".join(f"{line}\n" for line in plans_of(folder)), encoding="utf-8")
+    return rows
+
+
+def main_dtype(rows: Sequence[Row]) -> str:
+    """The dtype of sparse runs; dense ones in others are there for comparison."""
+    return max((row.dtype for row in rows if row.plan != "dense"), default=rows[0].dtype)
+
+
+def runs_of(rows: Sequence[Row]) -> dict[tuple[str, str, int], list[dict[str, Row]]]:
+    """Per model, task and length its sparse runs, each as rows by metric."""
+    found: dict[tuple[str, str, int], list[dict[str, Row]]] = defaultdict(list)
+    for _, run in groupby((row for row in rows if row.plan != "dense"), key=lambda row: row.run):
+        metrics = {row.metric: row for row in run}
+        first = next(iter(metrics.values()))
+        found[first.model, first.task, first.length].append(metrics)
+    return dict(sorted(found.items()))
+
+
+def targets(rows: Sequence[Row]) -> str:
+    """Per model, task and length the plan within the density whose answers lose least, and whether that is little enough."""
+    header = [*HEADER, "dense", "difference", "NLL difference", "holds"]
+    cells = []
+    for runs in runs_of(rows).values():
+        within = [run for run in runs if answers(run) and run["answer_nll"].density <= MOST_DENSITY and not cached(run)]
+        if within:
+            best = min(within, key=lambda run: run["answer_nll"].value)
+            right, nll = best["exact_match"], best["answer_nll"]
+            holds = right.paired_difference >= -MOST_POINTS and nll.paired_difference <= MOST_NLL
+            dense = with_error(right.dense_value)
+            cells.append([*start(best), dense, difference(right), difference(nll), "yes" if holds else "no"])
+    return markdown(header, cells, left=(0, 1, 4))
+
+
+HEADER = ["model", "task", "length", "items", "plan", "density %", "right"]
+
+
+def start(run: dict[str, Row]) -> list[str]:
+    """The cells of `HEADER`."""
+    right = run["exact_match"]
+    place = [right.model, right.task, str(right.length), str(right.items), right.plan]
+    return [*place, percent(right.density), with_error(right.value, right.stderr)]
+
+
+def answers(run: dict[str, Row]) -> bool:
+    return "answer_nll" in run
+
+
+def difference(row: Row) -> str:
+    return with_error(row.paired_difference, row.paired_stderr, sign=True)
+
+
+def cached(run: dict[str, Row]) -> bool:
+    return next(iter(run.values())).plan.startswith(CACHES)
+
+
+def caches(rows: Sequence[Row]) -> str:
+    """Methods for caches; the number in their names is the share of keys that a decode step reads."""
+    header = [*HEADER, "difference", "NLL difference"]
+    found = [run for runs in runs_of(rows).values() for run in runs if cached(run) and answers(run)]
+    cells = [[*start(run), difference(run["exact_match"]), difference(run["answer_nll"])] for run in found]
+    return markdown(header, cells, left=(0, 1, 4))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Every run, by density."""
+    header = [*HEADER, "NLL", "NLL difference", "KL"]
+    cells = []
+    for runs in runs_of(rows).values():
+        for run in sorted(filter(answers, runs), key=lambda run: run["answer_nll"].density):
+            nll, kl = (with_error(run[name].value, run[name].stderr) for name in ("answer_nll", "answer_kl"))
+            cells.append([*start(run), nll, difference(run["answer_nll"]), kl])
+    return markdown(header, cells, left=(0, 1, 4))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The plans of `pareto.py` for one model and length, in groups that are made once and kept in a folder."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from attnsieve import Pattern, Plan, UserError
+from attnsieve.evaluation.baselines import (
+    CACHE,
+    DYNAMIC,
+    STATIC,
+    cache_baseline,
+    dynamic_baseline,
+    moa_baseline,
+    static_baseline,
+)
+from attnsieve.evaluation.compare import plan_digest
+from attnsieve.evaluation.rehearsal import rehearsal
+from attnsieve.evaluation.text import text_source, token_windows
+from attnsieve.fitting import default_candidates, fit, fit_budget
+from attnsieve.hf import fingerprint, measure, profile
+
+CALIBRATION_SEED = 1_000_003
+DENSITIES = (0.05, 0.1, 0.2, 0.25, 0.5)
+MASSES = (0.7, 0.8, 0.9, 0.95)
+RATIOS = (0.02, 0.1, 0.3)
+PCL = 512
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A model and what its plans are calibrated on: rehearsals of these tasks and stretches of this text, `texts` of each."""
+
+    model: Any
+    tokenizer: Any
+    tasks: tuple[str, ...]
+    text: str
+    texts: int
+
+    def calibration(self, length: int) -> list[list[list[int]]]:
+        """Per kind of text some texts of exactly `length` tokens, none of which is scored."""
+        kinds = [
+            [rehearsal(self.tokenizer, task, length, CALIBRATION_SEED + n) for n in range(self.texts)] for task in self.tasks
+        ]
+        return [*kinds, token_windows(text_source(self.text), self.tokenizer, length, self.texts, CALIBRATION_SEED)]
+
+
+def fixed(workshop: Workshop, length: int) -> dict[str, Plan]:
+    mark = fingerprint(workshop.model)
+    return offered(
+        {
+            f"{name}-{d:g}": lambda name=name, d=d: static_baseline(name, mark, density=d, length=length)
+            for name, d in product(STATIC, DENSITIES)
+        }
+    )
+
+
+def chosen(workshop: Workshop, length: int) -> dict[str, Plan]:
+    """Of the published methods and of single keys: the same rule in every head."""
+    mark = fingerprint(workshop.model)
+    plans = {
+        f"{name}-{strength:g}": dynamic_baseline(name, mark, strength=strength)
+        for name in DYNAMIC
+        for strength in (RATIOS if name == "flashprefill" else MASSES)
+    }
+    for mass in MASSES:
+        guard = "sink(4) | window(32)"
+        plans[f"keys-{mass:g}"] = Plan.uniform(mark, Pattern.parse(f"{guard} | probed_keys(mass={mass})"))
+        plans[f"keys-kv-{mass:g}"] = Plan.uniform(mark, Pattern.parse(f'{guard} | probed_keys(mass={mass}, share="kv")'))
+    plans["probed-0.9"] = Plan.uniform(mark, Pattern.parse("sink(4) | window(64) | probed_blocks(mass=0.9, block=16)"))
+    return plans
+
+
+def caches(workshop: Workshop, length: int) -> dict[str, Plan]:
+    mark = fingerprint(workshop.model)
+    return offered(
+        {
+            f"{name}-{d:g}": lambda name=name, d=d: cache_baseline(name, mark, density=d, length=length)
+            for name, d in product(CACHE, DENSITIES[::2])
+        }
+    )
+
+
+def profiled(workshop: Workshop, length: int) -> dict[str, Plan]:
+    """DAM's presets and MoA-like windows, from mean maps."""
+    capture = min(PCL, length // 2)
+    kinds = [
+        profile(workshop.model, texts, pcl=capture, lengths=(length,), progress=False) for texts in workshop.calibration(length)
+    ]
+    mass = sum(kind.long[-1].offset_mass for kind in kinds)
+    mark = fingerprint(workshop.model)
+    made = {
+        f"dam-paper-{capture}": lambda: fit(kinds, preset="paper"),
+        "dam-robust-0.9": lambda: fit(kinds, preset="robust"),
+        "dam-adaptive-0.95": lambda: fit(kinds, preset="adaptive"),
+    }
+    made |= {f"moa-{d:g}": lambda d=d: moa_baseline(mark, mass, density=d, length=length) for d in DENSITIES}
+    return offered(made)
+
+
+def budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
+    """A rule per head within a density, with and without guard rails."""
+    kinds = measured(workshop, length, "none")
+    made = {f"budget-{d:g}": lambda d=d: fit_budget(kinds, density=d) for d in DENSITIES}
+    made |= {f"budget-guarded-{d:g}": lambda d=d: fit_budget(kinds, density=d, dense_layers=1, last_rows=64) for d in DENSITIES}
+    return offered(made)
+
+
+def shared_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
+    """A rule per KV group, whose query heads choose together."""
+    kinds = measured(workshop, length, "kv")
+    return offered({f"budget-kv-{d:g}": lambda d=d: fit_budget(kinds, density=d, share="kv") for d in DENSITIES})
+
+
+def measured(workshop: Workshop, length: int, share: str) -> list[Any]:
+    rules = default_candidates(length, share=share)
+    return [measure(workshop.model, texts, rules, progress=False) for texts in workshop.calibration(length)]
+
+
+GROUPS: dict[str, Callable[[Workshop, int], dict[str, Plan]]] = {
+    "budget": budgets,
+    "budget-kv": shared_budgets,
+    "profiled": profiled,
+    "chosen": chosen,
+    "fixed": fixed,
+    "caches": caches,
+}
+
+
+def offered(made: dict[str, Callable[[], Plan]]) -> dict[str, Plan]:
+    """Those plans that can be made; the reason is printed for the others."""
+    plans = {}
+    for name, make in made.items():
+        try:
+            plans[name] = make()
+        except UserError as error:
+            print(f"{name}: {error}", flush=True)
+    return plans
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Plans on disk: root / length / group / name. A group appears in one step, so it is whole or absent."""
+
+    root: Path
+
+    def put(self, length: int, group: str, plans: dict[str, Plan]) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=self.root, prefix=".making-"))
+        for name, plan in plans.items():
+            plan.save_pretrained(fresh / name)
+        target = self.root / str(length) / group
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            shutil.rmtree(fresh)
+        else:
+            fresh.rename(target)
+
+    def has(self, length: int, group: str) -> bool:
+        return (self.root / str(length) / group).is_dir()
+
+    def get(self, length: int, group: str) -> dict[str, Plan]:
+        return _read(self.root / str(length) / group)
+
+
+@cache
+def _read(group: Path) -> dict[str, Plan]:
+    return {path.name: Plan.from_pretrained(path) for path in sorted(group.iterdir())}
+
+
+def summary(model: str, length: int, name: str, plan: Plan) -> str:
+    """One JSON line: what a plan was asked for, what it expects of itself, and for DAM's how far it can look back."""
+    keys = (
+        "method",
+        "preset",
+        "pcl",
+        "budget",
+        "share",
+        "guards",
+        "expected",
+        "heads",
+        "reach",
+        "reach_bound",
+        "bound",
+        "strength",
+    )
+    about = {key: plan.provenance[key] for key in keys if key in plan.provenance}
+    density = None if plan.density is None else float(plan.density.mean())
+    return json.dumps(
+        {"model": model, "length": length, "plan": name, "plan_digest": plan_digest(plan), "density": density, **about}
+    )

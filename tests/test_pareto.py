@@ -1,0 +1,93 @@
+"""The accuracy curves at a tiny size: plans are made once, work is shared, rows join, tables and figures come of them."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attnsieve.evaluation import read_rows
+from tests.cli_tiny import save_tiny_model
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run(name, *arguments):
+        found = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        found.main()
+        return found
+
+    return run
+
+
+def test_two_shards_make_plans_rows_and_figures(script, tmp_path, capsys):
+    model, out = save_tiny_model(tmp_path / "tiny", positions=1024), tmp_path / "out"
+    sizes = ["--lengths", 600, "--items", 2, "--tasks", "kv,passkey", "--calibration", 1, "--device", "cpu", "--out", out]
+    few = ["--groups", "fixed,budget-kv,profiled", "--only", "budget,streaming-llm-0.2,dam-paper"]
+    script("pareto", model, *sizes, *few, "--shard", "0/2")
+    rows = read_rows(out / "rows-0.jsonl")
+    plans = {row.plan for row in rows}
+    assert {"dense", "streaming-llm-0.2", "streaming-llm-0.25", "dam-paper-300", "budget-kv-0.5"} <= plans
+    assert {row.variant for row in rows} == {"aligned"}
+    assert {row.metric for row in rows} == {"exact_match", "answer_nll", "answer_kl"}
+    for row in rows:
+        if row.plan.startswith("budget-kv-"):
+            assert row.density <= float(row.plan.removeprefix("budget-kv-")) + 0.02
+    assert "streaming-llm-0.2:" in capsys.readouterr().out
+    script("pareto", model, *sizes, *few, "--shard", "1/2")
+    assert not (out / "rows-1.jsonl").exists()
+    # What another process did stays done when its claims are lost.
+    for claim in (out / "claims").iterdir():
+        claim.unlink()
+    script("pareto", model, *sizes, *few)
+    assert len(read_rows(out / "rows-0.jsonl")) == len(rows)
+
+    script("pareto_figures", out, "--out", tmp_path / "results" / "eval")
+    joined = read_rows(tmp_path / "results" / "eval.jsonl")
+    assert sorted(map(repr, joined)) == sorted(map(repr, rows))
+    made = {path.name for path in (tmp_path / "results").iterdir()}
+    assert {"eval-tiny-answer_nll.png", "eval-tiny-exact_match.png", "eval-plans.jsonl", "eval.md"} <= made
+    notes = [json.loads(line) for line in (tmp_path / "results" / "eval-plans.jsonl").read_text().splitlines()]
+    (paper,) = [note for note in notes if note["plan"].startswith("dam-paper")]
+    assert (paper["pcl"], paper["reach_bound"]) == (300, 2 * 299)
+    text = (tmp_path / "results" / "eval.md").read_text()
+    assert text.count("| tiny ") == len(plans - {"dense"}) * 2 + 2
+
+
+def test_nothing_begins_after_the_time(script, tmp_path):
+    model = save_tiny_model(tmp_path / "tiny")
+    script("pareto", model, "--seconds", 0, "--device", "cpu", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_claims_are_exclusive_and_void_with_their_process(script, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    board = importlib.import_module("claims").Board(tmp_path)
+    assert board.claim("kv 4096 budget/0.1")
+    assert not board.claim("kv 4096 budget/0.1")
+    ended = subprocess.Popen([sys.executable, "-c", "pass"])
+    ended.wait()
+    (tmp_path / "other").write_text(str(ended.pid))
+    assert board.claim("other")
+    assert (tmp_path / "other").read_text() == str(os.getpid())
+    (tmp_path / "done").write_text(str(ended.pid))
+    board.finish("done")
+    assert not board.claim("done")
+
+
+def test_a_fleet_shares_gpus_and_ends_in_time(script, tmp_path, capsys):
+    code = (
+        "import os, sys, time; print(sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(60 * (sys.argv[1] == '3/4'))"
+    )
+    logs = tmp_path / "logs"
+    script("fleet", "--gpus", 2, "--each", 2, "--seconds", 3, "--logs", logs, "--", sys.executable, "-uc", code, "{shard}")
+    assert "3 of 4 copies ended well" in capsys.readouterr().out
+    assert [(logs / f"{n}.log").read_text() for n in range(4)] == ["0/4 0\n", "1/4 1\n", "2/4 0\n", "3/4 1\n"]
