@@ -35,8 +35,8 @@ def cut(tau: float, lam: float, eps: float) -> float:
     if lam == 0:
         return eps * _exp(tau)
     above = math.expm1(lam * math.log(eps)) + lam * tau
-    if above <= -1:  # a negative lam bounds At from above
-        return math.inf
+    if above <= -1:  # a negative lam bounds At from above; else 1 + above is too small for its digits
+        return math.inf if lam < 0 else (eps**lam + lam * tau) ** (1 / lam)
     return _exp(math.log1p(above) / lam)
 
 

@@ -95,8 +95,10 @@ class Sides:
     def of(cls, q: Tensor, rows: int) -> Sides:
         """For `rows` rows of q's width and dtype: two programs fit into an H100's shared memory up to 256 bytes per row."""
         width = _padded(q.shape[-1]) * q.element_size()
-        most, stages = (128, 3) if width <= 256 else (64, 3) if width <= 512 else (32, 2)
-        return cls(min(most, max(16, triton.next_power_of_2(rows))), 64, stages)
+        most, keys, stages = (128, 64, 3) if width <= 256 else (64, 64, 3)
+        if q.dtype == torch.float32:  # multiplied without matrix units, in registers
+            most, keys, stages = 32, 32, 2
+        return cls(min(most, max(16, triton.next_power_of_2(rows))), keys, stages)
 
 
 def constants(q: Tensor) -> dict[str, Any]:
