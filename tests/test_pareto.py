@@ -30,12 +30,12 @@ def script(monkeypatch):
 
 def test_two_shards_make_plans_rows_and_figures(script, tmp_path, capsys):
     model, out = save_tiny_model(tmp_path / "tiny", positions=1024), tmp_path / "out"
-    sizes = ["--lengths", 600, "--items", 2, "--tasks", "kv,passkey", "--calibration", 1, "--device", "cpu", "--out", out]
+    sizes = ["--lengths", 900, "--items", 2, "--tasks", "kv,passkey", "--calibration", 1, "--device", "cpu", "--out", out]
     few = ["--groups", "fixed,budget-kv,profiled", "--only", "budget,streaming-llm-0.2,dam-paper"]
     script("pareto", model, *sizes, *few, "--shard", "0/2")
     rows = read_rows(out / "rows-0.jsonl")
     plans = {row.plan for row in rows}
-    assert {"dense", "streaming-llm-0.2", "streaming-llm-0.25", "dam-paper-300", "budget-kv-0.5"} <= plans
+    assert {"dense", "streaming-llm-0.2", "streaming-llm-0.25", "dam-paper-450", "budget-kv-0.5"} <= plans
     assert {row.variant for row in rows} == {"aligned"}
     assert {row.metric for row in rows} == {"exact_match", "answer_nll", "answer_kl"}
     for row in rows:
@@ -57,7 +57,7 @@ def test_two_shards_make_plans_rows_and_figures(script, tmp_path, capsys):
     assert {"eval-tiny-answer_nll.png", "eval-tiny-exact_match.png", "eval-plans.jsonl", "eval.md"} <= made
     notes = [json.loads(line) for line in (tmp_path / "results" / "eval-plans.jsonl").read_text().splitlines()]
     (paper,) = [note for note in notes if note["plan"].startswith("dam-paper")]
-    assert (paper["pcl"], paper["reach_bound"]) == (300, 2 * 299)
+    assert (paper["pcl"], paper["reach_bound"]) == (450, 2 * 449)
     text = (tmp_path / "results" / "eval.md").read_text()
     assert text.count("| tiny ") == len(plans - {"dense"}) * 2 + 2
 
