@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnsieve.layout import Blocks, Layout
+from attnsieve.selection import fused
 from attnsieve.selection.carriers import Carrier, index_of
 from attnsieve.selection.sequence import Chosen
 
@@ -57,6 +58,12 @@ class Part:
     sequences: list[int] | None
     first_row: int
     chosen: Chosen
+
+    def chooses_all(self, sequences: int, heads: int) -> bool:
+        """Whether its table alone is that of all sequences and heads of a layout."""
+        table, carrier = self.chosen.table, self.carrier
+        everyone = self.sequences is None and carrier.target is None and carrier.repeat == 1
+        return everyone and table is not None and table.shape[:2] == (sequences, heads)
 
     def put(self, into: Tensor, values: Tensor) -> None:
         """Unite `into` [Z, H, ...] with values [S, C, ...], at this part's sequences and heads; values may be shorter."""
@@ -104,6 +111,9 @@ def _join_blocks(static: Static, sequences: int, parts: Sequence[Part]) -> Block
     count, width = -(-base.length // size), -(-base.length // keys)
     # Rows of blocks before the first query are left open.
     first = min(part.first_row // part.chosen.block * part.chosen.block for part in listing) // size
+    if len(listing) == 1 and static.table is None and listing[0].chooses_all(sequences, base.heads):
+        assert listing[0].chosen.table is not None
+        return _listed(listing[0].chosen.table, size, keys, first)
     table = torch.zeros(sequences, base.heads, count - first, width, dtype=torch.bool, device=base.device)
     if static.table is not None and base.blocks is not None:
         table |= _finer(static.table, base.blocks.rows // size, base.blocks.keys // keys)[..., first:count, :width]
@@ -111,8 +121,7 @@ def _join_blocks(static: Static, sequences: int, parts: Sequence[Part]) -> Block
         assert part.chosen.table is not None
         start = part.first_row // part.chosen.block * part.chosen.block // size - first
         part.put(table[:, :, start:], _finer(part.chosen.table, part.chosen.block // size, part.chosen.keys // keys))
-    stop = torch.arange(first + 1, count + 1, device=base.device)[:, None] * size
-    return _listed(table & (torch.arange(width, device=base.device) * keys < stop), size, keys, first)
+    return _listed(table, size, keys, first)
 
 
 def _finer(table: Tensor, rows: int, keys: int) -> Tensor:
@@ -121,11 +130,25 @@ def _finer(table: Tensor, rows: int, keys: int) -> Tensor:
 
 
 def _listed(table: Tensor, rows: int, keys: int, first: int) -> Blocks:
+    """Lists of what causal rows keep; row 0 of the table is row `first` of blocks."""
+    if fused.serves(table):
+        from attnsieve.selection.fused.lists import listed
+
+        count, index = listed(table, rows, keys, first)
+    else:
+        count, index = _lists(table, rows, keys, first)
+    if first:
+        count, index = F.pad(count, (first, 0)), F.pad(index, (0, 0, first, 0), value=-1)
+    return Blocks(rows, keys, count, index)
+
+
+def _lists(table: Tensor, rows: int, keys: int, first: int) -> tuple[Tensor, Tensor]:
+    number = torch.arange(table.shape[-1], dtype=torch.int32, device=table.device)
+    stop = torch.arange(first + 1, first + 1 + table.shape[-2], device=table.device)[:, None] * rows
+    table = table & (number * keys < stop)
     count = table.sum(-1, dtype=torch.int32)
     # Lists of single keys are read back for their length: room for the longest possible would be most of the memory.
     room = table.shape[-1] if rows == keys else max(1, int(count.max()))
-    number = torch.arange(table.shape[-1], dtype=torch.int32, device=table.device)
     index = torch.full((*table.shape[:-1], room + 1), -1, dtype=torch.int32, device=table.device)
     place = torch.where(table, table.cumsum(-1) - 1, room)
-    index = index.scatter_(-1, place, number.expand_as(place))[..., :room]
-    return Blocks(rows, keys, F.pad(count, (first, 0)), F.pad(index, (0, 0, first, 0), value=-1))
+    return count, index.scatter_(-1, place, number.expand_as(place))[..., :room].contiguous()

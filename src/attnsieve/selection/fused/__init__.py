@@ -16,14 +16,14 @@ _WIDEST = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def serves(*tensors: Tensor) -> bool:
-    """Whether the kernels take tensors like these; else plain torch chooses."""
-    return _has_triton() and all(x.is_cuda and x.dtype in _DTYPES for x in tensors)
+def serves(x: Tensor) -> bool:
+    """Whether kernels run where this tensor is; else plain torch chooses."""
+    return x.is_cuda and _has_triton()
 
 
 def serves_heads(q: Tensor) -> bool:
-    """`serves`, for queries [S, H, nq, D]."""
-    return serves(q) and q.shape[-1] <= _WIDEST
+    """`serves`, for kernels that multiply queries [S, H, nq, D]."""
+    return serves(q) and q.dtype in _DTYPES and q.shape[-1] <= _WIDEST
 
 
 @lru_cache(maxsize=1)
