@@ -232,6 +232,17 @@ def test_layer_fidelity_of_mixed_and_empty_rows():
     assert torch.equal(found.retained[1], same.retained[1])
 
 
+def test_layer_fidelity_of_the_last_rows():
+    ids, cut = list(range(2, 90)), plan("sink(1) | window(8)")
+    whole, last = layer_fidelity(model(), cut, ids), layer_fidelity(model(), cut, ids, last=1)
+    earlier = layer_fidelity(model(), cut, ids[:-1])
+    assert torch.equal(whole.density, last.density)
+    assert torch.allclose(88 * whole.retained, 87 * earlier.retained + last.retained, atol=1e-6)
+    assert not torch.allclose(whole.error, last.error)
+    with pytest.raises(UserError, match="from 1 to the text's 88"):
+        layer_fidelity(model(), cut, ids, last=89)
+
+
 def test_dynamic_plans_report_a_measured_density():
     rows = run({"chosen": plan("vertical_slash(mass=0.5, probe=8, strided=0)")})
     (density,) = {row.density for row in rows if row.plan == "chosen"}

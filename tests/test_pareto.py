@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from attnsieve import Plan
 from attnsieve.evaluation import read_rows
+from attnsieve.hf import fingerprint
+from attnsieve.hf.loading import load_model
 from tests.cli_tiny import save_tiny_model
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -91,3 +94,21 @@ def test_a_fleet_shares_gpus_and_ends_in_time(script, tmp_path, capsys):
     script("fleet", "--gpus", 2, "--each", 2, "--seconds", 3, "--logs", logs, "--", sys.executable, "-uc", code, "{shard}")
     assert "3 of 4 copies ended well" in capsys.readouterr().out
     assert [(logs / f"{n}.log").read_text() for n in range(4)] == ["0/4 0\n", "1/4 1\n", "2/4 0\n", "3/4 1\n"]
+
+
+def test_restored_layers_and_heads(script, tmp_path):
+    model, out = save_tiny_model(tmp_path / "tiny", positions=1024), tmp_path / "out"
+    network, _ = load_model(model)
+    plan = Plan.uniform(fingerprint(network), "sink(1) | window(8)")
+    plan.save_pretrained(tmp_path / "narrow")
+    sizes = ["--length", 500, "--items", 2, "--layers", 1, "--device", "cpu", "--out", out]
+    script("heads", model, tmp_path / "narrow", *sizes)
+    rows = {row.plan: row for row in read_rows(out / "rows-0.jsonl") if row.metric == "answer_nll"}
+    assert {"dense", "narrow", "narrow L0", "narrow L1"} < set(rows)
+    assert len(rows) == 4 + 4
+    best = min(("narrow L0", "narrow L1"), key=lambda name: rows[name].value)
+    assert {name for name in rows if " H" in name} == {f"{best} H{head}" for head in range(4)}
+    assert rows["narrow L0"].density > rows[f"{best} H1"].density > rows["narrow"].density
+    text = (out / "heads.md").read_text()
+    assert text.count("| narrow") == 7
+    assert text.count("sink(1) \\| window(8)") == 8

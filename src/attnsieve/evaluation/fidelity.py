@@ -36,17 +36,22 @@ class LayerFidelity:
 
 
 @torch.inference_mode()
-def layer_fidelity(model: Any, plan: Plan, ids: Sequence[int], *, backend: str = "auto") -> LayerFidelity:
+def layer_fidelity(
+    model: Any, plan: Plan, ids: Sequence[int], *, last: int | None = None, backend: str = "auto"
+) -> LayerFidelity:
     """Compare `plan` with dense attention in every layer during one dense forward pass over token `ids`.
 
-    Every layer sees the q, k and v of the dense model, so errors do not add up. O(n) memory beyond the pass itself: the
+    Every layer sees the q, k and v of the dense model, so errors do not add up. last: retained mass and error are those of the
+    last rows alone, such as a question's; the density stays that of the text. O(n) memory beyond the pass itself: the
     retained mass of a row is exp(LSE of the kept keys - LSE of all keys). Raises UserError for a plan made for another model
     and for a model that has a handle.
     """
     require(len(ids) > 0, "layer_fidelity needs at least one token")
+    last = len(ids) if last is None else last
+    require(0 < last <= len(ids), f"last must be from 1 to the text's {len(ids)} tokens, got {last}")
     shape = (plan.fingerprint.layers, plan.fingerprint.heads)
     result = LayerFidelity(*(torch.full(shape, value, dtype=torch.float64) for value in (1.0, 1.0, 0.0)))
-    probe = _Probe(plan, result, backend)
+    probe = _Probe(plan, result, last, backend)
     detach = attach(model, probe.layer)
     try:
         model.base_model(torch.tensor([list(ids)], device=model.device), use_cache=False)
@@ -58,8 +63,8 @@ def layer_fidelity(model: Any, plan: Plan, ids: Sequence[int], *, backend: str =
 class _Probe:
     """Answers a layer's call as the model would and notes how its plan would have answered."""
 
-    def __init__(self, plan: Plan, result: LayerFidelity, backend: str) -> None:
-        self._plan, self._result, self._backend = plan, result, backend
+    def __init__(self, plan: Plan, result: LayerFidelity, last: int, backend: str) -> None:
+        self._plan, self._result, self._last, self._backend = plan, result, last, backend
         self._dense: Layout | None = None
 
     def layer(self, layer: AttentionLayer) -> LayerState:
@@ -78,8 +83,8 @@ class _Probe:
         if self._dense is None or self._dense.device != q.device:
             self._dense = compile_layout([dense()] * q.shape[1], tokens, q.device)
         layout = choose(self._plan.row(index), q, k, scale=call.scaling)
-        full, full_lse = self._attend(call, self._dense)
-        kept, kept_lse = self._attend(call, layout)
+        full, full_lse = (part[:, :, -self._last :] for part in self._attend(call, self._dense))
+        kept, kept_lse = (part[:, :, -self._last :] for part in self._attend(call, layout))
         # A layout of KV heads stands for the query heads of each.
         self._result.density[index] = layout.density(tokens)[0].repeat_interleave(q.shape[1] // layout.heads)
         self._result.retained[index] = (kept_lse.double() - full_lse.double()).exp().mean(-1)[0]
