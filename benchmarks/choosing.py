@@ -1,0 +1,136 @@
+"""What choosing keys costs beside the attention it is for: `python benchmarks/choosing.py --seconds 60`.
+
+One JSON line for each length and dynamic pattern: milliseconds of `choose`, of the attention with what was chosen, with and without
+what the backend derives from a layout, and density. 32 query and 8 KV heads of width 128, batch 1. Queries resemble their
+neighbours and keys theirs, as in text; scores have a standard deviation of 4. --warm compiles in that many processes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+from attnsieve import Pattern, attend
+from attnsieve.bench.timing import measure
+from attnsieve.layout import Blocks, Layout
+from attnsieve.selection import choose
+
+HEADS, KV_HEADS, WIDTH = 32, 8, 128
+GUARD = "sink(4) | window(128) | "
+CHOICES = [
+    "vertical_slash(mass=0.9)",
+    "probed_keys(mass=0.9)",
+    "probed_blocks(mass=0.9)",
+    "antidiagonal_blocks(mass=0.9, block=128)",
+    'vertical_slash(mass=0.9, share="kv")',
+    "probed_blocks(mass=0.9, block=128, rows=1)",
+    "probed_keys(mass=0.9, block=256, rows=4)",
+    'probed_keys(mass=0.9, block=256, rows=4, share="kv")',
+    "antidiagonal_blocks(mass=0.9, block=128, stride=16)",
+    "dam_online(mu=0.5)",
+    "voted_keys(4096)",
+    "pooled_blocks(block=128)",
+    "top_blocks(100, block=128)",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", default="32768,131072")
+    parser.add_argument("--patterns", default=";".join(CHOICES), help="divided by ;")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--warm", type=int, default=0, metavar="PROCESSES")
+    parser.add_argument("--kernels", action="store_true", help="list the kernels of every choice by time")
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args()
+    start, patterns = time.monotonic(), arguments.patterns.split(";")
+    if arguments.warm:
+        with ProcessPoolExecutor(arguments.warm, get_context("spawn")) as pool:
+            list(pool.map(compile_one, patterns))
+    for n in map(int, arguments.lengths.split(",")):
+        q, k, v = inputs(n, arguments.device)
+        for pattern in patterns:
+            if time.monotonic() - start > arguments.seconds:
+                print(f"out of time, not measured: {n} {pattern}")
+                continue
+            try:
+                line = json.dumps(measured(pattern, q, k, v))
+            except torch.OutOfMemoryError as error:
+                line = f"out of memory: {n} {pattern}: {error}"
+            print(f"[{time.monotonic() - start:5.1f} s]", line, flush=True)
+            if arguments.kernels:
+                list_kernels(pattern, q, k)
+
+
+def compile_one(pattern: str) -> None:
+    """Run it short, which compiles most of its kernels into Triton's cache on disk."""
+    q, k, v = inputs(2048, "cuda")
+    attend(q, k, v, choose(row_of(pattern), q, k))
+
+
+def inputs(n: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """bf16 q [1, 32, n, 128], k and v [1, 8, n, 128]."""
+    torch.manual_seed(0)
+    q, k = 4 * alike(HEADS, n, 256, device), alike(KV_HEADS, n, 64, device)
+    return q, k, torch.randn(k.shape, device=device, dtype=k.dtype)
+
+
+def alike(heads: int, n: int, stretch: int, device: str) -> Tensor:
+    """Four fifths of the variance are common to every `stretch` positions."""
+    shape = (1, heads, -(-n // stretch), 1, WIDTH)
+    common = torch.randn(shape, device=device, dtype=torch.bfloat16).expand(-1, -1, -1, stretch, -1).flatten(2, 3)[:, :, :n]
+    return common * 0.8**0.5 + torch.randn_like(common) * 0.2**0.5
+
+
+def row_of(pattern: str) -> list[Pattern]:
+    return [Pattern.parse(GUARD + pattern)] * HEADS
+
+
+def measured(pattern: str, q: Tensor, k: Tensor, v: Tensor) -> dict[str, object]:
+    """One line."""
+    row, device = row_of(pattern), q.device.type
+    if q.is_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    layout = choose(row, q, k)
+    times = {
+        "choose_ms": measure(lambda: choose(row, q, k), 20.0, device=device).p50,
+        "attention_ms": measure(lambda: attend(q, k, v, layout), 20.0, device=device).p50,
+        "attention_and_lists_ms": measure(lambda: attend(q, k, v, replace(layout, schedules={})), 20.0, device=device).p50,
+    }
+    rounded = {name: round(ms, 3) for name, ms in times.items()}
+    density = round(float(of_first_head(layout).density().mean()), 4)
+    gigabytes = round(torch.cuda.max_memory_allocated() / 2**30, 1) if q.is_cuda else None
+    return {"pattern": pattern, "kv_len": k.shape[2], **rounded, "density_of_head_0": density, "peak_gib": gigabytes}
+
+
+def of_first_head(layout: Layout) -> Layout:
+    """Counting all heads would take longer than the rest."""
+    offset, blocks = layout.offset, layout.blocks
+    return Layout(
+        layout.length,
+        layout.end[:, :1],
+        None if offset is None else offset[:, :1],
+        blocks=None if blocks is None else Blocks(blocks.rows, blocks.keys, blocks.count[:, :1], blocks.index[:, :1]),
+    )
+
+
+def list_kernels(pattern: str, q: Tensor, k: Tensor) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    row = row_of(pattern)
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        choose(row, q, k)
+        torch.cuda.synchronize()
+    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=12, max_name_column_width=60))
+
+
+if __name__ == "__main__":
+    main()
