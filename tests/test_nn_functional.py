@@ -11,6 +11,7 @@ from attnsieve.nn.functional import dynamic_mask_attention
 from attnsieve.nn.scores import key_scores
 from attnsieve.nn.segments import Segments
 from attnsieve.nn.selection_oracle import brute_force_mask
+from tests.nn_tiny import dma
 
 BACKENDS = ("reference", "portable")
 NAMES = ("q", "k", "v", "dt_weight", "dt_bias", "A")
@@ -30,7 +31,7 @@ def make(n=37, batch=2, heads=4, kv_heads=2, width=8, value_width=6, seed=0, dty
     }
 
 
-def oracle(q, k, v, dt_weight, dt_bias, A, budget):
+def oracle(q, k, v, dt_weight, dt_bias, A, budget, exponential=True):
     """The equations, head by head and row by row."""
     batch, heads, n, width = q.shape
     group = heads // k.shape[1]
@@ -40,7 +41,8 @@ def oracle(q, k, v, dt_weight, dt_bias, A, budget):
         for a in range(heads):
             h = a // group
             dt = flat[b] @ dt_weight[h] + dt_bias[h]
-            delta = torch.exp(A[h] * F.softplus(dt))
+            delta = A[h] * F.softplus(dt)
+            delta = torch.exp(delta) if exponential else delta
             mask = brute_force_mask((A[h].sign() * dt).detach(), budget)
             scores = q[b, a] @ k[b, h].T / width**0.5 + delta[None, :]
             out.append(scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v[b, h])
@@ -197,6 +199,17 @@ def test_no_row_sees_the_future(backend):
             tensor[:, :, t:] += 3.0
         after = dynamic_mask_attention(**{**inputs, **changed}, keep_window_size=6, window=2, backend=backend)
         torch.testing.assert_close(after[:, :, :t], before[:, :, :t], rtol=0, atol=1e-13)
+
+
+def test_the_bias_may_be_the_logarithm_of_the_published_one():
+    inputs = make()
+    actual = gradients(lambda **tensors: dynamic_mask_attention(**tensors, keep_window_size=5, exponential=False), inputs)
+    expected = gradients(lambda **tensors: oracle(**tensors, budget=5, exponential=False), inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    config = {"num_hidden_layers": 1, "keep_window_size": 4}
+    ids = torch.arange(20)[None]
+    published, other = (dma(exponential_bias=exponential, **config)(ids).logits for exponential in (True, False))
+    assert not torch.allclose(published[:, 1:], other[:, 1:], atol=1e-3)
 
 
 def test_scores_stay_in_float32_under_autocast():

@@ -37,11 +37,11 @@ ATTENTIONS = ("dma", "mha", "mqa", "gqa", "swa", "mla", "nsa")
 class DmaConfig(PreTrainedConfig):
     """Fields, names and defaults of transformers' DogeConfig where both have them, so that Doge checkpoints load.
 
-    attention: which attention all layers use; `keep_window_size`, `window`, `sinks`, `union` and `initial_A` belong to
-    "dma" (see `attnsieve.nn.SelectionRule` and `DynamicMaskAttention`), `sliding_window` to "swa", `mla_*` to "mla" (widths
-    as in DeepSeek-V2; 0: no compression of q), `nsa_*` to "nsa" (block sizes and counts in tokens and blocks, as in arXiv
-    2502.11089). "mha" and "mqa" fix `num_key_value_heads`. qk_norm: RMSNorm of q and k per head. attention_backend: see
-    `attnsieve.attend`.
+    attention: which attention all layers use; `keep_window_size`, `window`, `sinks`, `union`, `initial_A` and
+    `exponential_bias` belong to "dma" (see `attnsieve.nn.SelectionRule` and `DynamicMaskAttention`), `sliding_window` to
+    "swa", `mla_*` to "mla" (widths as in DeepSeek-V2; 0: no compression of q), `nsa_*` to "nsa" (block sizes and counts in
+    tokens and blocks, as in arXiv 2502.11089). "mha" and "mqa" fix `num_key_value_heads`. qk_norm: RMSNorm of q and k per
+    head. attention_backend: see `attnsieve.attend`.
 
     Raises UserError for combinations that no layer could honour.
     """
@@ -75,6 +75,7 @@ class DmaConfig(PreTrainedConfig):
     sinks: int = 0
     union: bool = False
     initial_A: float = 0.0
+    exponential_bias: bool = True
     sliding_window: int | None = None
     mla_q_rank: int = 0
     mla_kv_rank: int = 256

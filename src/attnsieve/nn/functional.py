@@ -27,6 +27,7 @@ def dynamic_mask_attention(
     window: int = 0,
     sinks: int = 0,
     union: bool = False,
+    exponential: bool = True,
     spans: Spans | Segments | None = None,
     cache: BoundedCache | None = None,
     scale: float | None = None,
@@ -35,7 +36,8 @@ def dynamic_mask_attention(
     """Causal attention over the `keep_window_size` best keys of each row's prefix (arXiv 2508.02124, Eq. 3 to 5).
 
     q [B, Hq, Tq, D]; k [B, Hkv, Tk, D], both after RoPE; v [B, Hkv, Tk, Dv]; dt_weight [Hkv, Hkv * Dv]; A and dt_bias [Hkv].
-    The queries are the last Tq of the Tk slots. `window`, `sinks` and `union` as in `SelectionRule`. `spans`: padding and
+    The queries are the last Tq of the Tk slots. `window`, `sinks` and `union` as in `SelectionRule`, `exponential`
+    as in `key_scores`. `spans`: padding and
     packed documents; `Segments` where they are built on the device. Slots in no document hold anything, NaN too, and give
     output 0. With a `cache`, q, k and v are the next tokens of its text (at first the whole prompt, left padding allowed)
     and earlier keys come from it. Returns [B, Hq, Tq, Dv] in q's dtype; differentiable in q, k, v (also through the
@@ -48,7 +50,7 @@ def dynamic_mask_attention(
     segments = _segments(spans, k.shape[0], q.shape[2], k.shape[2])
     if segments is not None:
         q, k, v = blank(q, segments), blank(k, segments), blank(v, segments)
-    delta, sigma = key_scores(v, dt_weight, dt_bias, A)
+    delta, sigma = key_scores(v, dt_weight, dt_bias, A, exponential=exponential)
     if cache is not None:
         require(cache.rule == rule, f"the cache was made for {cache.rule}, the layer asks for {rule}: start a new cache")
         real = None if segments is None else _left_padded(segments)

@@ -17,7 +17,7 @@ class DynamicMaskAttention(nn.Module):
 
     Use it in place of `scaled_dot_product_attention(q, k, v, is_causal=True)`. Parameters, named as in Doge: `dt_proj`
     (weight [Hkv, Hkv * Dv], bias [Hkv] or none), initialised N(0, 0.02), and `A` [Hkv], initialised to `initial_A`. At 0 all
-    keys tie, so a row keeps its newest keys, and only A gets a gradient at first.
+    keys tie, so a row keeps its newest keys, and only A gets a gradient at first. `exponential` as in `key_scores`.
     """
 
     def __init__(
@@ -31,11 +31,12 @@ class DynamicMaskAttention(nn.Module):
         union: bool = False,
         bias: bool = False,
         initial_A: float = 0.0,
+        exponential: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.rule = SelectionRule(keep_window_size, window, sinks, union)
-        self.backend = backend
+        self.exponential, self.backend = exponential, backend
         self.dt_proj = nn.Linear(kv_heads * value_width, kv_heads, bias=bias)
         self.A = nn.Parameter(torch.full((kv_heads,), float(initial_A)))
         nn.init.normal_(self.dt_proj.weight, std=0.02)
@@ -64,6 +65,7 @@ class DynamicMaskAttention(nn.Module):
             window=self.rule.window,
             sinks=self.rule.sinks,
             union=self.rule.union,
+            exponential=self.exponential,
             spans=spans,
             cache=cache,
             scale=scale,

@@ -13,7 +13,9 @@ from attnsieve.errors import require
 from attnsieve.nn.parallel import own, sum_for_own_heads
 
 
-def key_scores(v: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, a: Tensor) -> tuple[Tensor, Tensor]:
+def key_scores(
+    v: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, a: Tensor, *, exponential: bool = True
+) -> tuple[Tensor, Tensor]:
     """delta and sigma, both [B, Hkv, n] (arXiv 2508.02124, Eq. 3 and 4):
 
         dt[h, j] = dt_weight[h] . (the values of all KV heads of token j) + dt_bias[h]
@@ -21,7 +23,8 @@ def key_scores(v: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, a: Tensor) 
 
     v [B, Hkv, n, Dv]; dt_weight [Hkv, Hkv * Dv]; dt_bias [Hkv] or None; a [Hkv]. delta is float32 (float64 for float64
     values) also under autocast: in bf16 thousands of keys share a few dozen scores. sigma orders keys as delta does,
-    without the ties that exp and softplus add; a = 0 ties all keys, and the most recent win.
+    without the ties that exp and softplus add; a = 0 ties all keys, and the most recent win. `exponential=False`: the bias is
+    a * softplus(dt) itself, as in examples of the authors' kernels; the order is the same.
 
     Tensor parallelism: with DTensors (dt_weight sharded by columns, a by heads) v, delta and sigma are those of this
     process's heads.
@@ -33,7 +36,8 @@ def key_scores(v: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, a: Tensor) 
         if dt_bias is not None:
             dt = dt + own(dt_bias).to(work)[:, None]
         a = own(a).to(work)[:, None]
-        return torch.exp(a * F.softplus(dt)), (a.sign() * dt).detach().float()
+        delta = a * F.softplus(dt)
+        return torch.exp(delta) if exponential else delta, (a.sign() * dt).detach().float()
 
 
 def _project_all_heads(tokens: Tensor, weight: Tensor, work: torch.dtype) -> Tensor:

@@ -46,6 +46,7 @@ class DmaAttention(ProjectedAttention):
             window=rule.window,
             sinks=rule.sinks,
             union=rule.union,
+            exponential=self.config.exponential_bias,
             spans=now.segments,
             cache=bounded,
             backend=self.config.attention_backend,
