@@ -6,12 +6,14 @@ Factors: capture length, lambda, tau, mu, number of calibration documents, domai
 at its base. A row holds density, retained mass on the calibration text and on held-out text, KL and NLL beside dense attention on
 the same items, and what calibration cost. Rows that the file holds already are not measured again; a setting that leaves heads
 without any key is a row with that failure. Calibration reads the first part of each text, scoring the rest.
+
+With --shard i/k, k processes share the settings; each writes a file of its own, and the table is of all of them.
 """
 
 import argparse
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -20,9 +22,12 @@ from typing import Any
 
 import torch
 from experiment import Rows
+from pareto import shard
 
 from attnsieve import Plan, UserError
 from attnsieve.evaluation import evaluate, make_task
+from attnsieve.evaluation.tasks import Task
+from attnsieve.evaluation.tasks.aligned import aligned
 from attnsieve.evaluation.tasks.language import Fidelity, Perplexity
 from attnsieve.evaluation.text import CHARACTERS_PER_TOKEN, TextSource, text_source, token_windows
 from attnsieve.fitting import fit
@@ -33,7 +38,7 @@ from attnsieve.show import markdown, percent
 # The part of a text that calibration may read; the rest is scored.
 CALIBRATION_SHARE = 0.6
 CALIBRATION_SEED = 1_000_003
-METRICS = ("nll", "kl", "retained_mass", "output_error", "answer_nll", "exact_match")
+METRICS = ("nll", "kl", "retained_mass", "output_error", "answer_nll", "exact_match", "answer_kl")
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,30 @@ class Setting:
 def main() -> None:
     arguments = parse()
     model, tokenizer = load_model(arguments.model, dtype=getattr(torch, arguments.dtype), device=arguments.device)
-    lab = Lab(model, tokenizer, arguments)
-    for factor, setting in settings(arguments):
-        print(line(lab.row(factor, setting)), flush=True)
-    arguments.out.with_suffix(".md").write_text(table(lab.rows.all) + "\n", encoding="utf-8")
+    number, count = arguments.shard
+    lab, stop = Lab(model, tokenizer, arguments), time.monotonic() + arguments.seconds
+    for factor, setting in list(settings(arguments))[number::count]:
+        if time.monotonic() < stop:
+            print(line(lab.row(factor, setting)), flush=True)
+    rows = [row for path in sorted(arguments.out.parent.glob(shard_file(arguments.out, "*"))) for row in Rows(path).all]
+    text = table(sorted(rows, key=order(arguments)))
+    arguments.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+
+
+def shard_file(out: Path, number: int | str) -> str:
+    return f"{out.stem}-{number}{out.suffix}"
+
+
+def order(arguments: argparse.Namespace) -> Callable[[dict[str, Any]], int]:
+    """The order of the settings, for rows."""
+    wanted = [(factor, asdict(setting)) for factor, setting in settings(arguments)]
+
+    def place(row: dict[str, Any]) -> int:
+        return next(
+            (n for n, (factor, own) in enumerate(wanted) if row["factor"] == factor and own.items() <= row.items()), len(wanted)
+        )
+
+    return place
 
 
 def parse() -> argparse.Namespace:
@@ -79,7 +104,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shard", type=shard, default=(0, 1), help="i/k: this process is number i of k, from 0")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this time")
+    parser.add_argument("--out", type=Path, required=True, help="rows go to OUT with the shard's number in its name")
     return parser.parse_args()
 
 
@@ -111,7 +138,7 @@ class Lab:
 
     def __init__(self, model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
         self._model, self._tokenizer, self._arguments = model, tokenizer, arguments
-        self.rows = Rows(arguments.out)
+        self.rows = Rows(arguments.out.with_name(shard_file(arguments.out, arguments.shard[0])))
         self._calibrate = cache(self._calibrated)
 
     def row(self, factor: str, setting: Setting) -> dict[str, Any]:
@@ -125,7 +152,7 @@ class Lab:
             seen, cost = self._calibrate(setting.pcl, setting.documents, setting.domain)
             plan = fit(seen, preset=setting.preset, lam=setting.lam, tau=setting.tau, mu=setting.mu)
             found = {"failure": None, "calibration": cost, **self._scores(plan, setting)}
-        except UserError as error:
+        except (UserError, torch.OutOfMemoryError) as error:
             found = {"failure": str(error)}
         return self.rows.add(key, found, self._model.device)
 
@@ -135,7 +162,7 @@ class Lab:
         source = self._part(domain, 0, CALIBRATION_SHARE)
         texts = token_windows(source, self._tokenizer, length, documents, CALIBRATION_SEED)
         start = time.perf_counter()
-        seen = profile(self._model, texts, pcl=pcl, lengths=lengths)
+        seen = profile(self._model, texts, pcl=pcl, lengths=lengths, progress=False)
         cost = {
             "seconds": time.perf_counter() - start,
             "tokens": length * documents,
@@ -147,7 +174,7 @@ class Lab:
         """Held-out text of the first domain and key-value retrieval for all, the own domain's text where it is another."""
         asked = self._arguments
         first = self._part(asked.domains[0], CALIBRATION_SHARE, 1)
-        tasks = [Perplexity(first), Fidelity(first), make_task("kv")]
+        tasks: list[Task] = [Perplexity(first), Fidelity(first), aligned(make_task("kv"))]
         if setting.domain != asked.domains[0]:
             tasks.append(Perplexity(self._part(setting.domain, CALIBRATION_SHARE, 1)))
         # The digest of a plan tells runs apart, so a file of evaluation rows spares dense runs that were made before.
@@ -158,7 +185,8 @@ class Lab:
             tasks,
             [asked.length],
             asked.items,
-            out=asked.out.with_suffix(".eval.jsonl"),
+            progress=False,
+            out=self.rows.path.with_suffix(".eval"),
         )
         found = [row for row in rows if row.plan == "plan" and row.metric in METRICS]
         return {

@@ -26,7 +26,6 @@ def ablation(monkeypatch):
 def test_one_factor_at_a_time(ablation, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("All that is gold does not glitter, not all those who wander are lost. " * 80)
     model = save_tiny_model(tmp_path / "model", positions=1024)
-    out = tmp_path / "rows.jsonl"
     levels = [
         "--pcls",
         "8,16",
@@ -42,7 +41,8 @@ def test_one_factor_at_a_time(ablation, tmp_path, capsys):
         "text,code,dialogue",
     ]
     sizes = ["--pcl", 16, "--documents", 2, "--length", 256, "--items", 2, "--device", "cpu"]
-    ablation.run(model, "--text", tmp_path / "text.txt", *levels, *sizes, "--out", out)
+    ablation.run(model, "--text", tmp_path / "text.txt", *levels, *sizes, "--out", tmp_path / "rows.jsonl")
+    out = tmp_path / "rows-0.jsonl"
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     varied = [(row["factor"], row[row["factor"]]) for row in rows[1:]]
     assert varied == [
@@ -62,10 +62,15 @@ def test_one_factor_at_a_time(ablation, tmp_path, capsys):
     assert {("perplexity", "nll"), ("fidelity", "kl"), ("fidelity", "retained_mass"), ("kv", "answer_nll")} <= metrics
     assert ablation.score(good[0], "fidelity", "retained_mass")["value"] > 0
     assert len([score for score in good[-1]["scores"] if score["task"] == "perplexity"]) == 2
-    assert out.with_suffix(".md").read_text().count("\n") == 2 + len(rows)
-    capsys.readouterr()
-    ablation.run(model, "--text", tmp_path / "text.txt", *levels, *sizes, "--out", out)
+    table = (tmp_path / "rows.md").read_text()
+    assert table.count("\n") == 2 + len(rows)
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [row["factor"] for row in rows]
+    again = ["--text", tmp_path / "text.txt", *levels, *sizes, "--out", tmp_path / "rows.jsonl"]
+    ablation.run(model, *again)
     assert len(out.read_text().splitlines()) == len(rows)
+    ablation.run(model, *again, "--shard", "1/9")
+    (shared,) = (tmp_path / "rows-1.jsonl").read_text().splitlines()
+    assert json.loads(shared)["pcl"] == 8
 
 
 def test_calibration_and_scoring_read_different_text(ablation):
