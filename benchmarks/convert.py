@@ -92,7 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", default=MEASURED, help="text whose loss is measured")
     parser.add_argument("--lengths", type=numbers, default=[1024, 2048])
     parser.add_argument("--items", type=int, default=8)
-    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--minutes", type=float, default=8, help="training stops after this; 0: report only")
     parser.add_argument("--models", type=Path, help="folder for the trained models, kept only if given")
     parser.add_argument("--no-graph", action="store_true")
     parser.add_argument("--device", default="auto")
@@ -100,9 +100,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse()
-    rows, budget, device = Rows(arguments.out), Budget(arguments.minutes), device_of(arguments.device)
+def measure_all(arguments: argparse.Namespace, rows: Rows) -> None:
+    """Every stage that has no row yet."""
+    budget, device = Budget(arguments.minutes), device_of(arguments.device)
     dense, tokenizer = load_model(arguments.model, device=device)
     name = dense.config._name_or_path
     name = Path(name).name if Path(name).exists() else name
@@ -113,9 +113,8 @@ def main() -> None:
         key = {**shape, "stage": stage, "keep": keep, "steps": steps}
         if rows.find(key) is None:
             row = rows.add(key, measured(model, tokenizer, arguments) | numbers, device)
-            print(
-                {name: row[name] for name in ("stage", "keep", *(n for n in row if "@" in n and "stderr" not in n))}, flush=True
-            )
+            told = ("stage", "keep", *(name for name in row if "@" in name and "stderr" not in name))
+            print({name: row[name] for name in told}, flush=True)
 
     stage("dense", 0, 0, dense)
     text = None
@@ -126,12 +125,21 @@ def main() -> None:
         model: DmaForCausalLM = convert(dense, keep, **options)
         stage("converted", keep, 0, model)
         text = training_tokens(tokenizer, arguments.tokens).to(device) if text is None else text
-        trained = run(Language(model, text, arguments.steps, 0, arguments), f"w {keep}", budget)
+        language = Language(model, text, arguments.steps, 0, arguments)
+        trained = run(language, f"w {keep}", budget)
         if trained is not None:
-            stage("trained", keep, arguments.steps, model, **trained)
+            stage("trained", keep, language.training.done, model, **trained)
             if arguments.models:
                 model.save_pretrained(arguments.models / f"{name}-{keep}")
-    report(arguments.out, rows.all)
+
+
+def main() -> None:
+    arguments = parse()
+    rows = Rows(arguments.out)
+    if arguments.minutes:
+        measure_all(arguments, rows)
+    if found := rows.read():
+        report(arguments.out, found)
 
 
 if __name__ == "__main__":

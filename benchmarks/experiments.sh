@@ -4,14 +4,17 @@
 #   python benchmarks/language.py prepare --tokens runs/tokens
 #   benchmarks/experiments.sh OUT runs/tokens smollm2-135m
 #
-# About eight minutes. Rows are added to OUT/*.jsonl as they are measured, all output to OUT/experiments.log; rows that are
-# there already are not measured again. Tables and figures of all rows are made by the last lines below, on any machine.
+# About eight minutes. STEPS (of the language models) and RATES (of recall) may be set. Rows are added to OUT/*.jsonl as they
+# are measured, output goes to OUT/experiments.log. Tables and figures are made later, on any machine, with --minutes 0:
+#
+#   python benchmarks/mqar.py --minutes 0 --out OUT/mqar.jsonl
 set -u
-out=$1 tokens=$2 model=$3
+out=$(realpath "$1") tokens=$(realpath "$2") model=$3
 models=$(mktemp -d)
 cd "$(dirname "$0")/.."
+export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
 
-# on GPU SCRIPT ARGUMENTS...: a script of this folder; reports wait until all rows are there.
+# GPU SCRIPT ARGUMENTS...; a report of some of the rows is no use.
 on() {
     CUDA_VISIBLE_DEVICES=$1 python "benchmarks/$2.py" "${@:3}" --out "$out/$2.jsonl"
     rm -f "$out"/*.md "$out"/*.png
@@ -37,5 +40,3 @@ recall() { # GPU MINUTES SHAPES
     wait
     rm -rf "$models"
 } >> "$out/experiments.log" 2>&1
-
-# for name in mqar language needle; do python benchmarks/$name.py ... --minutes 0 --out OUT/$name.jsonl; done

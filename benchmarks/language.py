@@ -219,9 +219,9 @@ def chosen_steps(layers: list[str], text: Tensor, vocabulary: int, budget: Budge
     return steps
 
 
-def train(arguments: argparse.Namespace) -> None:
-    """All layers and seeds, then the report."""
-    device, budget, rows = device_of(arguments.device), Budget(arguments.minutes), Rows(arguments.out)
+def train(arguments: argparse.Namespace, rows: Rows) -> None:
+    """All layers and seeds that have no row yet."""
+    device, budget = device_of(arguments.device), Budget(arguments.minutes)
     text, held_out = (read_tokens(arguments.tokens, part, device) for part in ("train", "held_out"))
     vocabulary = len(AutoTokenizer.from_pretrained(arguments.tokens))
     layers = arguments.layers.split(",")
@@ -242,8 +242,6 @@ def train(arguments: argparse.Namespace) -> None:
                     models = arguments.models or arguments.out.with_suffix("")
                     language.model.save_pretrained(models / f"{layer}-{seed}")
                     print(f"{layer:10} seed {seed}: {row['nll']:.4f} nats, {row['seconds']} s", flush=True)
-    if found := rows.read():
-        report(arguments.out, found)
 
 
 def run(language: Language, layer: str, budget: Budget) -> dict[str, Any] | None:
@@ -310,7 +308,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=Path, required=True, help="folder of the tokenized text")
     parser.add_argument("--characters", type=float, default=150e6, help="prepare: about this much of the text")
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--minutes", type=float, default=8, help="0: report only")
     parser.add_argument("--layers", default=",".join(LAYERS[:6]))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=0, help="0: as many as fit")
@@ -333,7 +331,14 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    (prepare if arguments.action == "prepare" else train)(arguments)
+    if arguments.action == "prepare":
+        prepare(arguments)
+        return
+    rows = Rows(arguments.out)
+    if arguments.minutes:
+        train(arguments, rows)
+    if found := rows.read():
+        report(arguments.out, found)
 
 
 if __name__ == "__main__":

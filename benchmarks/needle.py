@@ -108,15 +108,15 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--depths", type=lambda text: [float(d) for d in text.split(",")], default=[0.0, 0.25, 0.5, 0.75, 0.95])
     parser.add_argument("--items", type=int, default=8)
-    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--minutes", type=float, default=5, help="0: report only")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS / "needle.jsonl")
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse()
-    rows, budget, device = Rows(arguments.out), Budget(arguments.minutes), device_of(arguments.device)
+def measure_all(arguments: argparse.Namespace, rows: Rows) -> None:
+    """Every model, length and depth that has no row yet."""
+    budget, device = Budget(arguments.minutes), device_of(arguments.device)
     text = read_tokens(arguments.tokens, "held_out", device)
     for layer, seed, folder in folders(arguments.models):
         model = DmaForCausalLM.from_pretrained(folder).to(device).eval()
@@ -132,6 +132,13 @@ def main() -> None:
             if rows.find(key) is None and budget.left > 0:
                 ids, answers = contexts(text, length, depth, arguments.items, model.config.vocab_size, seed=length)
                 rows.add(key, measure(model, ids, answers), device)
+
+
+def main() -> None:
+    arguments = parse()
+    rows = Rows(arguments.out)
+    if arguments.minutes:
+        measure_all(arguments, rows)
     if found := rows.read():
         report(arguments.out, found)
 

@@ -100,6 +100,9 @@ def test_needles(command, tmp_path):
     assert all(row["exact"] <= 1 and row["trained_length"] == 512 and row["nll"] > 0 for row in rows)
     assert (tmp_path / "needle-answer.png").exists()
     assert (tmp_path / "needle-text.png").exists()
+    (tmp_path / "needle-text.png").unlink()
+    command("needle", "--tokens", "nowhere", "--minutes", 0, "--out", out)
+    assert (tmp_path / "needle-text.png").exists()
     command("needle", *options, "--items", 2, "--device", "cpu", "--out", out)
     assert len(rows_of(out)) == 8
 
