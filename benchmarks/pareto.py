@@ -28,7 +28,7 @@ from attnsieve.evaluation.tasks.aligned import MANY, aligned
 from attnsieve.evaluation.tasks.questions import QuestionTask
 from attnsieve.hf import load_model
 
-WAIT = 0.5
+WAIT, AT_ONCE = 0.5, 8
 PRINTED = {"exact_match": "right", "answer_nll": "NLL", "answer_kl": "KL", "kl": "KL"}
 
 
@@ -51,6 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--items", type=whole_numbers, default=[8], help="documents per task, for all lengths or for each")
     parser.add_argument("--tasks", type=names, default=list(MANY))
     parser.add_argument("--only", type=names, default=[""], help="starts of plans' names; dense is always there")
+    parser.add_argument("--first", type=names, default=[""], help="starts of the names of plans to run before others")
     parser.add_argument("--groups", type=names, default=list(GROUPS))
     parser.add_argument("--longest", type=names, default=[], help="MODEL=LENGTH: leave out what is longer")
     parser.add_argument("--text", default="python-docs", help="the plain text to calibrate on")
@@ -129,25 +130,30 @@ class Worker:
 
     def work(self) -> None:
         """Make plans that nobody makes, then run what can be run, until all is done or claimed or the time is over."""
+        lengths = sorted({cell.length for cell in self.cells}, reverse=True)
+        fits = [(length, group) for length in lengths for group in self.arguments.groups]
+        cells = rotated(self.cells, self.share)
         while not self._over():
-            lengths = sorted({cell.length for cell in self.cells}, reverse=True)
-            fits = [(length, group) for length in lengths for group in self.arguments.groups]
             for length, group in fits:
-                if not self._over():
-                    self._fit(length, group)
-            for cell in rotated(self.cells, self.share):
-                self._cell(cell)
-            if all(self.shelf.has(*fit) for fit in fits):
-                for cell in rotated(self.cells, self.share):
-                    self._cell(cell)
+                self._fit(length, group)
+            whole = all(self.shelf.has(*fit) for fit in fits)
+            first = [self._cell(cell, self.arguments.first) for cell in cells]
+            # Plans to be run first may have been made by then: back to them after a few others.
+            others = any(first) or any(self._cell(cell, [""], AT_ONCE) for cell in cells)
+            if not others and whole:
                 return
-            time.sleep(WAIT)
+            if not others:
+                time.sleep(WAIT)
 
     def _over(self) -> bool:
         return time.monotonic() >= self.stop
 
     def _fit(self, length: int, group: str) -> None:
-        if self.shelf.has(length, group) or not self.board.claim(f"{self.name} {self.arguments.dtype} plans {length} {group}"):
+        if (
+            self._over()
+            or self.shelf.has(length, group)
+            or not self.board.claim(f"{self.name} {self.arguments.dtype} plans {length} {group}")
+        ):
             return
         start = time.monotonic()
         try:
@@ -158,25 +164,27 @@ class Worker:
         self.shelf.put(length, group, plans)
         print(f"{self.name} {length}: {len(plans)} plans of {group} in {time.monotonic() - start:.1f} s", flush=True)
 
-    def _cell(self, cell: Cell) -> None:
-        """The plans at hand that nobody has run on this cell."""
+    def _cell(self, cell: Cell, starts: list[str], most: int | None = None) -> int:
+        """Run plans at hand that nobody has run on this cell, at most so many; how many."""
         ready = [group for group in self.arguments.groups if self.shelf.has(cell.length, group)]
         plans = {name: plan for group in ready for name, plan in self.shelf.get(cell.length, group).items()}
-        wanted = [(name, plan) for name, plan in plans.items() if name.startswith(tuple(self.arguments.only))]
-        for name, plan in rotated(wanted, self.share):
-            key = (
-                self.name,
-                self.arguments.dtype,
-                plan_digest(plan),
-                cell.task.name,
-                cell.task.variant,
-                cell.length,
-                cell.items,
-            )
-            piece = f"{self.name} {self.arguments.dtype} {cell.task.name} {cell.length} {cell.items} {name}"
-            mine = key not in self.done and not self._over() and self.board.claim(piece)
-            if mine and self._run(cell, name, plan):
-                self.board.finish(piece)
+        wanted = [name for name in plans if name.startswith(tuple(self.arguments.only)) and name.startswith(tuple(starts))]
+        ran = 0
+        for name in rotated(wanted, self.share):
+            if self._over() or ran == most:
+                break
+            ran += self._try(cell, name, plans[name])
+        return ran
+
+    def _try(self, cell: Cell, name: str, plan: Plan) -> bool:
+        """Whether this process got the run."""
+        key = (self.name, self.arguments.dtype, plan_digest(plan), cell.task.name, cell.task.variant, cell.length, cell.items)
+        piece = f"{self.name} {self.arguments.dtype} {cell.task.name} {cell.length} {cell.items} {name}"
+        if key in self.done or not self.board.claim(piece):
+            return False
+        if self._run(cell, name, plan):
+            self.board.finish(piece)
+        return True
 
     def _run(self, cell: Cell, name: str, plan: Plan) -> bool:
         """Whether it went well."""

@@ -23,6 +23,8 @@ from attnsieve.patterns import dense
 from attnsieve.plan import Plan
 
 DENSE = "dense"
+# Cells whose items and dense results are kept: logits before every answer token.
+REMEMBERED = 4
 # One item's measures by name.
 Measures = dict[str, float]
 
@@ -81,14 +83,14 @@ class Runs:
         self._out, self._progress = None if out is None else Path(out), progress
         self._environment = environment(model.device)
         self._done: dict[tuple[Any, ...], list[Row]] = {}
-        self._last: tuple[Cell, list[Any], list[Any], list[Measures]] | None = None
+        self._seen: dict[Cell, tuple[list[Any], list[Any], list[Measures]]] = {}
         for row in [] if self._out is None else read_rows(self._out):
             self._done.setdefault(row.run, []).append(row)
 
     def cell(self, cell: Cell, plans: Mapping[str, Plan]) -> list[Row]:
         """Rows of dense attention and of every plan on one task and length.
 
-        Items are made, and dense attention is run, once for neighbouring calls with the same cell.
+        Items are made, and dense attention is run, once for the calls with a cell among the last few.
         """
         digests = {DENSE: DENSE} | {name: plan_digest(plan) for name, plan in plans.items()}
         runs = {name: self._identity(cell, name, digest) for name, digest in digests.items()}
@@ -127,11 +129,13 @@ class Runs:
 
     def _dense(self, cell: Cell, bar: Any) -> tuple[list[Any], list[Any], list[Measures]]:
         """Items, what dense attention made of them, and its measures."""
-        if self._last is None or self._last[0] != cell:
+        if cell not in self._seen:
             made = list(cell.task.items(self._tokenizer, cell.length, cell.items, cell.seed))
             seen = self._observe(cell.task, made, bar)
-            self._last = (cell, made, seen, self._measure(cell.task, made, None, seen, seen))
-        return self._last[1:]
+            if len(self._seen) == REMEMBERED:
+                del self._seen[next(iter(self._seen))]
+            self._seen[cell] = (made, seen, self._measure(cell.task, made, None, seen, seen))
+        return self._seen[cell]
 
     def _observe(self, task: Task, made: Sequence[Any], bar: Any) -> list[Any]:
         seen = []
