@@ -81,12 +81,14 @@ class NativeSparseAttention(nn.Module):
         """Compression, selection and window, each [B, Hq, T, D]."""
         compressed_k, compressed_v = self.compress_k(k[0]), self.compress_v(v[0])
         past, parts = k[0].shape[2] - q.shape[2], []
+        # Repeated keys, not enable_gqa: on a GPU torch's kernels take a mask or grouped heads, its plain path is slow.
+        own_k, own_v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k[1], v[1]))
         for first, some in zip(range(past, past + q.shape[2], QUERIES), q.split(QUERIES, dim=2), strict=True):
             rows = torch.arange(first, first + some.shape[2], device=q.device)
             compressed, weights = self._compression(some, rows, compressed_k, compressed_v)
             chosen = self.choose_blocks(weights, rows, k[1].shape[2])
             rotated = q_rope[:, :, first - past : first - past + QUERIES]
-            parts.append((compressed, self._selection(rotated, rows, chosen, k[1], v[1])))
+            parts.append((compressed, self._selection(rotated, rows, chosen, own_k, own_v)))
         compression, selection = (torch.cat(branch, dim=2) for branch in zip(*parts, strict=True))
         window = causal_attention(
             q_rope, k[2], v[2], None, window=self.config.nsa_window, backend=self.config.attention_backend
@@ -123,9 +125,8 @@ class NativeSparseAttention(nn.Module):
         return torch.zeros_like(importance, dtype=torch.bool).scatter(-1, best, True) & (index <= own)
 
     def _selection(self, q: Tensor, rows: Tensor, chosen: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, Hq, C, D]: attention to the tokens of the chosen blocks."""
+        """[B, Hq, C, D]: attention to the tokens of the chosen blocks; k and v have Hq heads."""
         index = torch.arange(k.shape[2], device=q.device)
         mask = chosen[..., index // self.config.nsa_selected_block] & (index <= rows[:, None])
-        # Repeated keys, not enable_gqa: on a GPU torch's kernels take a mask or grouped heads, its plain path is slow.
-        mask, k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (mask, k, v))
+        mask = mask.repeat_interleave(q.shape[1] // mask.shape[1], dim=1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
