@@ -1,20 +1,20 @@
-"""Decode: few queries, many keys. Each program gathers a share of one query's keys and attends to them; shares are combined.
+"""Decode: few queries, many keys. Programs share the places of one query and a KV group's heads (`shares`); see `decode_rule`.
 
-The keys of a query at position p are laid out one section after the other, and programs take every splits-th chunk of N:
+The places of a row at position p, in sections one after the other, each padded to whole chunks of N:
 
-    columns   keys that no row drops, up to p - reach, from a list
-    window    the `reach` newest keys, those with p < end[j]
-    offsets   p - d for the kept distances d
-    blocks    the tokens of the blocks listed for p's row of blocks
-    corner    the first L keys; alone where p is a corner row
+    near        keys low .. p, one after the other
+    columns     from a list, those below low
+    distances   p - d for listed d, unless the key is a column
+    blocks      the tokens of the blocks listed for p's row of blocks, for one head after the other
+    corner      keys 0 .. p, for heads that have p in their captured corner
 
-A key that an earlier section serves is left out of later ones. Masked-out keys are not read: the time is that of the kept ones.
+A key that an earlier section serves is left out of blocks. How many places a head has is known on the device only, so programs are
+dealt to heads there: nothing waits for the host, and a step can be replayed in a graph.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,155 +23,154 @@ import triton.language as tl
 from torch import Tensor
 
 from attnsieve.backends.call import Call
-from attnsieve.backends.triton.common import LN2, LOG2E, Rows, head_base, load_rows, places_of, rows_of, span_of
+from attnsieve.backends.triton.common import Rows, head_base, places_of, rows_of, span_of
+from attnsieve.backends.triton.decode_rule import STEP, rule
 from attnsieve.backends.triton.forward import clear_slots
 from attnsieve.backends.triton.geometry import padded
-from attnsieve.layout import Layout
-from attnsieve.patterns import FOREVER
+from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, combine_shares, shape_of
+from attnsieve.backends.triton.tuning import decode_tuning
 
-# Small chunks: several programs fit on a multiprocessor, each with two chunks in flight.
-_KEYS = 32
-_WARPS = 4
-_STAGES = 3
-_PROGRAMS_PER_PROCESSOR = 4
+_MOST_HEADS = 32
+_STEP = tl.constexpr(STEP)
 
 
 class Sections(NamedTuple):
-    """Sources of a query's keys; lengths are 0 for sections that the layout lacks.
+    """First place of each section after the near one, of the padding after the last, and `low`, the first near key."""
 
-    end int32 [Z, H, n]; offset bool [Z, H, n] or None; columns, distances int32 [Z, H, *]; block_index int32 [Z, H, nb, K];
-    corner uint8 [H, L, bytes], corner_rows int32 [H].
-    """
-
-    end: Any
-    offset: Any
+    low: Any
     columns: Any
     distances: Any
-    block_index: Any
+    blocks: Any
     corner: Any
-    corner_rows: Any
-    n: Any
-    n_columns: Any
-    reach: Any
-    n_distances: Any
-    n_blocks: Any
-    block_rows: Any
-    block_side: Any
-    side: Any
-    corner_bytes: Any
+    stop: Any
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Sections and the number of key places that they take together."""
+class Row(NamedTuple):
+    """A row at position p for the layout heads of word h, the first of which is `head` counted over all sequences.
 
-    sections: Sections
-    places: int
-
-
-def plan(layout: Layout) -> Plan:
-    """The cached decode plan of a layout.
-
-    Where the masks were chosen from the input nothing is compacted: the window section then spans all keys and the device is
-    not read. Else the lists are built, and their sizes read, on first use.
+    plain: word of those that do not have the row in their corner.
     """
-    return layout.schedule("triton decode", lambda: _plan(layout))
 
-
-def _plan(layout: Layout) -> Plan:
-    chosen = layout.most_keys is not None or layout.sequences > 1
-    nothing = layout.end.new_zeros(*layout.end.shape[:2], 1)
-    columns, distances, reach = nothing, nothing, layout.length
-    n_columns = n_distances = 0
-    if not chosen:
-        forever = layout.end == FOREVER
-        position = torch.arange(layout.length, dtype=torch.int32, device=layout.device)
-        life = torch.where(forever, 0, layout.end - position).amax()
-        kept = torch.zeros_like(forever) if layout.offset is None else layout.offset
-        sizes = torch.stack([life, forever.sum(-1).amax(), kept.sum(-1).amax()])
-        reach, n_columns, n_distances = (min(int(size), layout.length) for size in sizes.clamp_min(0).tolist())
-        columns, distances = _listed(forever, n_columns), _listed(kept, n_distances)
-    elif layout.offset is not None:
-        distances = torch.arange(layout.length, dtype=torch.int32, device=layout.device).expand_as(layout.end).contiguous()
-        n_distances = layout.length
-    blocks, corner = layout.blocks, layout.corner
-    block_places = 0 if blocks is None else blocks.index.shape[-1] * blocks.keys
-    side = 0 if corner is None else corner.shape[1]
-    sections = Sections(
-        layout.end.contiguous(),
-        None if layout.offset is None else layout.offset.contiguous(),
-        columns,
-        distances,
-        None if blocks is None else blocks.index.contiguous(),
-        None if corner is None else corner.contiguous(),
-        layout.corner_rows,
-        n=layout.length,
-        n_columns=n_columns,
-        reach=reach,
-        n_distances=n_distances,
-        n_blocks=0 if blocks is None else blocks.index.shape[-1],
-        block_rows=0 if blocks is None else blocks.index.shape[-2],
-        block_side=1 if blocks is None else blocks.rows,
-        side=side,
-        corner_bytes=0 if corner is None else corner.shape[2],
-    )
-    return Plan(sections, n_columns + reach + n_distances + block_places + side)
-
-
-def _listed(flags: Tensor, most: int) -> Tensor:
-    """int32 [Z, H, max(1, most)]: positions of the flags, ascending, then FOREVER."""
-    place = torch.where(flags, flags.cumsum(-1) - 1, most)
-    position = torch.arange(flags.shape[-1], dtype=torch.int32, device=flags.device)
-    listed = torch.full((*flags.shape[:-1], most + 1), FOREVER, dtype=torch.int32, device=flags.device)
-    listed.scatter_(-1, place, position.expand_as(place))
-    return listed[..., : max(1, most)].contiguous() if most else torch.full_like(listed, FOREVER)
+    h: Any
+    head: Any
+    p: Any
+    sections: Any
+    plain: Any
 
 
 @triton.jit
-def _place_keys(sections, o_zh, h, p, k_len, u, BLOCK: tl.constexpr):
-    """Keys [N] at places u of the query at position p, and which of them it keeps there."""
-    row_end = p * 0
-    if sections.corner is not None:
-        row_end = tl.load(sections.corner_rows + h)
-    plain = p >= row_end
-    u_window = u - sections.n_columns
-    u_offset = u_window - sections.reach
-    u_block = u_offset - sections.n_distances
-    in_columns = u_window < 0
-    in_window = (u_window >= 0) & (u_offset < 0)
-    in_offsets = (u_offset >= 0) & (u_block < 0)
+def _sections(rule, h, p, shape):
+    """Sections of word h, or of several."""
+    near = h * 0 + p + 1
+    if rule.reach is not None:
+        near = tl.minimum(tl.load(rule.reach + h), near)
+    low = p + 1 - near
+    columns = tl.cdiv(near, shape.N) * shape.N
+    distances = columns
+    blocks = columns
+    if rule.entries is not None:
+        o_below = h * rule.steps
+        distances += tl.cdiv(tl.load(rule.columns_below + o_below + tl.cdiv(low, _STEP)), shape.N) * shape.N
+        blocks = distances + tl.cdiv(tl.load(rule.distances_below + o_below + tl.cdiv(p + 1, _STEP)), shape.N) * shape.N
+    corner = blocks
+    if rule.block_index is not None:
+        corner += tl.cdiv(shape.BITS * rule.block_keys * rule.n_blocks, shape.N) * shape.N
+    stop = corner
+    if rule.corner is not None:
+        stop += tl.where(p < tl.load(rule.corner_stop + h), tl.cdiv(p + 1, shape.N) * shape.N, 0)
+    return Sections(low, columns, distances, blocks, corner, stop)
 
-    column = tl.load(sections.columns + o_zh * tl.maximum(sections.n_columns, 1) + u, mask=in_columns, other=0)
-    j = tl.where(in_columns, column, p - u_window)
-    ok = in_window | (in_columns & (column <= p - sections.reach))
-    if sections.offset is not None:
-        width = tl.maximum(sections.n_distances, 1)
-        distance = tl.load(sections.distances + o_zh * width + u_offset, mask=in_offsets, other=0)
-        j = tl.where(in_offsets, p - distance, j)
-        ok = ok | in_offsets
-    if sections.block_index is not None:
-        u_corner = u_block - sections.n_blocks * BLOCK
-        in_blocks = (u_block >= 0) & (u_corner < 0)
-        p_index = sections.block_index + (o_zh * sections.block_rows + p // sections.block_side) * sections.n_blocks
-        index = tl.load(p_index + u_block // BLOCK, mask=in_blocks, other=0)
-        j = tl.where(in_blocks, index * BLOCK + u_block % BLOCK, j)
-        ok = ok | (in_blocks & (index >= 0))
+
+@triton.jit
+def _deal(rule, x, programs, p, H: tl.constexpr, HP: tl.constexpr, shape):
+    """Word of program x (H for none), its word's first program, places of a program, and programs in use: one a word at least."""
+    h = tl.arange(0, HP)
+    stop = _sections(rule, tl.minimum(h, H - 1), p, shape).stop
+    chunks = tl.where(h < H, stop // shape.N, 0)
+    length = tl.maximum(tl.cdiv(tl.sum(chunks, 0), programs - H), 1)
+    dealt = tl.where(h < H, tl.maximum(tl.cdiv(chunks, length), 1), 0)
+    before = tl.cumsum(dealt, 0) <= x
+    return tl.sum(before.to(tl.int32), 0), tl.sum(tl.where(before, dealt, 0), 0), length * shape.N, tl.sum(dealt, 0)
+
+
+@triton.jit
+def _kept(rule, row, j, ok, shape):
+    """Words of the heads that keep keys j where `ok`, outside corners and blocks; and those by key alone."""
+    distance = row.p - j
+    bits = j * 0
+    by_key = j * 0
+    if rule.by_distance is not None:
+        bits = tl.load(rule.by_distance + row.h * rule.far + distance, mask=ok & (distance < rule.far), other=0)
+        if rule.by_key is not None:
+            by_key = tl.load(rule.by_key + row.h * rule.n + j, mask=ok, other=0)
     else:
-        u_corner = u_block
-        in_blocks = u < 0
-    inside = (j >= 0) & (j <= p) & ok & plain
-    by_end = p < tl.load(sections.end + o_zh * sections.n + j, mask=inside & (in_columns == 0), other=0)
-    ok = inside & (in_columns | (by_end == in_window))
-    if sections.offset is not None:
-        by_offset = tl.load(sections.offset + o_zh * sections.n + (p - j), mask=ok & (in_offsets | in_blocks), other=0) != 0
-        ok = ok & (in_columns | in_window | (by_offset == in_offsets))
-    if sections.corner is not None:
-        in_corner = (u_corner >= 0) & (u_corner <= p) & (u_corner < sections.side) & (plain == 0)
-        p_byte = sections.corner + (h * sections.side + p).to(tl.int64) * sections.corner_bytes + (u_corner >> 3)
-        byte = tl.load(p_byte, mask=in_corner, other=0).to(tl.int32)
-        j = tl.where(in_corner, u_corner, j)
-        ok = ok | (in_corner & (((byte >> (u_corner & 7)) & 1) != 0))
-    return tl.where(ok, j, 0), ok & (j < k_len)
+        for r in tl.static_range(shape.BITS):
+            o_zh = row.head + r
+            keep = row.p < tl.load(rule.end + o_zh * rule.n + j, mask=ok, other=0)
+            if rule.offset is not None:
+                keep = keep | (tl.load(rule.offset + o_zh * rule.n + distance, mask=ok, other=0) != 0)
+            bits |= tl.where(keep, 1 << r, 0)
+    return bits | by_key, by_key
+
+
+@triton.jit
+def _corner_bits(rule, row, j, ok, shape):
+    """Words of the heads that have the row in their corner and keep keys j there, where `ok`."""
+    bits = j * 0
+    for r in tl.static_range(shape.BITS):
+        h = row.h * shape.BITS + r
+        inside = ok & (row.p < tl.load(rule.corner_rows + h))
+        p_byte = rule.corner + (h * rule.corner_side + row.p).to(tl.int64) * rule.corner_bytes + (j >> 3)
+        byte = tl.load(p_byte, mask=inside, other=0).to(tl.int32)
+        bits |= ((byte >> (j & 7)) & 1) << r
+    return bits
+
+
+@triton.jit
+def _plain(rule, h, p, shape):
+    """Word of the heads that have p beyond their corner."""
+    word = h * 0 - 1
+    if rule.corner is not None:
+        for r in tl.static_range(shape.BITS):
+            word -= (p < tl.load(rule.corner_rows + h * shape.BITS + r)).to(tl.int32) << r
+    return word
+
+
+@triton.jit
+def _places(rule, row, x, shape):
+    """See `shares`; x is the first place of a chunk, all of one section."""
+    at = row.sections
+    u = x + tl.arange(0, shape.N)
+    j = at.low + u
+    last = row.p
+    is_distance, is_block, is_corner = False, x >= at.blocks, x >= at.corner
+    if rule.entries is not None:
+        is_column = (x >= at.columns) & (x < at.distances)
+        is_distance = (x >= at.distances) & (x < at.blocks)
+        o_entry = row.h * rule.room + tl.where(is_column, -at.columns, rule.room_columns - at.distances)
+        entry = tl.load(rule.entries + o_entry + u, mask=(is_column | is_distance) & (u >= 0), other=0)
+        j = tl.where(is_column, entry, tl.where(is_distance, row.p - entry, j))
+        last = tl.where(is_column, at.low - 1, row.p)
+    if rule.block_index is not None:
+        room = rule.block_keys * rule.n_blocks
+        r = (u - at.blocks) // room
+        place = (u - at.blocks) % room
+        p_index = rule.block_index + ((row.head + r) * rule.block_rows + row.p // rule.block_side) * rule.n_blocks
+        index = tl.load(p_index + place // rule.block_keys, mask=is_block & (r < shape.BITS), other=-1)
+        j = tl.where(is_block, index * rule.block_keys + place % rule.block_keys, j)
+    if rule.corner is not None:
+        j = tl.where(is_corner, u - at.corner, j)
+    ok = (j >= 0) & (j <= last)
+    bits, by_key = _kept(rule, row, j, ok, shape)
+    if rule.entries is not None and rule.by_key is not None:
+        bits = tl.where(is_distance & (by_key != 0), 0, bits)
+    if rule.block_index is not None:
+        bits = tl.where(is_block, tl.where(ok, 1 << r, 0) & ~bits, bits)
+    if rule.corner is not None:
+        bits = tl.where(is_corner, _corner_bits(rule, row, j, ok & is_corner, shape), bits & row.plain)
+    if rule.end is not None:
+        ok = ok & (bits != 0)
+    return j, ok, bits
 
 
 @triton.jit
@@ -182,170 +181,107 @@ def decode_kernel(
     bias,
     p_acc,
     p_sum,
+    p_first,
     places,
-    sections,
+    rule,
     scale,
     q_slots,
-    n_places,
-    H: tl.constexpr,
+    shape,
     OWN_MASKS: tl.constexpr,
-    G: tl.constexpr,
-    ROWS: tl.constexpr,
-    PACKED: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    H: tl.constexpr,
+    HP: tl.constexpr,
+    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One share of one query: p_acc [S * Tq, Hq, splits, DVP] normalised outputs, p_sum [S * Tq, Hq, splits] LSEs in base 2."""
-    split, splits = tl.program_id(0), tl.num_programs(0)
-    h, o_query = tl.program_id(1), tl.program_id(2)
+    """One share of one query and word: p_acc, p_sum [S * Tq, programs, ...] as `shares.attend_share` says.
+
+    p_first [S * Tq, H + 1]: first program of each of the H words, and programs in use. PARTS words read the same KV head.
+    """
+    x, o_query = tl.program_id(0), tl.program_id(1)
     i_s = o_query // q_slots
     batch, q_start, first, k_start, k_len = span_of(places, i_s)
     p = first + o_query % q_slots
-    o_zh = (i_s.to(tl.int64) if OWN_MASKS else tl.cast(0, tl.int64)) * H + h
-    r = tl.arange(0, ROWS)
-    head = h * G + r if PACKED else h + r * 0
-    kv_head = h if PACKED else h // G
-    row_ok = (r < (G if PACKED else 1)) & (p < k_len)
-    o_d = tl.arange(0, DP)
-    p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head + (q_start + p - first) * q.s_row
-    q_tile = tl.load(p_q[:, None] + o_d[None, :], mask=row_ok[:, None] & (o_d < D)[None, :], other=0.0)
-    p_k = head_base(k, batch, kv_head) + k_start * k.s_row
-    p_v = head_base(v, batch, kv_head) + k_start * v.s_row
-    acc = tl.zeros([ROWS, DVP], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    peak = tl.full([ROWS], -float("inf"), tl.float32)
-    stop = tl.where(p < k_len, n_places, 0)
-    # Keys are looked up one step ahead: the loads of K and V then wait for no other load.
-    j, ok = _place_keys(sections, o_zh, h, p, k_len, split * N + tl.arange(0, N), BLOCK)
-    for x in tl.range(split * N, stop, splits * N, num_stages=STAGES):
-        k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-        v_tile = load_rows(p_v, j, v.s_row, ok, DV, DVP, True)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
-        if bias is not None:
-            p_bias = head_base(bias, batch, kv_head) + (k_start + j) * bias.s_row
-            s += (tl.load(p_bias, mask=ok, other=0.0).to(tl.float32) * LOG2E)[None, :]
-        s = tl.where(ok[None, :], s, -float("inf"))
-        j, ok = _place_keys(sections, o_zh, h, p, k_len, x + splits * N + tl.arange(0, N), BLOCK)
-        new_peak = tl.maximum(peak, tl.max(s, 1))
-        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        weights = tl.exp2(s - base[:, None])
-        fade = tl.exp2(peak - base)
-        acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * fade[:, None], input_precision=PRECISION)
-        total = total * fade + tl.sum(weights, 1)
-        peak = new_peak
-    # A total of NaN is a NaN in K or q, not an empty share.
-    empty = total == 0
-    o_row = (o_query * (H * G if PACKED else H) + head).to(tl.int64) * splits + split
-    o_dv = tl.arange(0, DVP)
-    row = r < (G if PACKED else 1)
-    tl.store(p_sum + o_row, tl.where(empty, -float("inf"), peak + tl.log2(total)), mask=row)
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    tl.store(p_acc + o_row[:, None] * DVP + o_dv[None, :], acc, mask=row[:, None])
+    if p >= k_len:
+        return
+    h, first_x, length, in_use = _deal(rule, x, tl.num_programs(0), p, H, HP, shape)
+    if h >= H:
+        return
+    if x == first_x:
+        tl.store(p_first + o_query * (H + 1) + h, x)
+        tl.store(p_first + o_query * (H + 1) + H, in_use)
+    o_z = i_s.to(tl.int64) * H if OWN_MASKS else tl.cast(0, tl.int64)
+    row = Row(h, (o_z + h) * shape.BITS, p, _sections(rule, h, p, shape), _plain(rule, h, p, shape))
+    start = (x - first_x) * length
+    stop = tl.minimum(start + length, row.sections.stop)
+    p_q = head_base(q, batch, h * shape.G + tl.arange(0, shape.ROWS)) + (q_start + p - first) * q.s_row
+    p_k, p_v = head_base(k, batch, h // PARTS), head_base(v, batch, h // PARTS)
+    p_bias, s_bias = None, 0
+    if bias is not None:
+        p_bias = head_base(bias, batch, h // PARTS) + k_start * bias.s_row
+        s_bias = bias.s_row
+    source = Source(p_k + k_start * k.s_row, k.s_row, p_v + k_start * v.s_row, v.s_row, p_bias, s_bias)
+    o_share = o_query * tl.num_programs(0) + x
+    attend_share(_places, rule, row, source, p_q, p_acc, p_sum, o_share, start, stop, scale, shape, STAGES)
 
 
 @triton.jit
 def combine_kernel(
-    p_acc,
-    p_sum,
-    out,
-    p_lse,
-    places,
-    n_spans,
-    n_slots,
-    q_slots,
-    heads,
-    splits,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    SPLITS: tl.constexpr,
+    p_acc, p_sum, p_first, out, p_lse, places, n_spans, n_slots, q_slots, programs, H: tl.constexpr, shape, STEP: tl.constexpr
 ):
-    """Weigh the shares of one query and head by their sums; and clear slots that no sequence covers, of B * Tq in all."""
+    """Combine the shares of one query and head; and clear slots that no sequence covers, of B * Tq in all."""
     head, o_query = tl.program_id(0), tl.program_id(1)
+    heads = tl.num_programs(0)
     for o_slot in range(o_query, n_slots, tl.num_programs(1)):
-        clear_slots(out, p_lse, places, n_spans, o_slot // q_slots, head, heads, o_slot % q_slots, 1, q_slots, DV, DVP)
+        batch, slot = o_slot // q_slots, o_slot % q_slots
+        clear_slots(out, p_lse, places, n_spans, batch, head, heads, slot, 1, q_slots, shape.DV, shape.DVP)
     batch, q_start, first, _, k_len = span_of(places, o_query // q_slots)
     p = first + o_query % q_slots
     if p >= k_len:
         return
-    o_row = (o_query * heads + head).to(tl.int64) * splits
-    o_split, o_dv = tl.arange(0, SPLITS), tl.arange(0, DVP)
-    sums = tl.load(p_sum + o_row + o_split, mask=o_split < splits, other=-float("inf"))
-    peak = tl.max(sums, 0)
-    base = tl.where(peak == -float("inf"), 0.0, peak)
-    weights = tl.exp2(sums - base)
-    total = tl.sum(weights, 0)
-    parts = tl.load(p_acc + (o_row + o_split)[:, None] * DVP + o_dv[None, :], mask=(o_split < splits)[:, None], other=0.0)
-    value = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
+    p_word = p_first + o_query * (H + 1) + head // shape.G
+    start, stop = o_query * programs + tl.load(p_word), o_query * programs + tl.load(p_word + 1)
+    value, lse = combine_shares(p_acc, p_sum, start, stop, head % shape.G, shape, STEP)
     slot = q_start + p - first
-    tl.store(head_base(out, batch, head) + slot * out.s_row + o_dv, value.to(out.p.dtype.element_ty), mask=o_dv < DV)
-    lse = tl.where(total == 0, -float("inf"), (base + tl.log2(total)) * LN2)
+    o_dv = tl.arange(0, shape.DVP)
+    p_out = head_base(out, batch, head) + slot * out.s_row + o_dv
+    tl.store(p_out, value.to(out.p.dtype.element_ty), mask=o_dv < shape.DV)
     tl.store(p_lse + (batch * heads + head) * q_slots + slot, lse)
 
 
-def decode(call: Call) -> tuple[Tensor, Tensor]:
+def decode(call: Call, tuning: Tuning | None = None) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in q's dtype and LSE [B, Hq, Tq] in float32, for few queries."""
-    made = plan(call.layout)
-    heads, q_slots, width, v_width = call.q.shape[1], call.q.shape[2], call.q.shape[-1], call.v.shape[-1]
-    packed = call.layout.heads == call.k.shape[1]
-    queries = len(call.spans) * q_slots
-    splits = _splits(call, made.places, call.layout.heads * queries)
-    acc = call.q.new_empty(queries, heads, splits, padded(v_width), dtype=torch.float32)
-    sums = call.q.new_empty(queries, heads, splits, dtype=torch.float32)
+    (_, heads, q_slots, width), v_width = call.q.shape, call.v.shape[-1]
+    tuning = decode_tuning(padded(width) + padded(v_width), call.q.dtype) if tuning is None else tuning
+    group, bits = _words(call)
+    words, queries = heads // group, len(call.spans) * q_slots
+    programs = _programs(call, tuning, words, queries)
+    shape = shape_of(group, bits, tuning.keys, width, v_width, call.q.dtype)
+    acc = call.q.new_empty(queries, programs, group, padded(v_width), dtype=torch.float32)
+    sums = call.q.new_empty(queries, programs, group, dtype=torch.float32)
+    first = call.q.new_empty(queries, words + 1, dtype=torch.int32)
     out = call.q.new_empty(*call.q.shape[:3], v_width)
     lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
-    places = places_of(call.spans)
-    decode_kernel[(splits, call.layout.heads, queries)](
-        rows_of(call.q),
-        rows_of(call.k),
-        rows_of(call.v),
-        None if call.key_bias is None else Rows(call.key_bias, *call.key_bias.stride()),
-        acc,
-        sums,
-        places,
-        made.sections,
-        call.scale,
-        q_slots,
-        made.places,
-        call.layout.heads,
-        call.layout.sequences > 1,
-        call.group,
-        padded(call.group) if packed else 16,
-        packed,
-        _KEYS,
-        width,
-        padded(width),
-        v_width,
-        padded(v_width),
-        1 if call.layout.blocks is None else call.layout.blocks.keys,
-        "ieee" if call.q.dtype == torch.float32 else "tf32",
-        _STAGES,
-        num_warps=_WARPS,
+    places, found = places_of(call.spans), rule(call.layout, bits)
+    bias = None if call.key_bias is None else Rows(call.key_bias, *call.key_bias.stride())
+    inputs = (rows_of(call.q), rows_of(call.k), rows_of(call.v), bias)
+    sides = (call.layout.sequences > 1, words, triton.next_power_of_2(words), call.group // group)
+    decode_kernel[(programs, queries)](
+        *inputs, acc, sums, first, places, found, call.scale, q_slots, shape, *sides, **tuning.options(found.listed)
     )
-    combine_kernel[(heads, queries)](
-        acc,
-        sums,
-        rows_of(out),
-        lse,
-        places,
-        len(call.spans),
-        call.q.shape[0] * q_slots,
-        q_slots,
-        heads,
-        splits,
-        v_width,
-        padded(v_width),
-        triton.next_power_of_2(splits),
-    )
+    slots = (len(call.spans), call.q.shape[0] * q_slots, q_slots)
+    combine_kernel[(heads, queries)](acc, sums, first, rows_of(out), lse, places, *slots, programs, words, shape, COMBINED)
     return out, lse
 
 
-def _splits(call: Call, places: int, programs: int) -> int:
-    """Shares per query: enough programs to saturate memory, none without a chunk."""
+def _words(call: Call) -> tuple[int, int]:
+    """Query heads that read keys together, and bits of a word: one for each, or one for all where they share masks."""
+    if call.layout.heads == call.k.shape[1]:
+        return call.group, 1
+    group = max(size for size in range(1, _MOST_HEADS + 1) if call.group % size == 0)
+    return group, group
+
+
+def _programs(call: Call, tuning: Tuning, words: int, queries: int) -> int:
+    """Programs per query: as many as the device holds at once, two a word at least."""
     processors = torch.cuda.get_device_properties(call.q.device).multi_processor_count if call.q.is_cuda else 2
-    return max(1, min(-(-places // _KEYS), -(-processors * _PROGRAMS_PER_PROCESSOR // programs), 256))
+    return max(processors * tuning.programs // queries, 2 * words)

@@ -7,22 +7,18 @@ A KV head's keys are read once for all query heads of its group.
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from attnsieve.backends.ragged import Index, Memory
-from attnsieve.backends.triton.common import LN2, LOG2E, head_base, load_rows, rows_of
+from attnsieve.backends.triton.common import head_base, rows_of
 from attnsieve.backends.triton.geometry import padded
-from attnsieve.backends.triton.nonfinite import is_finite
-
-# Small chunks: several programs fit on a multiprocessor, each with two chunks in flight (three stages are spent on looking
-# places up, their slots and bits, and then keys). Looking places up one step ahead by hand keeps the compiler from overlapping.
-_KEYS = 32
-_WARPS = 4
-_STAGES = 5
-_SHARES = 32
+from attnsieve.backends.triton.shares import COMBINED, Source, attend_share, combine_shares, shape_of
+from attnsieve.backends.triton.tuning import decode_tuning
 
 
 @triton.jit
@@ -60,198 +56,67 @@ def append_kernel(
     tl.store(p_state + 1, rank + at_column.to(tl.int32))
 
 
+class Share(NamedTuple):
+    """KV head h, whether it is of columns (else of distances), the newest position, and the end of the share's places."""
+
+    h: Any
+    is_column: Any
+    newest: Any
+    stop: Any
+
+
 @triton.jit
-def _places(heads, entries, bits, h, is_column, newest, u, stop):
-    """Slots [N] of the places u below `stop`, which of them exist, and bits of the query heads that they serve."""
-    ok = u < stop
-    first, own = tl.load(heads.slot + h), tl.load(heads.own + h)
-    reach, window = tl.load(heads.reach + h), tl.load(heads.window + h)
-    entry_base = tl.where(is_column, tl.load(heads.first_column + h), tl.load(heads.first_distance + h) - window)
-    near_base = tl.load(heads.distance_bits + h)
-    entry = tl.load(entries + entry_base + u, mask=ok & (is_column | (u >= window)), other=0)
-    distance = tl.where(is_column, newest - entry, tl.where(u < window, u, entry))
-    position = newest - distance
+def _places(index, at, x, shape):
+    """See `shares`: slots of the places from x on, which of them exist, and bits of the query heads that they serve."""
+    heads, is_column = index.heads, at.is_column
+    u = x + tl.arange(0, shape.N)
+    ok = u < at.stop
+    first, own = tl.load(heads.slot + at.h), tl.load(heads.own + at.h)
+    reach, window = tl.load(heads.reach + at.h), tl.load(heads.window + at.h)
+    far_base = tl.load(heads.first_distance + at.h) - window
+    entry_base = tl.where(is_column, tl.load(heads.first_column + at.h), far_base)
+    near_base = tl.load(heads.distance_bits + at.h)
+    entry = tl.load(index.entries + entry_base + u, mask=ok & (is_column | (u >= window)), other=0)
+    distance = tl.where(is_column, at.newest - entry, tl.where(u < window, u, entry))
+    position = at.newest - distance
     ok = ok & (position >= 0)
-    own_bits = tl.where(is_column, tl.load(heads.column_bits + h) + u, near_base + distance)
-    served = tl.load(bits + own_bits, mask=ok, other=0)
-    elsewhere = tl.load(bits + near_base + distance, mask=ok & is_column & (distance < reach), other=0)
+    own_bits = tl.where(is_column, tl.load(heads.column_bits + at.h) + u, near_base + distance)
+    served = tl.load(index.bits + own_bits, mask=ok, other=0)
+    elsewhere = tl.load(index.bits + near_base + distance, mask=ok & is_column & (distance < reach), other=0)
     slot = tl.where(is_column & (own > 0), first + u, first + own + position % reach)
     return slot, ok, served & ~elsewhere
 
 
 @triton.jit
-def _scores(
-    q_tile, p_keys, slot, ok, served, scale, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr
-):
-    """[ROWS, N] in base 2, minus infinity where a query head does not keep the key."""
-    k_tile = load_rows(p_keys, slot, D, ok, D, DP, True)
-    r = tl.arange(0, q_tile.shape[0])[:, None]
-    kept = (((served[None, :] >> r) & 1) != 0) & (r < G)
-    s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
-    return tl.where(kept, s, -float("inf"))
-
-
-@triton.jit
-def _sums_of_finite(
-    q_tile,
-    peak,
-    p_keys,
-    p_values,
-    heads,
-    entries,
-    bits,
-    h,
-    is_column,
-    newest,
-    start,
-    stop,
-    scale,
-    G: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Sums [ROWS, DVP] of the weighted finite values, NaN for query heads that keep a key with others.
-
-    In a product of tiles 0 * NaN is NaN for every head of the group, also for those that do not keep the key.
-    """
-    base = tl.where(peak == -float("inf"), 0.0, peak)
-    acc = tl.zeros([q_tile.shape[0], DVP], tl.float32)
-    spoilt = tl.zeros([q_tile.shape[0]], tl.int32)
-    for x in tl.range(start, stop, N, num_stages=1):
-        slot, ok, served = _places(heads, entries, bits, h, is_column, newest, x + tl.arange(0, N), stop)
-        v_tile = load_rows(p_values, slot, DV, ok, DV, DVP, True)
-        finite = v_tile.to(tl.float32) - v_tile.to(tl.float32) == 0
-        bad = tl.min(finite.to(tl.int32), 1) == 0
-        s = _scores(q_tile, p_keys, slot, ok, served, scale, G, D, DP, PRECISION)
-        weights = tl.exp2(s - base[:, None]).to(v_tile.dtype)
-        acc = tl.dot(weights, tl.where(finite, v_tile, 0.0).to(v_tile.dtype), acc, input_precision=PRECISION)
-        kept = s != -float("inf")
-        spoilt = tl.maximum(spoilt, tl.max((kept & bad[None, :]).to(tl.int32), 1))
-    return tl.where((spoilt != 0)[:, None], float("nan"), acc)
-
-
-@triton.jit
-def attend_kernel(
-    q,
-    memory,
-    p_acc,
-    p_sum,
-    heads,
-    entries,
-    bits,
-    items,
-    scale,
-    kv_heads,
-    slots,
-    G: tl.constexpr,
-    ROWS: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """One share of one group: p_acc [B, items, G, DVP] normalised outputs, p_sum [B, items, G] LSEs in base 2."""
+def attend_kernel(q, memory, p_acc, p_sum, index, scale, kv_heads, slots, shape, STAGES: tl.constexpr):
+    """One share of one group: p_acc, p_sum [B, items, ...] as `shares.attend_share` says."""
     item, b = tl.program_id(0), tl.program_id(1)
-    h, is_column = tl.load(items + item * 4), tl.load(items + item * 4 + 1) != 0
-    start, stop = tl.load(items + item * 4 + 2), tl.load(items + item * 4 + 3)
+    p_item = index.items + item * 4
+    h, is_column = tl.load(p_item), tl.load(p_item + 1) != 0
+    start, stop = tl.load(p_item + 2), tl.load(p_item + 3)
     p_state = memory.state + (b * kv_heads + h) * 2
     newest, rank = tl.load(p_state) - 1, tl.load(p_state + 1)
     # Distances ascend and are at least their place: no place from newest + 1 on is reached yet.
     stop = tl.minimum(stop, tl.where(is_column, rank, newest + 1))
-    r = tl.arange(0, ROWS)
-    o_d, o_dv = tl.arange(0, DP), tl.arange(0, DVP)
-    p_q = head_base(q, b, h * G + r)
-    q_tile = tl.load(p_q[:, None] + o_d[None, :], mask=(r < G)[:, None] & (o_d < D)[None, :], other=0.0)
-    p_keys = memory.key + b.to(tl.int64) * slots * D
-    p_values = memory.value + b.to(tl.int64) * slots * DV
-    acc = tl.zeros([ROWS, DVP], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    peak = tl.full([ROWS], -float("inf"), tl.float32)
-    for x in tl.range(start, stop, N, num_stages=STAGES):
-        slot, ok, served = _places(heads, entries, bits, h, is_column, newest, x + tl.arange(0, N), stop)
-        v_tile = load_rows(p_values, slot, DV, ok, DV, DVP, True)
-        s = _scores(q_tile, p_keys, slot, ok, served, scale, G, D, DP, PRECISION)
-        new_peak = tl.maximum(peak, tl.max(s, 1))
-        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        weights = tl.exp2(s - base[:, None])
-        fade = tl.exp2(peak - base)
-        acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * fade[:, None], input_precision=PRECISION)
-        total = total * fade + tl.sum(weights, 1)
-        peak = new_peak
-    if is_finite(acc) == 0:
-        acc = _sums_of_finite(
-            q_tile,
-            peak,
-            p_keys,
-            p_values,
-            heads,
-            entries,
-            bits,
-            h,
-            is_column,
-            newest,
-            start,
-            stop,
-            scale,
-            G,
-            N,
-            D,
-            DP,
-            DV,
-            DVP,
-            PRECISION,
-        )
-    kept_any = total != 0
-    o_row = (b.to(tl.int64) * tl.num_programs(0) + item) * G + r
-    tl.store(p_sum + o_row, tl.where(kept_any, peak + tl.log2(total), -float("inf")), mask=r < G)
-    acc = acc / tl.where(kept_any, total, 1.0)[:, None]
-    tl.store(p_acc + o_row[:, None] * DVP + o_dv[None, :], acc, mask=(r < G)[:, None])
+    p_q = head_base(q, b, h * shape.G + tl.arange(0, shape.ROWS))
+    row = b.to(tl.int64) * slots
+    source = Source(memory.key + row * shape.D, shape.D, memory.value + row * shape.DV, shape.DV, None, 0)
+    at = Share(h, is_column, newest, stop)
+    o_share = b * tl.num_programs(0) + item
+    attend_share(_places, index, at, source, p_q, p_acc, p_sum, o_share, start, stop, scale, shape, STAGES)
 
 
 @triton.jit
-def combine_kernel(
-    p_acc,
-    p_sum,
-    p_out,
-    p_lse,
-    first_item,
-    items,
-    G: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    SHARES: tl.constexpr,
-):
-    """Weigh the shares of one query head by their sums."""
+def combine_kernel(p_acc, p_sum, p_out, p_lse, first_item, items, shape, STEP: tl.constexpr):
+    """Combine the shares of one query head."""
     head, b = tl.program_id(0), tl.program_id(1)
-    start, stop = tl.load(first_item + head // G), tl.load(first_item + head // G + 1)
-    o_dv = tl.arange(0, DVP)
-    acc = tl.zeros([DVP], tl.float32)
-    total = 0.0
-    peak = -float("inf")
-    for x in range(start, stop, SHARES):
-        share = x + tl.arange(0, SHARES)
-        o_row = (b.to(tl.int64) * items + share) * G + head % G
-        sums = tl.load(p_sum + o_row, mask=share < stop, other=-float("inf"))
-        parts = tl.load(p_acc + o_row[:, None] * DVP + o_dv[None, :], mask=(share < stop)[:, None], other=0.0)
-        new_peak = tl.maximum(peak, tl.max(sums, 0))
-        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        weights = tl.exp2(sums - base)
-        fade = tl.exp2(peak - base)
-        acc = acc * fade + tl.sum(parts * weights[:, None], 0)
-        total = total * fade + tl.sum(weights, 0)
-        peak = new_peak
-    kept = total != 0
+    p_first = first_item + head // shape.G
+    start, stop = b * items + tl.load(p_first), b * items + tl.load(p_first + 1)
+    out, lse = combine_shares(p_acc, p_sum, start, stop, head % shape.G, shape, STEP)
     o_head = b.to(tl.int64) * tl.num_programs(0) + head
-    out = acc / tl.where(kept, total, 1.0)
-    tl.store(p_out + o_head * DV + o_dv, out.to(p_out.dtype.element_ty), mask=o_dv < DV)
-    tl.store(p_lse + o_head, tl.where(kept, (peak + tl.log2(total)) * LN2, -float("inf")))
+    o_dv = tl.arange(0, shape.DVP)
+    tl.store(p_out + o_head * shape.DV + o_dv, out.to(p_out.dtype.element_ty), mask=o_dv < shape.DV)
+    tl.store(p_lse + o_head, lse)
 
 
 def append(memory: Memory, index: Index, k: Tensor, v: Tensor) -> None:
@@ -281,39 +146,10 @@ def attend(q: Tensor, memory: Memory, index: Index, scale: float) -> tuple[Tenso
     sums = q.new_empty(batch, items, group, dtype=torch.float32)
     out = q.new_empty(batch, heads, 1, v_width)
     lse = q.new_empty(batch, heads, 1, dtype=torch.float32)
+    tuning = decode_tuning(padded(width) + padded(v_width), q.dtype)
+    shape = shape_of(group, group, tuning.keys, width, v_width, q.dtype)
     attend_kernel[(items, batch)](
-        rows_of(q),
-        memory,
-        acc,
-        sums,
-        index.heads,
-        index.entries,
-        index.bits,
-        index.items,
-        scale,
-        kv_heads,
-        slots,
-        group,
-        padded(group),
-        _KEYS,
-        width,
-        padded(width),
-        v_width,
-        padded(v_width),
-        "ieee" if q.dtype == torch.float32 else "tf32",
-        _STAGES,
-        num_warps=_WARPS,
+        rows_of(q), memory, acc, sums, index, scale, kv_heads, slots, shape, **tuning.options(listed=True)
     )
-    combine_kernel[(heads, batch)](
-        acc,
-        sums,
-        out,
-        lse,
-        index.first_item,
-        items,
-        group,
-        v_width,
-        padded(v_width),
-        _SHARES,
-    )
+    combine_kernel[(heads, batch)](acc, sums, out, lse, index.first_item, items, shape, COMBINED)
     return out, lse

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
+from attnsieve.backends.triton.shares import Tuning
 
 # Rows over which the gradients of listed keys are summed before they are added to memory.
 STRETCH_ROWS = 256
@@ -38,6 +41,12 @@ def key_tiles(call: Call) -> Tiles:
     if call.q.element_size() == 4:
         return Tiles(32, 32, 4, 1) if _widest(call) <= 128 else Tiles(16, 16, 4, 1)
     return Tiles(64, 64, 4, 2) if _widest(call) <= 128 else Tiles(32, 32, 4, 1)
+
+
+def decode_tuning(widths: int, dtype: torch.dtype) -> Tuning:
+    """Shares of the decode kernels for keys and values of `widths` together: about 16 KB at a time."""
+    keys = 2**14 // (widths * dtype.itemsize)
+    return Tuning(1 << min(6, max(4, keys.bit_length() - 1)), 4, 2, 4 if keys >= 16 else 2)
 
 
 def _widest(call: Call) -> int:
