@@ -25,6 +25,7 @@ from attnsieve.evaluation.rehearsal import rehearsal
 from attnsieve.evaluation.text import text_source, token_windows
 from attnsieve.fitting import default_candidates, fit, fit_budget
 from attnsieve.hf import fingerprint, measure, profile
+from attnsieve.patterns import dense
 
 CALIBRATION_SEED = 1_000_003
 DENSITIES = (0.05, 0.1, 0.2, 0.25, 0.5)
@@ -62,16 +63,18 @@ def fixed(workshop: Workshop, length: int) -> dict[str, Plan]:
 
 
 def chosen(workshop: Workshop, length: int) -> dict[str, Plan]:
-    """Of the published methods and of single keys: the same rule in every head."""
+    """Of the published methods and of single keys: the same rule in every head, but for guarded plans' dense first layer."""
     mark = fingerprint(workshop.model)
     plans = {
         f"{name}-{strength:g}": dynamic_baseline(name, mark, strength=strength)
         for name in DYNAMIC
         for strength in (RATIOS if name == "flashprefill" else MASSES)
     }
+    guard = "sink(4) | window(32)"
     for mass in MASSES:
-        guard = "sink(4) | window(32)"
-        plans[f"keys-{mass:g}"] = Plan.uniform(mark, Pattern.parse(f"{guard} | probed_keys(mass={mass})"))
+        single = Plan.uniform(mark, Pattern.parse(f"{guard} | probed_keys(mass={mass})"))
+        plans[f"keys-{mass:g}"] = single
+        plans[f"keys-guarded-{mass:g}"] = Plan(mark, ((dense(),) * mark.heads, *single.patterns[1:]))
         plans[f"keys-kv-{mass:g}"] = Plan.uniform(mark, Pattern.parse(f'{guard} | probed_keys(mass={mass}, share="kv")'))
     plans["probed-0.9"] = Plan.uniform(mark, Pattern.parse("sink(4) | window(64) | probed_blocks(mass=0.9, block=16)"))
     return plans

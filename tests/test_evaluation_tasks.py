@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from attnsieve import UserError
+from attnsieve import Plan, UserError
 from attnsieve.evaluation.rehearsal import rehearsal
 from attnsieve.evaluation.scoring import AnswerScore
 from attnsieve.evaluation.tasks import TASKS, make_task, questions
@@ -16,6 +16,7 @@ from attnsieve.evaluation.tasks.longeval import topics
 from attnsieve.evaluation.tasks.needle import VARIANTS, needle_task
 from attnsieve.evaluation.text import TextSource
 from attnsieve.evaluation.tokens import encode
+from attnsieve.hf import apply, fingerprint
 from tests.evaluation_tiny import model, tokenizer
 
 ESSAY = TextSource("essay", lambda _: "One fish swims. Two birds sing! Did three cats sleep? Four dogs ran home. " * 40)
@@ -220,11 +221,15 @@ def test_aligned_items_share_shapes(name):
     assert len(list(itertools.groupby(sizes))) == len(set(sizes))
 
 
-def test_aligned_items_are_scored_like_any(monkeypatch):
+@pytest.mark.parametrize(
+    "pattern", ["dense()", "sink(1) | window(8) | probed_keys(mass=0.5)", "window(4) | vertical_slash(mass=0.5)"]
+)
+def test_aligned_items_are_scored_like_any(pattern):
     task, tokens = aligned(make_task("kv")), tokenizer()
     items = task.items(tokens, 700, 3, 0)
-    together = [seen.measures for seen in task.observe_all(model(), tokens, items)]
-    alone = [task.observe(model(), tokens, item).measures for item in items]
+    with apply(model(), Plan.uniform(fingerprint(model()), pattern)):
+        together = [seen.measures for seen in task.observe_all(model(), tokens, items)]
+        alone = [task.observe(model(), tokens, item).measures for item in items]
     assert together == [pytest.approx(one, abs=1e-6) for one in alone]
 
 
