@@ -25,8 +25,8 @@ METRICS = ("answer_nll", "exact_match", "answer_kl")
 # Keys of SnapKV and H2O are counted per decode step, so a density of the prompt says nothing about them.
 CACHES = ("snapkv", "h2o")
 SHOWN = (
-    "budget", "budget-guarded", "budget-kv", "keys", "keys-guarded", "minference", "xattention", "flashprefill", "streaming-llm", "moa", "bigbird",
-    "longformer", "window", "dam-paper", "dam-robust", "dam-adaptive",
+    "budget", "budget-guarded", "budget-kv", "keys", "keys-guarded", "minference", "xattention", "flashprefill",
+    "streaming-llm", "moa", "bigbird", "longformer", "window", "dam-paper", "dam-robust", "dam-adaptive",
 )  # fmt: skip
 # What a plan must hold (docs: accuracy target): pairs kept, points of exact match, nats of answer NLL.
 MOST_DENSITY, MOST_POINTS, MOST_NLL = 0.25, 0.02, 0.05
