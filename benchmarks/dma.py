@@ -130,11 +130,13 @@ class Bench:
     def windows(self, n: int, budget: int) -> Iterator[Row]:
         masks, backends = [f"window({budget})"], ["triton", "fa4"] if torch.device(self.device).type == "cuda" else ["auto"]
         suite = Suite("prefill", masks, [self.shape], [n], backends, [], self.dtype, self.device, 1, self.budget_ms)
-        for row in [*self.dense("prefill", n), *suite.rows()]:
+        yield from self.dense("prefill", n)
+        for row in suite.rows():
             if isinstance(row, Skipped):
                 print(row)
             else:
-                yield row
+                dense = self._dense["prefill", n]
+                yield replace(row, baseline=dense and dense.name, baseline_ms_p50=dense and dense.ms)
 
     def _row(
         self, op: str, q_len: int, n: int, budget: int, run: Callable[[], Any], error: float | None, allowed: float | None

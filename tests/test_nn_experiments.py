@@ -149,6 +149,7 @@ def test_kernel_rows(command, tmp_path):
         *((op, "dma-32", n) for op in ("prefill", "forward_backward", "decode") for n in (256, 300)),
         *(("prefill", "window(32)", n) for n in (256, 300)),
     }
+    assert all(row["baseline"] and row["speedup"] for row in rows if row["mask"] != "dense()")
     module = [row for row in rows if row["backend"] == "dynamic_mask_attention"]
     assert all(row["speedup"] > 0 and row["includes_mask_building"] for row in module)
     assert len({row["peak_bytes"] for row in module if row["op"] == "decode"}) == 1
