@@ -86,7 +86,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.shape, self.device, self.budget_ms = shape_of(arguments.shape), arguments.device, arguments.budget_ms
         self.dtype = torch.bfloat16 if torch.device(self.device).type == "cuda" else torch.float32
-        self.baselines = arguments.baselines.split(",")
+        self.baselines, self.by = arguments.baselines.split(","), arguments.windows_by.split(",")
         self._dense: dict[tuple[str, int], kernels.Dense | None] = {}
 
     def dense(self, op: str, n: int) -> Iterator[Row]:
@@ -128,8 +128,8 @@ class Bench:
         yield replace(self._row("decode", 1, n, budget, run, None, None), peak_bytes=cache.nbytes)
 
     def windows(self, n: int, budget: int) -> Iterator[Row]:
-        masks, backends = [f"window({budget})"], ["triton", "fa4"] if torch.device(self.device).type == "cuda" else ["auto"]
-        suite = Suite("prefill", masks, [self.shape], [n], backends, [], self.dtype, self.device, 1, self.budget_ms)
+        masks = [f"window({budget})"]
+        suite = Suite("prefill", masks, [self.shape], [n], self.by, [], self.dtype, self.device, 1, self.budget_ms)
         yield from self.dense("prefill", n)
         for row in suite.rows():
             if isinstance(row, Skipped):
@@ -233,6 +233,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", default="", help="instead of all, as 4096,32768")
     parser.add_argument("--budgets", default="", help="w, instead of all")
     parser.add_argument("--baselines", default="cudnn,flash,fa4", help="those that are missing are skipped")
+    parser.add_argument("--windows-by", default="triton,fa4", help="backends of windows; flex-triton takes seconds to compile")
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS / "dma.jsonl")

@@ -141,7 +141,20 @@ def test_conversion(command, tmp_path, monkeypatch):
 
 def test_kernel_rows(command, tmp_path):
     out = tmp_path / "dma.jsonl"
-    options = ["--device", "cpu", "--lengths", "256,300", "--budgets", "32", "--baselines", "sdpa", "--shape", "smollm2-135m"]
+    options = [
+        "--device",
+        "cpu",
+        "--lengths",
+        "256,300",
+        "--budgets",
+        "32",
+        "--baselines",
+        "sdpa",
+        "--windows-by",
+        "auto",
+        "--shape",
+        "smollm2-135m",
+    ]
     command("dma", "forward", "backward", "decode", "windows", *options, "--budget-ms", 1, "--out", out)
     rows = rows_of(out)
     sparse = [(row["op"], row["mask"], row["kv_len"]) for row in rows if row["mask"] != "dense()"]
