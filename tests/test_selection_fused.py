@@ -9,6 +9,7 @@ from attnsieve import Spans
 from attnsieve.patterns import antidiagonal_blocks, dam_online, probed_blocks, probed_keys, vertical_slash, voted_keys
 from attnsieve.selection import blocks, choose, fused
 from attnsieve.selection.sequence import SequenceQK, fewest_with_mass
+from tests.gpu_compiler import compiled
 from tests.interpreter import needs_interpreter
 from tests.test_selection import random_qk, shared
 
@@ -47,17 +48,26 @@ def check(pattern, q, k, start, spans=None, differing=1e-3):
     assert expected.float().mean() < 0.45
 
 
-@pytest.mark.parametrize("pattern", [*PROBES, *map(shared, PROBES)], ids=str)
+@pytest.mark.parametrize("pattern", PROBES, ids=str)
+def test_chooses_what_plain_torch_chooses(pattern, on_chip):
+    check(pattern, *random_qk(1, 6, 2, 130, width=24), on_chip)
+
+
+@pytest.mark.parametrize("pattern", map(shared, PROBES), ids=str)
+def test_groups_of_seven_choose_together_in_a_chunk(pattern, on_chip):
+    q, k = random_qk(1, 7, 1, 80, width=16)
+    check(pattern, q[:, :, 35:], k, on_chip)
+
+
+@pytest.mark.parametrize("pattern", PROBES, ids=str)
+def test_a_decode_step_chooses_what_plain_torch_chooses(pattern, on_chip):
+    q, k = random_qk(2, 3, 3, 70, width=16)
+    check(pattern, q[:, :, -1:], k, on_chip)
+
+
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width", "n", "q_len"), [(6, 2, 24, 150, 150), (3, 3, 16, 90, 37), (7, 1, 16, 80, 1)]
+    ("dtype", "group", "width"), [(torch.bfloat16, 4, 128), (torch.bfloat16, 1, 80), (torch.float16, 3, 64)]
 )
-def test_chooses_what_plain_torch_chooses(pattern, heads, kv_heads, width, n, q_len, on_chip):
-    q, k = random_qk(1, heads, kv_heads, n, width=width)
-    check(pattern, q[:, :, n - q_len :], k, on_chip)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("group", "width"), [(4, 128), (1, 80), (3, 64)])
 def test_half_precision_and_head_widths(dtype, group, width, on_chip):
     for pattern in (vertical_slash(mass=0.7, probe=20), shared(probed_keys(mass=0.6, block=64, rows=2))):
         q, k = (x.to(dtype) for x in random_qk(1, group, 1, 129, width=width, scale=1.5))
@@ -65,7 +75,7 @@ def test_half_precision_and_head_widths(dtype, group, width, on_chip):
         check(pattern, q, k.transpose(1, 2).contiguous().transpose(1, 2), on_chip)
 
 
-@pytest.mark.parametrize("pattern", [PROBES[0], shared(PROBES[4]), PROBES[5], PROBES[7]], ids=str)
+@pytest.mark.parametrize("pattern", [PROBES[0], shared(PROBES[7])], ids=str)
 def test_padding_and_batch_mates_do_not_matter(pattern, on_chip):
     n, pads = 90, [0, 41]
     q, k = random_qk(2, 4, 2, n, width=16)
@@ -79,23 +89,16 @@ def test_padding_and_batch_mates_do_not_matter(pattern, on_chip):
         assert torch.equal(layout.dense(rows, rows)[b], alone.dense(rows, rows)[0])
 
 
-@pytest.mark.parametrize("pattern", PROBES[4:], ids=str)
-def test_chunks_choose_the_same(pattern, on_chip):
+@pytest.mark.parametrize("pattern", [PROBES[4], PROBES[7]], ids=str)
+def test_chunks_and_rows_of_blocks_choose_alone(pattern, on_chip, monkeypatch):
     q, k = random_qk(1, 2, 1, 120, width=16)
     on_chip()
     rows, whole = torch.arange(120), choose([pattern] * 2, q, k)
     for start, stop in [(0, 96), (96, 120)]:
         part = choose([pattern] * 2, q[:, :, start:stop], k[:, :, :stop])
         assert torch.equal(part.dense(rows[start:stop], rows[:stop]), whole.dense(rows[start:stop], rows[:stop]))
-
-
-@pytest.mark.parametrize("pattern", PROBES[4:], ids=str)
-def test_a_few_rows_of_blocks_at_a_time(pattern, on_chip, monkeypatch):
-    q, k = random_qk(1, 4, 2, 140, width=16)
-    on_chip()
-    rows, whole = torch.arange(140), choose([pattern] * 4, q, k)
-    monkeypatch.setitem(blocks.CELLS_AT_ONCE, "cpu", 1500)
-    assert torch.equal(choose([pattern] * 4, q, k).dense(rows, rows), whole.dense(rows, rows))
+    monkeypatch.setitem(blocks.CELLS_AT_ONCE, "cpu", 500)
+    assert torch.equal(choose([pattern] * 2, q, k).dense(rows, rows), whole.dense(rows, rows))
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -103,7 +106,7 @@ def test_more_rows_than_a_program_holds(together, on_chip):
     from attnsieve.selection.fused.masses import Sums, by_key
     from attnsieve.selection.fused.rows import ProbedRows
 
-    n, count = 330, 300
+    n, count = 230, 200
     q, k = random_qk(1, 3, 1, n, width=16)
     sequence, rows = SequenceQK(q, k, 0.3, together), torch.arange(n - count, n)
     expected = sequence.attention(rows).unflatten(2, (2, -1)).sum(3) * (3 if together else 1)
@@ -114,19 +117,19 @@ def test_more_rows_than_a_program_holds(together, on_chip):
 
 
 WEIGHTS = {
-    "random": lambda width: torch.rand(5, width),
-    "heavy": lambda width: torch.randn(5, width).mul(6).exp(),
-    "equal": lambda width: torch.full((5, width), 0.125),
-    "few levels": lambda width: torch.randint(0, 4, (5, width)) / 8,
-    "one": lambda width: torch.eye(width)[:5] if width > 4 else torch.ones(5, width),
-    "tiny": lambda width: torch.rand(5, width) * 1e-38,
-    "nothing": lambda width: torch.zeros(5, width),
+    "random": lambda width: torch.rand(3, width),
+    "heavy": lambda width: torch.randn(3, width).mul(6).exp(),
+    "equal": lambda width: torch.full((3, width), 0.125),
+    "few levels": lambda width: torch.randint(0, 4, (3, width)) / 8,
+    "one": lambda width: torch.eye(width)[:3],
+    "tiny": lambda width: torch.rand(3, width) * 1e-38,
+    "nothing": lambda width: torch.zeros(3, width),
 }
 
 
 @pytest.mark.parametrize("in_registers", [True, False])
 @pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("width", [1, 33, 300])
+@pytest.mark.parametrize("width", [1, 300])
 def test_the_search_finds_what_sorting_finds(kind, width, in_registers, monkeypatch):
     """The mass is reached, without the least entry kept it is not, and of equal entries the first are kept."""
     from attnsieve.selection.fused import fewest
@@ -135,7 +138,7 @@ def test_the_search_finds_what_sorting_finds(kind, width, in_registers, monkeypa
     if not in_registers:
         monkeypatch.setattr(fewest, "MOST_IN_REGISTERS", 0)
         monkeypatch.setattr(fewest, "STEP", 128)
-    for mass in (0.05, 0.5, 0.9, 1.0):
+    for mass in (0.3, 1.0):
         kept = fewest.fewest_with_mass(weights, mass)
         total, held = weights.double().sum(-1), (weights.double() * kept).sum(-1)
         assert (held >= total * (mass - 1e-5)).all()
@@ -170,3 +173,27 @@ def test_lists_hold_the_flags_that_queries_read(side, keys, first):
         assert int(count[tuple(place)]) == len(row)
         assert torch.equal(index[tuple(place)][: len(row)].long(), row)
         assert (index[tuple(place)][len(row) :] == -1).all()
+
+
+PROGRAM = """
+import torch
+from attnsieve.selection import fused
+from attnsieve.selection.fused import fewest, lists, masses, rows, slash
+from attnsieve.selection.sequence import SequenceQK
+
+sequence = SequenceQK(torch.zeros(1, 4, 300, 128).bfloat16(), torch.zeros(1, 1, 300, 128).bfloat16(), 0.1)
+slash.larger_shares(sequence, torch.arange(236, 300), 64)
+probed = rows.ProbedRows.of(sequence, torch.arange(7, 300, 8)[:36])
+masses.by_key(probed, sequence.k, masses.Sums(4, True))
+masses.by_block(rows.ProbedRows.of_squares(sequence, range(32), 8), sequence.k, 8, masses.Sums(8, False))
+for width in (300, 10000):
+    fewest.fewest_with_mass(torch.zeros(3, width), 0.9)
+lists.listed(torch.zeros(1, 4, 5, 5, dtype=torch.bool), 64, 64, 0)
+"""
+
+
+def test_the_kernels_compile_for_a_gpu():
+    found = compiled(PROGRAM)
+    assert {"lse_kernel", "keys_kernel", "fold_kernel", "slash_kernel", "short_kernel", "long_kernel", "fill_kernel"} <= set(
+        found
+    )

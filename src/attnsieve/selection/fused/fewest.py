@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows up to this width stay in registers during the search; longer ones are read anew for each step.
-MOST_IN_REGISTERS = 1 << 15
-STEP = 1 << 12
+# Rows up to this width stay in registers during the search.
+MOST_IN_REGISTERS = 1 << 13
+STEP = 1 << 10
 
 
 @triton.jit
@@ -60,22 +60,57 @@ def _sums_above(p_row, stop, limits, WAYS: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def long_kernel(weights, stops, kept, mass, width, blocks, WAYS: tl.constexpr, STEP: tl.constexpr):
-    """As `short_kernel` with the rows in memory; each step tries WAYS limits."""
+def _limits(low, high, way, WAYS: tl.constexpr):
+    """Between low and high, evenly."""
+    return tl.minimum(low + (high - low + WAYS) // (WAYS + 1) * (way + 1), high)
+
+
+@triton.jit
+def _narrowed(low, high, limits, enough):
+    """The neighbours among the limits of the least entry kept: what is above the first suffices, above the second not."""
+    new_low = tl.maximum(low, tl.max(tl.where(enough, limits, low), 0))
+    return new_low, tl.minimum(high, tl.min(tl.where(enough, high, limits), 0))
+
+
+@triton.jit
+def _collect(p_row, p_candidates, stop, low, high, STEP: tl.constexpr):
+    """Copy a row's entries above low and up to high; their number, and the sum of what is above high."""
+    above = tl.zeros([STEP], tl.float32)
+    count = 0
+    for start in range(0, stop, STEP):
+        o = start + tl.arange(0, STEP)
+        w = tl.load(p_row + o, mask=o < stop, other=0.0)
+        bits = w.to(tl.int32, bitcast=True)
+        above += tl.where(bits > high, w, 0.0)
+        chosen = (bits > low) & (bits <= high) & (o < stop)
+        tl.store(p_candidates + count + tl.cumsum(chosen.to(tl.int32), 0) - 1, w, mask=chosen)
+        count += tl.sum(chosen.to(tl.int32), 0)
+    return count, tl.sum(above, 0)
+
+
+@triton.jit
+def long_kernel(weights, stops, candidates, kept, mass, width, blocks, WAYS: tl.constexpr, STEP: tl.constexpr):
+    """As `short_kernel` with rows in memory, which are read four times: twice WAYS limits are tried, what is left between two of
+    them is searched in `candidates`, as large as weights."""
     i_r = tl.program_id(0).to(tl.int64)
-    p_row = weights + i_r * width
+    p_row, p_candidates = weights + i_r * width, candidates + i_r * width
     stop = tl.load(stops + i_r % blocks) if stops is not None else width
     way = tl.arange(0, WAYS)
-    target = tl.max(_sums_above(p_row, stop, way * 0 - 1, WAYS, STEP), 0) * mass
-    low, high = -1, 0x7F800000
+    # First powers of 4 from 2^-22 on, where most sums of probabilities lie; the first way sums everything.
+    limits = tl.where(way == 0, -1, (103 + 2 * way) << 23)
+    sums = _sums_above(p_row, stop, limits, WAYS, STEP)
+    target = tl.max(sums, 0) * mass
+    low, high = _narrowed(-1, 0x7F800000, limits, sums >= target)
+    limits = _limits(low, high, way, WAYS)
+    low, high = _narrowed(low, high, limits, _sums_above(p_row, stop, limits, WAYS, STEP) >= target)
+    count, above = _collect(p_row, p_candidates, stop, low, high, STEP)
+    # Candidates were written by other threads than those that read them.
+    tl.debug_barrier()
     while low + 1 < high:
-        stride = (high - low + WAYS) // (WAYS + 1)
-        limits = tl.minimum(low + stride * (way + 1), high)
-        enough = _sums_above(p_row, stop, limits, WAYS, STEP) >= target
-        new_low = tl.maximum(low, tl.max(tl.where(enough, limits, low), 0))
-        high = tl.minimum(high, tl.min(tl.where(enough, high, limits), 0))
-        low = new_low
-    above = tl.max(_sums_above(p_row, stop, way * 0 + high, WAYS, STEP), 0)
+        limits = _limits(low, high, way, WAYS)
+        enough = above + _sums_above(p_candidates, count, limits, WAYS, STEP) >= target
+        low, high = _narrowed(low, high, limits, enough)
+    above += tl.max(_sums_above(p_candidates, count, way * 0 + high, WAYS, STEP), 0)
     ties = 0
     for start in range(0, width, STEP):
         o = start + tl.arange(0, STEP)
@@ -90,10 +125,11 @@ def fewest_with_mass(weights: Tensor, mass: float, stops: Tensor | None = None) 
     kept = torch.empty_like(weights, dtype=torch.uint8)
     rows = weights.numel() // width
     # The comparison leaves room for the rounding of a float32 sum.
-    arguments = (weights, stops, kept, mass * (1 - 1e-6), width, 1 if stops is None else len(stops))
+    share, blocks = mass * (1 - 1e-6), 1 if stops is None else len(stops)
     if width <= MOST_IN_REGISTERS:
         size = int(triton.next_power_of_2(width))
-        short_kernel[(rows,)](*arguments, WIDTH=size, num_warps=max(1, size // 1024))
+        short_kernel[(rows,)](weights, stops, kept, share, width, blocks, WIDTH=size, num_warps=max(1, size // 1024))
     else:
-        long_kernel[(rows,)](*arguments, WAYS=4, STEP=STEP, num_warps=16)
+        rest = {"WAYS": 16, "STEP": STEP, "num_warps": 8}
+        long_kernel[(rows,)](weights, stops, torch.empty_like(weights), kept, share, width, blocks, **rest)
     return kept.view(torch.bool)
