@@ -2,9 +2,11 @@
 
     python benchmarks/tune.py forward
     python benchmarks/tune.py forward --masks blocks-10 --n 131072 --tiles "128,64,8,3 128,128,8,2"
+    python benchmarks/tune.py decode --masks "columns-10,columns-10+,dense()" --n 131072,32768
 
-Operations: forward, dq, dkv (one pass of the backward each), decode. Every variant is compiled and checked against the oracle
-on a short call first, several at a time; then timed. Prints a table.
+Operations: forward, dq, dkv (one pass of the backward each), decode (one query; --tiles are keys, warps, tiles ahead, programs on a
+multiprocessor). Every variant is compiled and checked against the oracle on a short call first, several at a time; then timed.
+Prints a table.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,10 +30,12 @@ from attnsieve.backends.triton.decode import decode
 from attnsieve.backends.triton.forward import forward
 from attnsieve.backends.triton.geometry import Geometry, Tiles
 from attnsieve.backends.triton.schedule import schedule
+from attnsieve.backends.triton.shares import Tuning
 from attnsieve.bench.check import check_gradients, check_rows
+from attnsieve.bench.dense import KERNELS
 from attnsieve.bench.kernels import density
 from attnsieve.bench.masks import mask
-from attnsieve.bench.timing import measure
+from attnsieve.bench.timing import Times, measure
 from attnsieve.layout import Layout
 
 # For heads 128 wide: the loops spill little or nothing (compiled for sm_90), K and V of all stages fit into shared memory.
@@ -38,6 +43,7 @@ CANDIDATES = {
     "forward": "128,64,8,3 128,128,8,2 128,64,8,4 64,64,4,3 64,128,4,2",
     "dq": "128,64,8,2 64,64,4,2 64,64,4,3 128,32,8,3",
     "dkv": "64,64,4,2 64,64,8,2 128,64,8,2 64,128,8,2",
+    "decode": "32,4,2,4 32,4,3,3 32,4,2,5 32,2,2,5 64,8,2,2 64,4,2,2",
 }
 
 
@@ -70,13 +76,15 @@ class Pass:
         return gradients.key_gradients(self.call, self.d_out, self.columns, tiles)
 
 
-def compile_variant(job: tuple[str, str, int, int, Tiles]) -> str | None:
+def compile_variant(job: tuple[str, str, int, int, Tiles | Tuning]) -> str | None:
     """Compile one variant and check it; the reason why it cannot be used, or None."""
     op, name, width, stretch, tiles = job
     gradients.STRETCH_ROWS = stretch
     try:
-        call = inputs(name, 2048, width)
-        if op == "forward":
+        call = inputs(name, 2048, width, q_len=1 if op == "decode" else None)
+        if isinstance(tiles, Tuning):
+            check_rows(call, *decode(call, tiles), rows=1)
+        elif op == "forward":
             check_rows(call, *forward(call, tiles))
         else:
             both = Pass(call)
@@ -112,20 +120,32 @@ def host_us(run: Callable[[], object], ms: float) -> float:
     return spent
 
 
-def time_decode(names: list[str], n: int, width: int) -> None:
-    """Decode one query against n keys."""
-    for name in names:
-        call = inputs(name, n, width, q_len=1)
-        verdict = check_rows(call, *decode(call), rows=1)
-        times = measure(lambda call=call: decode(call), 50)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            decode(call)
-        replay = measure(graph.replay, 50)
-        kept = float(call.layout.keep(0, 0, torch.tensor(n - 1).cuda(), torch.arange(n).cuda()).float().mean())
-        print(
-            f"decode {name} n {n} kept {kept:.4f}: {times.p50:.4f} ms, in a graph {replay.p50:.4f} ms, error {verdict.error:.1e}"
-        )
+def time_decode(name: str, n: int, width: int, variants: list[Tuning]) -> Iterator[dict[str, object]]:
+    """One row a variant: one query against n keys, replayed in a graph, beside dense attention by cuDNN; and the rate at which
+    the keys of each KV group's union are read."""
+    call = inputs(name, n, width, q_len=1)
+    last, keys = torch.tensor([n - 1], device="cuda"), torch.arange(n, device="cuda")
+    kept = call.layout.dense(last, keys)[0, :, 0]
+    union = int(kept.view(8, -1, n).any(1).sum())
+    dense = replayed(lambda: KERNELS["cudnn"](call)).p50
+    print(f"{name} {n}: {union / (8 * n):.3f} of the keys are kept by some head of a group; cuDNN, dense, {dense:.4f} ms")
+    for shares in variants:
+        check_rows(call, *decode(call, shares), rows=1)
+        times = replayed(lambda shares=shares: decode(call, shares))
+        row = {"op": "decode", "mask": name, "n": n, "tiles": str(shares), "ms": times.p50, "p20": times.p20, "p80": times.p80}
+        row |= {"union": union / (8 * n), "speedup": dense / times.p50, "gb_per_s": union * 4 * width / times.p50 / 1e6}
+        shape = f"{shares.keys} keys, {shares.warps} warps, {shares.ahead} ahead, {shares.programs} programs"
+        print("    {0:42}{ms:9.4f} ms{speedup:8.2f} x{gb_per_s:8.0f} GB/s".format(shape, **row), flush=True)
+        yield row
+
+
+def replayed(run: Callable[[], object]) -> Times:
+    """Times of `run` in a CUDA graph."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return measure(graph.replay, 50)
 
 
 def runner(op: str, call: Call) -> Callable[[Tiles], object]:
@@ -165,28 +185,27 @@ def main() -> None:
     parser.add_argument("--n", default="32768", help="lengths separated by commas")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--stretch", type=int, default=tuning.STRETCH_ROWS)
-    parser.add_argument("--tiles", help="rows,keys,warps,stages separated by spaces")
+    parser.add_argument("--tiles", help="rows,keys,warps,stages separated by spaces; of decode see above")
     parser.add_argument("--out")
     args = parser.parse_args()
     names, lengths = args.masks.split(","), [int(n) for n in args.n.split(",")]
-    if args.op == "decode":
-        for n in lengths:
-            time_decode(names, n, args.width)
-        return
     gradients.STRETCH_ROWS = args.stretch
-    variants = [Tiles(*map(int, part.split(","))) for part in (args.tiles or CANDIDATES[args.op]).split()]
+    kind = Tuning if args.op == "decode" else Tiles
+    variants = [kind(*map(int, part.split(","))) for part in (args.tiles or CANDIDATES[args.op]).split()]
     jobs = [(args.op, name, args.width, args.stretch, tiles) for name in names for tiles in variants]
     with ProcessPoolExecutor(min(14, len(jobs)), get_context("spawn")) as pool:
         failures = dict(zip(jobs, pool.map(compile_variant, jobs), strict=True))
     for job, failure in failures.items():
         if failure:
             print(f"{job[1]} {job[-1]}: {failure}")
-    print(f"{'mask':12}{'n':>8}  {'rows x keys':28}{'ms':>10}{'TFLOP/s':>9}{'build ms':>9}{'host us':>8}")
     rows = []
+    if args.op != "decode":
+        print(f"{'mask':12}{'n':>8}  {'rows x keys':28}{'ms':>10}{'TFLOP/s':>9}{'build ms':>9}{'host us':>8}")
     for n in lengths:
         for name in names:
             good = [tiles for tiles in variants if not failures[args.op, name, args.width, args.stretch, tiles]]
-            rows += time_variants(args.op, name, n, args.width, good)
+            time_all = time_decode if args.op == "decode" else partial(time_variants, args.op)
+            rows += time_all(name, n, args.width, good)
     if args.out:
         with Path(args.out).open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
