@@ -26,16 +26,16 @@ language() { # GPU MINUTES LAYERS
 }
 
 recall() { # GPU MINUTES SHAPES
-    on "$1" mqar --minutes "$2" --layers mha,dma,dma-window,swa,nsa --seeds 2 --rates "${RATES:-3e-3}" --shapes "$3"
+    on "$1" mqar --minutes "$2" --layers mha,dma,dma-window,nsa,swa --seeds 2 --rates "${RATES:-3e-3}" --shapes "$3"
 }
 
 {
     language 0 5.5 nsa,dma-window &
     language 1 5.5 mha,dma,swa &
-    recall 2 7 256x64,512x64,1024x64,2048x64,512x64+noise,1024x64+noise &
+    recall 2 7 256x64,1024x64,2048x64,512x64+noise &
     (
         on 3 convert "$model" --keeps 256 --minutes 1.5 --tokens 2500000
-        recall 3 4.8 256x64+noise,256x128,256x32,512x128,256x256
+        recall 3 4.8 512x64,256x64+noise,256x128,256x256,256x32
     ) &
     wait
     rm -rf "$models"

@@ -4,11 +4,12 @@
     python benchmarks/mqar.py --minutes 10 --seeds 3 --shapes 256x64,512x64,512x64+noise
 
 Two layers of one head as wide as the model. As in Zoology a model is trained on rows with different numbers of pairs, here
-length / 4 (the most that Zoology's rule allows), half of that and so on, and tested on each; w = length / 8, so there are fewer
-and more pairs than a row may keep keys. A model is trained with every learning rate, and the best one counts. The first shapes
-come first, and two further shapes before another seed; models that the file holds already are not trained again. On a GPU a
-training step is one CUDA graph, and several models are trained side by side. Processes, one per GPU, can share the work: give
-them different shapes and the same file, then make the report of all rows with --minutes 0.
+length / 4 (the most that Zoology's rule allows), half of that and so on, and tested on each. Rows keep w = length / 2 keys, as
+many as there are tokens in pairs, or length / 8, half as many as there are pairs. A model is trained with every learning rate,
+and the best one counts. The first shapes come first, and two further shapes before another seed; models that the file holds
+already are not trained again. On a GPU a training step is one CUDA graph, and several models are trained side by side.
+Processes, one per GPU, can share the work: give them different shapes and the same file, then make the report of all rows with
+--minutes 0.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from tqdm.auto import tqdm
 from attnsieve.nn import DmaConfig, DmaForCausalLM, RecallTask
 from attnsieve.nn.mqar import IGNORED
 
-LAYERS = ("mha", "dma", "dma-window", "swa", "mla", "nsa")
+LAYERS = ("mha", "mla", "dma", "dma-window", "nsa", "swa")
+WHOLE = ("mha", "mla")  # these keep all keys
 RATES = (2e-3, 4e-3)
-SHAPES = "256x64,512x64,256x64+noise,512x128,1024x64,256x256,256x32,2048x64,512x64+noise"
+SHAPES = "256x64,512x64,256x64+noise,1024x64,256x128,2048x64,512x64+noise,256x256,256x32"
 TOKENS = 65536  # of a step at most
 FEWEST = 2  # pairs of the easiest rows
 CHECK_EVERY = 250  # steps between looks at the accuracy
@@ -46,7 +48,7 @@ Result = tuple["Cell", dict[str, Any]]
 
 @dataclass(frozen=True)
 class Cell:
-    """One model. keep: keys that a row of dma or swa keeps. noise: random tokens between pairs and questions."""
+    """One model. keep: keys that a row of dma, swa and nsa keeps. noise: random tokens between pairs and questions."""
 
     layer: str
     length: int
@@ -193,12 +195,14 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     fixed = {"steps": arguments.steps, "vocabulary": arguments.vocabulary}
     found = []
     for place, (length, width, noise) in enumerate(arguments.shapes):
-        shape = {"length": length, "width": width, "noise": noise, "keep": length // 8}
+        shape = {"length": length, "width": width, "noise": noise}
         batch = min(arguments.batch, max(1, TOKENS // length))
         for seed in range(arguments.seeds):
             for rate in arguments.rates:
                 one = partial(Cell, rate=rate, seed=seed, batch=batch, **fixed, **shape)
-                found += [(place + 2 * seed, one(layer)) for layer in arguments.layers.split(",")]
+                for layer in arguments.layers.split(","):
+                    parts = [1] if layer in WHOLE else arguments.parts
+                    found += [(place + 2 * seed, one(layer, keep=length // part)) for part in parts]
     return [cell for _, cell in sorted(found, key=lambda one: one[0])]
 
 
@@ -219,46 +223,53 @@ def told(cell: Cell, numbers: dict[str, Any]) -> str:
 
 
 def report(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Accuracy by layer and pairs: the best learning rate of every seed, mean over seeds."""
+    """Accuracy by layer, share of keys kept and pairs: the best learning rate of every seed, mean over seeds."""
     best: dict[tuple[Any, ...], dict[int, dict[str, float]]] = {}
     for row in rows:
-        of_seed = best.setdefault((row["length"], row["width"], row["noise"], row["keep"], row["layer"]), {})
+        of_seed = best.setdefault(((row["length"], row["width"], row["noise"]), method(row)), {})
         earlier = of_seed.get(row["seed"], {})
         if sum(row["accuracy"].values()) > sum(earlier.values()):
             of_seed[row["seed"]] = row["accuracy"]
-    layers = [layer for layer in LAYERS if any(key[-1] == layer for key in best)]
-    body, panels, marks = [], {}, {}
-    for shape in sorted({key[:4] for key in best}):
-        length, width, noise, keep = shape
+    methods = sorted({name for _, name in best}, key=lambda name: (LAYERS.index(name.split(",")[0]), name))
+    body, panels = [], {}
+    for shape in sorted({shape for shape, _ in best}):
+        length, width, noise = shape
         curves: dict[str, list[Any]] = {}
-        found = {layer: list(best.get((*shape, layer), {}).values()) for layer in layers}
+        found = {name: list(best.get((shape, name), {}).values()) for name in methods}
         for pairs in sorted({int(pairs) for seeds in found.values() for accuracy in seeds for pairs in accuracy}):
-            values = {layer: [accuracy[str(pairs)] for accuracy in seeds] for layer, seeds in found.items()}
-            body.append([*map(str, shape), str(pairs), *(written(values[layer]) for layer in layers)])
-            for layer in layers:
-                if values[layer]:
-                    curves.setdefault(layer, []).append((pairs, *mean_and_error(values[layer])))
-        name = f"{length} tokens, d {width}, {'noise' if noise else 'no noise'}"
-        panels[name], marks[name] = curves, keep
+            values = {name: [accuracy[str(pairs)] for accuracy in seeds] for name, seeds in found.items()}
+            body.append([*map(str, shape), str(pairs), *(written(values[name]) for name in methods)])
+            for name in methods:
+                if values[name]:
+                    curves.setdefault(name, []).append((pairs, *mean_and_error(values[name])))
+        panels[f"{length} tokens, d {width}, {'noise' if noise else 'no noise'}"] = curves
     cut = sum(not row["finished"] for row in rows)
-    notes = "Share of asked values that are the most likely token; w keys a row for dma and swa; best of the learning rates."
+    notes = "Share of asked values that are the most likely token; w of the n tokens a row; best of the learning rates."
     notes += f" {cut} of {len(rows)} models ran out of time before their last step." if cut else ""
-    publish(path, "Associative recall", ["tokens", "width", "noise", "w", "pairs", *layers], body, notes)
-    draw(path, panels, "pairs (dashed: w)", "accuracy", marks=marks)
+    publish(path, "Associative recall", ["tokens", "width", "noise", "pairs", *methods], body, notes)
+    draw(path, panels, "pairs", "accuracy")
+
+
+def method(row: dict[str, Any]) -> str:
+    """ "dma, w = n/8": the layer and the share of the keys that its rows keep."""
+    part = row["length"] // row["keep"]
+    return str(row["layer"]) if part == 1 else f"{row['layer']}, w = n/{part}"
 
 
 def parse() -> argparse.Namespace:
+    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="models are tested as they stand after this; 0: report only")
     parser.add_argument("--shapes", type=shapes, default=shapes(SHAPES), help=f"tokens x width, default {SHAPES}")
     parser.add_argument("--layers", default=",".join(LAYERS))
+    parser.add_argument("--parts", type=numbers, default=[2, 8], help="2,8: rows keep a half and an eighth of the tokens")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")], default=list(RATES))
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=64, help=f"rows of a step, fewer where {TOKENS} tokens are less")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--test-examples", type=int, default=256, help="rows of each number of pairs")
-    parser.add_argument("--together", type=int, default=6, help="models that are trained side by side")
+    parser.add_argument("--together", type=int, default=9, help="models that are trained side by side")
     parser.add_argument("--no-graph", action="store_true", help="launch every operation instead of CUDA graphs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS / "mqar.jsonl")

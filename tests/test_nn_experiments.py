@@ -46,10 +46,12 @@ def test_recall(command, tmp_path, capsys):
     options = ["--device", "cpu", "--minutes", 1, "--test-examples", 4, "--layers", "mha,dma,nsa", "--out", out]
     command("mqar", *sizes, *options)
     rows = rows_of(out)
-    assert [row["layer"] for row in rows] == ["mha", "dma", "nsa"] * 2
-    assert [(row["length"], row["keep"], row["noise"]) for row in rows] == [(32, 4, False)] * 3 + [(16, 2, True)] * 3
-    assert all(set(row["accuracy"]) == {"8", "4", "2"} for row in rows[:3])
+    assert [row["layer"] for row in rows] == ["mha", "dma", "dma", "nsa", "nsa"] * 2
+    assert [(row["length"], row["noise"]) for row in rows] == [(32, False)] * 5 + [(16, True)] * 5
+    assert [row["keep"] for row in rows] == [32, 16, 4, 16, 4, 16, 8, 2, 8, 2]
+    assert all(set(row["accuracy"]) == {"8", "4", "2"} for row in rows[:5])
     assert all(row["trained_steps"] == 3 and row["finished"] for row in rows)
+    assert "| dma, w = n/8 |" in out.with_suffix(".md").read_text()
     assert {"A"} == set().union(*(set(row) for row in rows)) - set(rows[0])
     assert "| 32" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 5000
