@@ -155,7 +155,8 @@ def _pooled_scores(sequence: SequenceQK, block: int) -> tuple[Tensor, Tensor]:
 def _pool(x: Tensor, block: int, first: int) -> Tensor:
     """Mean per block of rows at positions first, first + 1, ...: float32 [S, H, blocks with rows, D]."""
     stop = first + x.shape[2]
-    padded = F.pad(x, (0, 0, first % block, -stop % block))
+    front, back = first % block, -stop % block
+    padded = F.pad(x, (0, 0, front, back)) if front or back else x
     start = torch.arange(first // block * block, stop, block, device=x.device)
     count = (start + block).clamp_max(stop) - start.clamp_min(first)
     mean: Tensor = padded.unflatten(2, (-1, block)).sum(3, dtype=torch.float32) / count[:, None]

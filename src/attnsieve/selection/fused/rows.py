@@ -93,9 +93,12 @@ class Sides:
 
     @classmethod
     def of(cls, q: Tensor, rows: int) -> Sides:
-        """For `rows` rows of q's width and dtype: two programs fit into an H100's shared memory up to 256 bytes per row."""
+        """For `rows` rows of q's width and dtype: two programs fit into an H100's shared memory up to 256 bytes per row, one where
+        queries are read again for every key tile, which makes long tiles of keys worth more."""
         width = _padded(q.shape[-1]) * q.element_size()
         most, keys, stages = (128, 64, 3) if width <= 256 else (64, 64, 3)
+        if q.shape[3] > 1:
+            keys, stages = 128 * most // 64, 2
         if q.dtype == torch.float32:  # multiplied without matrix units, in registers
             most, keys, stages = 32, 32, 2
         return cls(min(most, max(16, triton.next_power_of_2(rows))), keys, stages)
@@ -161,6 +164,7 @@ def _scan(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     SIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One step of the online sum of exp2 over key tile t, N // SIDE blocks of BLOCK keys; the LSE of each block to memory."""
     o = tl.arange(0, N)
@@ -170,7 +174,7 @@ def _scan(
         s = tl.dot(q_tile, tl.trans(load_keys(p_k, keys, j, ok, 0, 1, D, DP)), input_precision=PRECISION)
     else:
         s = tl.zeros([M, N], tl.float32)
-        for part in range(PARTS):
+        for part in tl.range(0, PARTS, num_stages=STAGES):
             q_part = load_rows(p_q, y, g, row_ok, part, G, PARTS, D, DP)
             k_part = load_keys(p_k, keys, j, ok, part, PARTS, D, DP)
             s = tl.dot(q_part, tl.trans(k_part), s, input_precision=PRECISION)
@@ -263,6 +267,7 @@ def lse_kernel(
                 N,
                 BLOCK,
                 SIDE,
+                STAGES,
             )
     lse = tl.where(total == 0, -float("inf"), peak + tl.log2(total))
     tl.store(p_lse + (i_sk.to(tl.int64) * tl.num_programs(1) + i_split) * rows + r, lse, mask=row_ok)
