@@ -17,10 +17,12 @@ export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
 # GPU SCRIPT ARGUMENTS... Where a training step cannot be captured in a graph it runs without. A report of some of the rows is no
 # use and is removed.
 on() {
-    local run=(timeout $((490 - SECONDS)) python "benchmarks/$2.py" "${@:3}" --out "$out/$2.jsonl")
-    export CUDA_VISIBLE_DEVICES=$1
-    "${run[@]}" || [ "$2" = needle ] || "${run[@]}" --no-graph
+    measure "$@" || [ "$2" = needle ] || [ $SECONDS -gt 240 ] || measure "$@" --no-graph
     rm -f "$out"/*.md "$out"/*.png
+}
+
+measure() {
+    CUDA_VISIBLE_DEVICES=$1 timeout $((490 - SECONDS)) python "benchmarks/$2.py" "${@:3}" --out "$out/$2.jsonl"
 }
 
 language() { # GPU MINUTES LAYERS
