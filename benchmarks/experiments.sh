@@ -39,8 +39,8 @@ recall() { # GPU MINUTES SHAPES
     language 1 5.5 mha,dma,swa &
     recall 2 7 256x64,1024x64,2048x64,512x64+noise &
     (
-        on 3 convert "$model" --keeps 256 --minutes 1.5 --tokens 2500000
-        recall 3 4.8 512x64,256x64+noise,256x128,256x256,256x32
+        on 3 convert "$model" --keeps 256 --minutes 2.2 --tokens 2500000
+        recall 3 4.2 512x64,256x64+noise,256x128,256x256,256x32
     ) &
     wait
     rm -rf "$models"
