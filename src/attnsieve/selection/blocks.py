@@ -37,7 +37,7 @@ def _probed(atom: ProbedBlocks | ProbedKeys, sequence: SequenceQK, keys: int) ->
 
     def choose(part: slice) -> Tensor:
         mass = masses(sequence, rows[part], fresh[part] if again else None, keys)
-        return fewest_with_mass(mass, atom.mass, (rows[part, -1] + 1).int() if keys == 1 else None)
+        return fewest_with_mass(mass, atom.mass, (rows[part, -1] + 1).int() if on_chip and keys == 1 else None)
 
     return _in_parts(sequence, len(rows), -(-sequence.tokens // keys), cells, choose)
 

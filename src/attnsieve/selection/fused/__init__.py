@@ -1,7 +1,7 @@
 """Choosing on a GPU: the exact attention of probed queries in fused kernels, which never write a score to memory.
 
 Every function here has its oracle in plain torch, in the files of `attnsieve.selection`: same rule, another order of sums. Triton
-is imported when a call is served, not before. Sums have a fixed order that no batch mate changes.
+is imported when a call is served, not before. Sums have a fixed order: a choice repeats bit for bit.
 """
 
 from __future__ import annotations
