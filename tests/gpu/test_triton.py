@@ -8,7 +8,7 @@ from attnsieve.backends.call import Call
 from attnsieve.backends.triton import why_not
 from attnsieve.bench.check import check_gradients
 from attnsieve.bench.masks import selected
-from attnsieve.patterns import columns, diagonals, empty, random_blocks, sink, window
+from attnsieve.patterns import columns, dense, diagonals, empty, random_blocks, sink, window
 from attnsieve.testing import assert_within_budget, relative_error
 from tests.laws.samples import SAMPLES, dam
 
@@ -186,8 +186,37 @@ def test_decode_shapes(group, width):
     check(compile_layout([MIXED[1]] * 2, 5000), q_len=1, n=4097, group=group, kv_heads=2, width=width)
 
 
-def test_decode_replays_in_a_graph():
-    n, layout = 600, compile_layout([sink(2) | window(30) | columns(100, 200, 300)], 1024, "cuda")
+DECODED = [*MIXED, dense(), columns(3, 50, 90, 400) | diagonals(0, 40, 390), window(300) | columns(*range(0, 500, 9))]
+
+
+@pytest.mark.parametrize("width", [64, 80, 128])
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 8])
+def test_decode_of_groups_with_masks_of_their_own(group, width):
+    row = [DECODED[3 * h % len(DECODED)] for h in range(2 * group)]
+    spans = Spans.left_padded(torch.tensor([0, 1, 300, 516, 517], device="cuda"), 2, 517)
+    check(compile_layout(row, 600), batch=5, group=group, kv_heads=2, q_len=2, width=width, spans=spans)
+
+
+@pytest.mark.parametrize("n", [1, 18, 33, 129, 5000])
+def test_decode_of_few_and_many_keys(n):
+    check(compile_layout(DECODED, 5000), q_len=1, n=n, kv_heads=1, group=len(DECODED))
+
+
+@pytest.mark.parametrize(("where", "value"), [("k", torch.nan), ("v", torch.nan), ("v", torch.inf)])
+def test_decode_of_what_is_not_finite(where, value):
+    call = call_of(compile_layout([window(300), columns(5, 140), diagonals(0, 376), window(9)], 517), q_len=1, kv_heads=2)
+    run = lambda: attend(call.q, call.k, call.v, call.layout, key_bias=call.key_bias, backend="triton")  # noqa: E731
+    clean = run()
+    (call.k if where == "k" else call.v)[:, :, 140, 3] = value
+    keeps = torch.tensor([False, True, True, False], device="cuda")[None, :, None]
+    out = run()
+    assert torch.equal(out.isfinite().all(-1), ~keeps)
+    assert relative_error(out[~keeps], clean[~keeps].double()) < 2 * torch.finfo(out.dtype).eps
+
+
+@pytest.mark.parametrize("row", [DECODED[:4], [columns(100, 200, 300) | window(30)]], ids=["own", "shared"])
+def test_decode_replays_in_a_graph(row):
+    n, layout = 600, compile_layout(row, 1024, "cuda")
     k, v = (torch.randn(1, 1, 1024, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     q = torch.randn(1, 4, 1, 64, device="cuda", dtype=torch.bfloat16)
     spans = Spans.of([(0, 0, 1, 0, n)], "cuda")
@@ -195,7 +224,20 @@ def test_decode_replays_in_a_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, lse = attend(q, k, v, layout, spans=spans, backend="triton", return_lse=True)
-    for step in range(3):
-        spans.k_len.fill_(n + step)
+    for length in (n, n + 1, 1024, 5):
+        spans.k_len.fill_(length)
         graph.replay()
         assert_within_budget(out, lse, Call(q, k, v, layout, spans, 64**-0.5))
+
+
+def test_decode_does_not_wait_for_the_device():
+    static, chosen = compile_layout(DECODED[:4], 1024, "cuda"), selected(1024, 1, "cuda", 100)
+    call = call_of(static, q_len=1, group=4)
+    run = lambda layout: attend(call.q, call.k, call.v, layout, spans=call.spans, backend="triton")  # noqa: E731
+    run(static)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(static)
+        run(chosen)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

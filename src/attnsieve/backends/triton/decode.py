@@ -15,6 +15,7 @@ dealt to heads there: nothing waits for the host, and a step can be replayed in 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -277,8 +278,14 @@ def _words(call: Call) -> tuple[int, int]:
     """Query heads that read keys together, and bits of a word: one for each, or one for all where they share masks."""
     if call.layout.heads == call.k.shape[1]:
         return call.group, 1
-    group = max(size for size in range(1, _MOST_HEADS + 1) if call.group % size == 0)
+    group = _largest_part(call.group)
     return group, group
+
+
+@cache
+def _largest_part(group: int) -> int:
+    """The most query heads that have a bit each in a word and fill words evenly."""
+    return max(size for size in range(1, _MOST_HEADS + 1) if group % size == 0)
 
 
 def _programs(call: Call, tuning: Tuning, words: int, queries: int) -> int:

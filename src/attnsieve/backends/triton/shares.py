@@ -8,6 +8,7 @@ places lie is told by a function, PLACES(lists, at, x, shape): slots [N] of the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +67,7 @@ class Source(NamedTuple):
     s_bias: Any
 
 
+@cache
 def shape_of(group: int, bits: int, keys: int, width: int, v_width: int, dtype: torch.dtype) -> Shape:
     """`group` query heads share the places. float32 inputs are multiplied in float32, not in tf32."""
     sides = (group, bits, padded(group), keys, width, padded(width), v_width, padded(v_width))
