@@ -200,7 +200,7 @@ def test_eval_writes_rows_that_show_reads(work, tmp_path):
     assert "sink(4) \\| window(8)" in done.stdout
     again = json.loads(attnsieve("eval", work / "model", "--tasks", "kv", *arguments, "--json").stdout)["rows"]
     assert {row["plan"] for row in again} == {"dense", "sink(4) | window(8)", str(work / "plan")}
-    assert len(again) == 6
+    assert len(again) == 9
     shown = attnsieve("show", tmp_path / "a.jsonl", "--out", tmp_path / "figures")
     assert shown.stdout == done.stdout
     assert (tmp_path / "figures" / "answer_nll.png").exists()

@@ -115,10 +115,11 @@ class Runs:
 
     def _run(self, cell: Cell, plans: Mapping[str, Plan], missing: Mapping[str, dict[str, Any]]) -> None:
         sparse = [name for name in missing if name != DENSE]
+        made = self._seen[cell][0] if cell in self._seen else self._items(cell)
         title = f"{cell.task.name} {cell.length}"
         with tqdm(total=cell.items * (1 + len(sparse)), desc=title, unit="item", disable=not self._progress) as bar:
             # Dense attention runs even where its rows are there: pairs need its value of every item.
-            made, seen_dense, dense_measures = self._dense(cell, bar)
+            made, seen_dense, dense_measures = self._dense(cell, made, bar)
             if DENSE in missing:
                 self._record(missing[DENSE], 1.0, dense_measures, None)
             for name in sparse:
@@ -127,10 +128,12 @@ class Runs:
                 measures = self._measure(cell.task, made, plan, seen, seen_dense)
                 self._record(missing[name], self._density(cell, plan, made[0]), measures, dense_measures)
 
-    def _dense(self, cell: Cell, bar: Any) -> tuple[list[Any], list[Any], list[Measures]]:
+    def _items(self, cell: Cell) -> list[Any]:
+        return list(cell.task.items(self._tokenizer, cell.length, cell.items, cell.seed))
+
+    def _dense(self, cell: Cell, made: list[Any], bar: Any) -> tuple[list[Any], list[Any], list[Measures]]:
         """Items, what dense attention made of them, and its measures."""
         if cell not in self._seen:
-            made = list(cell.task.items(self._tokenizer, cell.length, cell.items, cell.seed))
             seen = self._observe(cell.task, made, bar)
             if len(self._seen) == REMEMBERED:
                 del self._seen[next(iter(self._seen))]
