@@ -7,7 +7,7 @@ heads, or KV heads when the heads of a group share a mask), n the capacity in po
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import gcd
 from typing import Any, TypeVar, cast
@@ -53,7 +53,8 @@ class Layout:
     corner: uint8 [H, L, ceil(L / 8)], first key in the lowest bit, or None; corner_rows: int32 [H].
     A row never depends on how many rows follow, so one layout serves prefill, chunks and decode steps up to its length.
     most_keys: no row keeps more keys than this by `end`, if the host knows; kernels then size their lists without reading
-    the device. passing: made for one call, so that nothing is worth reading back to learn more about it.
+    the device. passing: made for one call, so that nothing is worth reading back to learn more about it. windows: the host knows
+    that every end is FOREVER, or what one window per sequence and head gives (j + w, or no row for all such keys).
     """
 
     length: int
@@ -65,6 +66,7 @@ class Layout:
     schedules: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     most_keys: int | None = None
     passing: bool = False
+    windows: bool = False
 
     def __post_init__(self) -> None:
         require(self.end.dtype == torch.int32 and self.end.ndim == 3, f"end must be int32 [Z, H, n], got {_kind(self.end)}")
@@ -101,8 +103,8 @@ class Layout:
         offset, corner, rows = (
             None if part is None else part.to(device) for part in (self.offset, self.corner, self.corner_rows)
         )
-        return Layout(
-            self.length, self.end.to(device), offset, corner, rows, blocks, most_keys=self.most_keys, passing=self.passing
+        return replace(
+            self, end=self.end.to(device), offset=offset, corner=corner, corner_rows=rows, blocks=blocks, schedules={}
         )
 
     def keep(self, z: int, h: int, i: Tensor, j: Tensor) -> Tensor:

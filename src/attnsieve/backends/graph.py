@@ -60,14 +60,14 @@ def _arguments(call: Call) -> tuple[Any, ...]:
     most = -1 if layout.most_keys is None else layout.most_keys
     places = [spans.batch, spans.q_start, spans.q_len, spans.k_start, spans.k_len]
     vectors = (layout.end, layout.offset, layout.corner, layout.corner_rows, count, index)
-    numbers = [layout.length, most, *sides, int(layout.passing), *(spans.whole or ())]
+    numbers = [layout.length, most, *sides, int(layout.passing), int(layout.windows), *(spans.whole or ())]
     return call.q, call.k, call.v, call.key_bias, places, *vectors, numbers, float(call.scale)
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, places: Sequence[Tensor], *layout_and_scale: Any) -> Call:
     """The inverse of `_arguments`."""
     *vectors, numbers, scale = layout_and_scale
-    whole = (numbers[5], numbers[6], numbers[7]) if len(numbers) > 5 else None
+    whole = (numbers[6], numbers[7], numbers[8]) if len(numbers) > 6 else None
     batch, q_start, q_len, k_start, k_len = places
     spans = Spans(batch, q_start, q_len, k_start, k_len, whole)
     return Call(q, k, v, _layout(vectors, numbers), spans, scale, key_bias)
@@ -79,10 +79,11 @@ def _layout(vectors: Sequence[Any], numbers: Sequence[int]) -> Layout:
     if known is not None and version == end._version:
         found: Layout = known
         return found
-    length, most, rows, keys, passing = numbers[:5]
+    length, most, rows, keys, passing, windows = numbers[:6]
     blocks = None if count is None or index is None else Blocks(rows, keys, count, index)
+    most_keys = None if most < 0 else most
     layout = Layout(
-        length, end, offset, corner, corner_rows, blocks, most_keys=None if most < 0 else most, passing=bool(passing)
+        length, end, offset, corner, corner_rows, blocks, most_keys=most_keys, passing=bool(passing), windows=bool(windows)
     )
     if most < 0:
         # Masks chosen from the input are used once; remembering them would keep their memory until a collection of cycles.

@@ -97,7 +97,8 @@ def join(static: Static, sequences: int, parts: Sequence[Part]) -> Layout:
             part.put(end, part.chosen.end)
         if part.chosen.offset is not None and offset is not None:
             part.put(offset, part.chosen.offset)
-    return replace(base, end=end, offset=offset, blocks=_join_blocks(static, sequences, parts), schedules={}, passing=True)
+    blocks, windows = _join_blocks(static, sequences, parts), not any(part.chosen.mortal for part in parts)
+    return replace(base, end=end, offset=offset, blocks=blocks, schedules={}, passing=True, windows=windows)
 
 
 def _join_blocks(static: Static, sequences: int, parts: Sequence[Part]) -> Blocks | None:

@@ -10,8 +10,9 @@ unless its key stands in the query tile's list of single keys. Two ways of listi
 Blocks narrower than long (single keys for a block of queries) are lists already: key tiles serve what `end` and the offsets
 keep, and the keys of a row of blocks, in order, are the list of each of its query tiles.
 
-Everything is built on the device. Sizes that the host cannot bound (`Layout.most_keys`) are read back: twice when a layout is
-first used at a tile shape, never again.
+Everything is built on the device. For layouts that serve many calls, what is best and how long the lists are is read back: twice
+when a layout is first used at a tile shape, never again. Layouts that serve one call are not read: lists get room for the most that
+there can be.
 """
 
 from __future__ import annotations
@@ -21,14 +22,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attnsieve.backends.triton import lists as kernels
 from attnsieve.backends.triton.common import LISTED_ALL, LISTED_BLOCKS, LISTED_FLAGGED, LISTED_NOTHING, Lists, Mask
-from attnsieve.backends.triton.vectors import bits_of_blocks, words_of_keys, words_of_offsets
+from attnsieve.backends.triton.lists import Summary, count_tiles, fill_tiles
+from attnsieve.backends.triton.single_keys import BlockKeys, list_block_keys, list_keys
+from attnsieve.backends.triton.survey import BY_LIST, BY_TILE, FLAGGED, SLACK, WINDOW, Survey, survey
+from attnsieve.backends.triton.vectors import (
+    Before,
+    bits_of_blocks,
+    count_offsets,
+    flags_of,
+    list_flagged,
+    words_of_distances,
+)
 from attnsieve.layout import Blocks, Layout
 from attnsieve.patterns import FOREVER
 
-# A key tile holding this share of keys that no row drops is visited; below it they are listed.
-_DENSE_SHARE = 0.75
 # Listing every key must halve the keys read to pay for its lists, which hold a row's keys for every query tile.
 _LISTING_GAIN = 2
 _LISTING_SHARE = 0.25
@@ -42,7 +50,8 @@ class Schedule:
     """What the kernels read for query tiles of `positions` and key tiles of `keys` tokens.
 
     tiles: key tiles of each query tile, or None where key lists serve everything. singles: keys of each query tile, or None.
-    listed: one of the LISTED constants. block: side of the layout's whole blocks (1 without).
+    listed: one of the LISTED constants; most: the most keys in a list. block: side of the layout's whole blocks (1 without).
+    summary: what tells tiles apart, or None where there are none.
     """
 
     positions: int
@@ -51,16 +60,18 @@ class Schedule:
     tiles: Lists | None
     singles: Lists | None
     listed: int
+    most: int
     block: int
+    summary: Summary | None
 
 
 @dataclass(frozen=True)
-class _Survey:
-    """Read once from the device: whether to list all keys, the most keys of a row, the most flagged keys of a head."""
+class _Choice:
+    """How keys are listed, the most keys in a list, and whether all ends are columns or one window per head."""
 
-    list_all: bool
-    most_keys: int
-    most_flagged: int
+    listed: int
+    most: int
+    windows: bool
 
 
 def schedule(layout: Layout, positions: int, keys: int, *, listing: bool = True) -> Schedule:
@@ -71,7 +82,7 @@ def schedule(layout: Layout, positions: int, keys: int, *, listing: bool = True)
 def tiles_by_key(layout: Layout, built: Schedule) -> Lists:
     """The reverse of `built.tiles`: for each key tile the query tiles that visit it."""
     key = ("triton by key", built.positions, built.keys, built.listed)
-    return layout.schedule(key, lambda: _tile_lists(layout, built, _summary(layout, built), by_key=True))
+    return layout.schedule(key, lambda: _tile_lists(layout, built, _count_tiles(layout, built, by_key=True), by_key=True))
 
 
 def stretches(layout: Layout, built: Schedule, positions: int) -> tuple[Lists, int]:
@@ -83,53 +94,43 @@ def stretches(layout: Layout, built: Schedule, positions: int) -> tuple[Lists, i
 def _build(layout: Layout, positions: int, keys: int, listing: bool) -> Schedule:
     if layout.blocks is not None and layout.blocks.keys < layout.blocks.rows:
         rest = _build(replace(layout, blocks=None, schedules={}), positions, keys, listing=False)
-        return replace(rest, singles=_block_lists(layout, layout.blocks, positions), listed=LISTED_BLOCKS.value)
-    survey = _survey(layout, positions, keys) if listing else _Survey(False, 0, 0)
-    flags = None
-    if survey.list_all:
-        listed = LISTED_ALL.value
-    elif survey.most_flagged:
-        listed, flags = LISTED_FLAGGED.value, _flagged(layout, keys)
-    else:
-        listed = LISTED_NOTHING.value
+        singles = _block_lists(layout, layout.blocks, positions)
+        return replace(rest, singles=singles, listed=LISTED_BLOCKS.value)
+    choice, found = _choose(layout, positions, keys, listing)
     block = 1 if layout.blocks is None else layout.blocks.rows
-    by_bits = not survey.list_all and (block == 1 or block % keys == 0)
-    built = Schedule(positions, keys, _mask(layout, flags, positions, by_bits), None, None, listed, block)
-    if listed != LISTED_ALL.value or _beyond_end(layout):
-        summary = _summary(layout, built)
-        built = _with_cut(layout, built, summary)
-        built = replace(built, tiles=_tile_lists(layout, built, summary, by_key=False))
-    if listed == LISTED_ALL.value:
-        return replace(built, singles=_key_lists(layout, built, positions, survey.most_keys, sort=True, drop=True))
-    return built if flags is None else replace(built, singles=_columns(built, flags, survey.most_flagged))
+    by_bits = choice.windows and (block == 1 or block % keys == 0)
+    mask = _mask(layout, choice, found, positions, by_bits)
+    built = Schedule(positions, keys, mask, None, None, choice.listed, choice.most, block, None)
+    if choice.listed == LISTED_ALL.value:
+        built = replace(built, singles=_key_lists(layout, built, positions, choice.most, sort=True, drop=True))
+        found = survey(layout, positions, keys, choice.listed) if _beyond_end(layout) else None
+    return built if found is None else _with_tiles(layout, built, found)
 
 
-def _beyond_end(layout: Layout) -> bool:
-    return layout.offset is not None or layout.blocks is not None or layout.corner is not None
-
-
-def _survey(layout: Layout, positions: int, keys: int) -> _Survey:
+def _choose(layout: Layout, positions: int, keys: int, listing: bool) -> tuple[_Choice, Survey | None]:
+    """How to list keys, and what was found on the way."""
+    if listing and layout.most_keys is not None:
+        return _Choice(LISTED_ALL.value, layout.most_keys, False), None
+    found = survey(layout, positions, keys, LISTED_FLAGGED.value if listing else LISTED_NOTHING.value)
     if layout.most_keys is not None:
-        return _Survey(True, layout.most_keys, 0)
-    return layout.schedule(("triton survey", positions, keys), lambda: _measure(layout, positions, keys))
+        return _Choice(LISTED_NOTHING.value, 0, False), found
+    if layout.passing and layout.windows:
+        return _Choice(LISTED_FLAGGED.value if listing else LISTED_NOTHING.value, layout.length, True), found
+    return _choose_by(found, layout, listing), found
 
 
-def _measure(layout: Layout, positions: int, keys: int) -> _Survey:
-    forever = layout.end == FOREVER
-    mortal = torch.where(forever, 0, layout.end).clamp_max(layout.length)
-    flagged = _flagged(layout, keys).sum(-1).max()
-    by_list, by_tile = _keys_read(mortal, positions, 1), _keys_read(mortal, positions, keys)
-    row, listed, tiled, columns = torch.stack([_longest_row(layout.end), by_list, by_tile, flagged]).tolist()
-    short = row <= _LISTING_SHARE * layout.length
-    return _Survey(short and listed * _LISTING_GAIN < tiled, row, columns)
-
-
-def _keys_read(end: Tensor, positions: int, keys: int) -> Tensor:
-    """Keys that all query tiles together read when keys come in groups of `keys`."""
-    first = torch.arange(0, end.shape[-1], keys, device=end.device)
-    last = _per_tile(end, keys).amax(-1)
-    tiles = (last - 1) // positions - first // positions + 1
-    return torch.where(last > first, tiles, 0).sum() * keys
+def _choose_by(found: Survey, layout: Layout, listing: bool) -> _Choice:
+    """Reads the device."""
+    numbers = found.found.cpu()
+    windows = bool((layout.length - numbers[SLACK].amax(-1) >= numbers[WINDOW].amax(-1)).all())
+    if not listing:
+        return _Choice(LISTED_NOTHING.value, 0, windows)
+    if int(numbers[BY_LIST].sum()) * _LISTING_GAIN < int(numbers[BY_TILE].sum()):
+        row = int(_longest_row(layout.end))
+        if row <= _LISTING_SHARE * layout.length:
+            return _Choice(LISTED_ALL.value, row, False)
+    flagged = int(numbers[FLAGGED].sum(-1).max())
+    return _Choice(LISTED_FLAGGED.value if flagged else LISTED_NOTHING.value, flagged, windows)
 
 
 def _longest_row(end: Tensor) -> Tensor:
@@ -142,37 +143,29 @@ def _longest_row(end: Tensor) -> Tensor:
     return change.cumsum(-1).max()
 
 
-def _flagged(layout: Layout, keys: int) -> Tensor:
-    """bool [Z, H, n]: keys that no row drops, where they are too few to fill their tile."""
-    forever = layout.end == FOREVER
-    dense = _per_tile(forever, keys).sum(-1) >= _DENSE_SHARE * keys
-    return forever & ~dense.repeat_interleave(keys, dim=-1)[..., : layout.length]
+def _beyond_end(layout: Layout) -> bool:
+    return layout.offset is not None or layout.blocks is not None or layout.corner is not None
 
 
-def _per_tile(vector: Tensor, keys: int) -> Tensor:
-    """[Z, H, B, keys], zero beyond the last key."""
-    pad = -vector.shape[-1] % keys
-    tiles: Tensor = torch.nn.functional.pad(vector, (0, pad)).unflatten(-1, (-1, keys))
-    return tiles
-
-
-def _mask(layout: Layout, flags: Tensor | None, positions: int, by_bits: bool) -> Mask:
-    ends = layout.end.contiguous() if flags is None else torch.where(flags, ~layout.end, layout.end)
-    distances = _distances(layout) if by_bits else None
-    columns = None if distances is None else words_of_keys(layout.end == FOREVER)
-    distances = layout.offset if distances is None else distances
-    words = None if distances is None else words_of_offsets(distances)
+def _mask(layout: Layout, choice: _Choice, found: Survey | None, positions: int, by_bits: bool) -> Mask:
+    flagged = found.flagged if found is not None and choice.listed == LISTED_FLAGGED.value else None
+    columns = found.columns if found is not None and by_bits else None
+    ends, tiles = layout.end.contiguous(), -(-layout.length // positions)
+    if flagged is not None and columns is None:
+        ends = torch.where(flags_of(flagged, layout.length), ~ends, ends)
+    words = words_of_distances(layout, found, by_bits) if by_bits or layout.offset is not None else None
     bits = None if layout.blocks is None else bits_of_blocks(layout.blocks)
     corner = None if layout.corner is None else layout.corner.contiguous()
+    lists_some = choice.listed != LISTED_NOTHING.value and not (choice.listed == LISTED_ALL.value and not _beyond_end(layout))
     return Mask(
         ends,
         words,
         corner,
         layout.corner_rows,
         bits,
-        cut=None,
+        cut=ends.new_empty(*ends.shape[:2], tiles) if lists_some else None,
         columns=columns,
-        listed=None if columns is None or flags is None else words_of_keys(flags),
+        listed=None if columns is None else flagged,
         n=layout.length,
         n_words=1 if words is None else words.shape[-1],
         column_words=1 if columns is None else columns.shape[-1],
@@ -180,108 +173,76 @@ def _mask(layout: Layout, flags: Tensor | None, positions: int, by_bits: bool) -
         corner_bytes=1 if corner is None else corner.shape[2],
         n_blocks=1 if bits is None else bits.shape[-2],
         block_words=1 if bits is None else bits.shape[-1],
-        tiles=-(-layout.length // positions),
+        tiles=tiles,
     )
 
 
-def _distances(layout: Layout) -> Tensor | None:
-    """bool [Z, H, n]: what each head keeps by distance, its window included; None where ends are not windows and columns.
-
-    Reads the device once; never for masks chosen from the input.
-    """
-    return None if layout.most_keys is not None else layout.schedule("triton distances", lambda: _window_and_offsets(layout))
-
-
-def _window_and_offsets(layout: Layout) -> Tensor | None:
-    position = torch.arange(layout.length, dtype=torch.int32, device=layout.device)
-    forever = layout.end == FOREVER
-    window = torch.where(forever, 0, layout.end - position).amax(-1, keepdim=True).clamp_min(0)
-    # A key that is never seen counts as one seen by a window of 0.
-    limit = torch.where(window > 0, position + window, 0).clamp_max(layout.length)
-    found = torch.where(layout.end > position, layout.end, 0).clamp_max(layout.length)
-    if not bool((forever | (found == limit)).all()):
-        return None
-    kept = position < window
-    return kept if layout.offset is None else kept | layout.offset
-
-
-def _summary(layout: Layout, built: Schedule) -> kernels.Summary:
-    end, position = built.mask.ends, torch.arange(layout.length, dtype=torch.int32, device=layout.device)
-    listed = torch.full_like(end, built.listed == LISTED_ALL.value, dtype=torch.bool)
-    if built.listed == LISTED_FLAGGED.value:
-        listed = end < 0
-        end = torch.where(listed, ~end, end)
-    kept = torch.where(end > position, end, 0)
-    latest, of_lists = (_per_tile(kept.masked_fill(away, 0), built.keys).amax(-1).contiguous() for away in (listed, ~listed))
-    distances = None
-    if layout.offset is not None:
-        distances = torch.nn.functional.pad(layout.offset.cumsum(-1, dtype=torch.int32), (1, 0)).contiguous()
-    return kernels.Summary(latest, _per_tile(end, built.keys).amin(-1).contiguous(), of_lists, distances)
-
-
-def _with_cut(layout: Layout, built: Schedule, summary: kernels.Summary) -> Schedule:
-    """Adds the cut where lists serve some keys."""
-    if built.listed == LISTED_NOTHING.value:
-        return built
-    cut = torch.empty(layout.sequences, layout.heads, built.mask.tiles, dtype=torch.int32, device=layout.device)
-    _count(layout, built, summary, torch.empty_like(cut), cut, by_key=False)
-    return replace(built, mask=built.mask._replace(cut=cut))
-
-
-def _count(layout: Layout, built: Schedule, summary: kernels.Summary, count: Tensor, cut: Tensor, by_key: bool) -> None:
-    kernels.count_tiles[(count.shape[-1], layout.sequences * layout.heads)](
-        built.mask, summary, count, cut, layout.heads, built.positions, built.keys, built.block, built.listed, by_key, STEP=256
+def _with_tiles(layout: Layout, built: Schedule, found: Survey) -> Schedule:
+    """Adds lists of key tiles and, where keys are flagged, those of flagged keys: one ascending list per head, of which a query
+    tile reads the part below its cut."""
+    distances = count_offsets(found, layout.length, built.positions, built.keys)
+    built = replace(built, summary=Summary(found.latest, found.earliest, found.listed, distances))
+    if built.listed != LISTED_FLAGGED.value:
+        return replace(built, tiles=_tile_lists(layout, built, _count_tiles(layout, built), by_key=False))
+    assert found.flagged is not None
+    items, flagged = list_flagged(
+        found.flagged, found.found[FLAGGED], layout.length, built.positions, built.keys, built.most, _SPARE
     )
+    whole, start = torch.empty_like(built.mask.cut), torch.empty_like(built.mask.cut, dtype=torch.int64)
+    singles = Lists(start, whole, torch.empty_like(whole), items)
+    count = _count_tiles(layout, built, flagged=flagged, singles=singles)
+    return replace(built, singles=singles, tiles=_tile_lists(layout, built, count, by_key=False))
 
 
-def _tile_lists(layout: Layout, built: Schedule, summary: kernels.Summary, by_key: bool) -> Lists:
+def _count_tiles(
+    layout: Layout, built: Schedule, by_key: bool = False, flagged: Before | None = None, singles: Lists | None = None
+) -> Tensor:
+    """int32 [Z, H, tiles]: visited tiles. By query tile also fills in the cut and whose `singles` they read."""
     outer = -(-layout.length // built.keys) if by_key else built.mask.tiles
-    count = torch.empty(layout.sequences, layout.heads, outer, dtype=torch.int32, device=layout.device)
-    _count(layout, built, summary, count, torch.empty_like(count), by_key)
-    stop = count.flatten().cumsum(0)
-    start = stop - count.flatten()
-    items = torch.zeros(int(stop[-1]) + _SPARE, dtype=torch.int32, device=layout.device)
-    lists = Lists(start, torch.empty_like(count), count, items)
-    kernels.fill_tiles[(outer, layout.sequences * layout.heads)](
-        built.mask, summary, lists, layout.heads, built.positions, built.keys, built.block, built.listed, by_key, STEP=256
-    )
+    count = layout.end.new_empty(layout.sequences, layout.heads, outer)
+    room = 0 if singles is None else singles.items.shape[-1]
+    grid, rest = _tile_kernel(layout, built, outer, by_key)
+    count_tiles[grid](built.mask, built.summary, count, flagged, singles, room, **rest)
+    return count
+
+
+def _tile_lists(layout: Layout, built: Schedule, count: Tensor, by_key: bool) -> Lists:
+    stop = (count + 1).flatten().cumsum(0)
+    start = stop.view(count.shape) - count - 1
+    chosen = layout.passing or layout.most_keys is not None
+    room = _most_tiles(layout, built) + count.numel() if chosen else int(stop[-1])
+    lists = Lists(start, torch.empty_like(count), count, count.new_empty(room + _SPARE))
+    grid, rest = _tile_kernel(layout, built, count.shape[-1], by_key)
+    fill_tiles[grid](built.mask, built.summary, lists, **rest)
     return lists
 
 
-def _columns(built: Schedule, flags: Tensor, most: int) -> Lists:
-    """One ascending list per head; a query tile reads the part below its cut."""
-    place = torch.where(flags, flags.cumsum(-1) - 1, most)
-    position = torch.arange(flags.shape[-1], dtype=torch.int32, device=flags.device)
-    columns = torch.full((*flags.shape[:-1], most + _SPARE), FOREVER, dtype=torch.int32, device=flags.device)
-    columns.scatter_(-1, place, position.expand_as(place))
-    columns[..., most:] = FOREVER
-    first = torch.arange(built.mask.tiles, dtype=torch.int32, device=flags.device) * built.positions
-    whole = torch.searchsorted(columns, torch.minimum(built.mask.cut, first + 1), out_int32=True)
-    count = torch.searchsorted(columns, torch.minimum(built.mask.cut, first + built.positions), out_int32=True)
-    start = torch.arange(0, columns.numel(), columns.shape[-1], device=flags.device)
-    return Lists(start.repeat_interleave(built.mask.tiles), whole, count, columns)
+def _most_tiles(layout: Layout, built: Schedule) -> int:
+    """No fewer than the causal pairs of a query tile and a key tile, of all heads."""
+    tiles = int(built.mask.tiles)
+    return layout.sequences * layout.heads * (tiles * (tiles + 1) * built.positions // (2 * built.keys) + tiles)
+
+
+def _tile_kernel(layout: Layout, built: Schedule, outer: int, by_key: bool) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and options of the kernels that look at pairs of tiles."""
+    listed = LISTED_NOTHING.value if built.mask.cut is None else built.listed
+    sizes = {"H": layout.heads, "M": built.positions, "N": built.keys, "BLOCK": built.block, "LISTED": listed}
+    return (outer, layout.sequences * layout.heads), {**sizes, "BY_KEY": by_key, "STEP": 256, "num_warps": 1}
 
 
 def _block_lists(layout: Layout, blocks: Blocks, positions: int) -> Lists:
     """The keys of every row of blocks, those that all its rows keep by nothing else first; query tiles must divide the rows."""
-    step = torch.arange(blocks.keys, dtype=torch.int32, device=layout.device)
-    keys = (blocks.index[..., None] * blocks.keys + step).flatten(-2)
-    real = ((blocks.index >= 0)[..., None] & (step >= 0)).flatten(-2) & (keys < layout.length)
-    keys = torch.where(real, keys, 0)
-    first = torch.arange(keys.shape[2], dtype=torch.int32, device=layout.device)[:, None] * blocks.rows
-    end = layout.end.expand(*keys.shape[:2], -1).gather(-1, keys.flatten(2).long()).view_as(keys)
-    whole = real & (keys <= first) & (end <= first)
-    if layout.offset is not None:
-        whole = torch.zeros_like(whole)
-    n_whole = whole.sum(-1, dtype=torch.int32)
-    room = keys.shape[-1]
-    place = torch.where(whole, whole.cumsum(-1), n_whole[..., None] + (real & ~whole).cumsum(-1)) - 1
-    items = torch.zeros(*keys.shape[:-1], room + 1, dtype=torch.int32, device=layout.device)
-    items.scatter_(-1, torch.where(real, place, room).long(), keys)
-    tile = torch.arange(-(-layout.length // positions), device=layout.device) * positions // blocks.rows
-    start = (torch.arange(n_whole.numel(), device=layout.device) * (room + 1)).view_as(n_whole)
-    starts, whole_counts, counts = (x[..., tile].contiguous() for x in (start, n_whole, real.sum(-1, dtype=torch.int32)))
-    return Lists(starts, whole_counts, counts, torch.nn.functional.pad(items.flatten(), (0, _SPARE)))
+    rows, tiles = blocks.index.shape[2], -(-layout.length // positions)
+    start = layout.end.new_empty(*blocks.index.shape[:2], tiles, dtype=torch.int64)
+    count = torch.empty_like(start, dtype=torch.int32)
+    items = layout.end.new_empty(blocks.index.numel() * blocks.keys + _SPARE)
+    lists = Lists(start, torch.empty_like(count), count, items)
+    source = BlockKeys(blocks.count.contiguous(), blocks.index.contiguous(), blocks.index.shape[3])
+    ends = layout.end.expand(*blocks.index.shape[:2], -1).contiguous()
+    list_block_keys[(rows, blocks.index.shape[:2].numel())](
+        source, ends, lists, layout.length, rows, tiles, blocks.rows, blocks.keys, positions, layout.offset is None, STEP=1024
+    )
+    return lists
 
 
 def _key_lists(layout: Layout, built: Schedule, positions: int, most: int, sort: bool, drop: bool) -> Lists:
@@ -297,23 +258,23 @@ def _key_lists(layout: Layout, built: Schedule, positions: int, most: int, sort:
     items = torch.empty(rows * room + _SPARE, dtype=torch.int32, device=layout.device)
     count = torch.empty(layout.sequences, layout.heads, tiles, dtype=torch.int32, device=layout.device)
     lists = Lists(start, torch.empty_like(count), count, items)
-    kernels.list_keys[(tiles, layout.sequences * layout.heads)](
+    list_keys[(tiles, layout.sequences * layout.heads)](
         built.mask, parent, lists, room, layout.heads, positions, _ROOT // positions, sort, drop, STEP=1024
     )
     return lists
 
 
 def _stretches(layout: Layout, built: Schedule, positions: int) -> tuple[Lists, int]:
-    survey = _survey(layout, built.positions, built.keys)
     if built.listed == LISTED_ALL.value:
-        lists = _key_lists(layout, built, positions, survey.most_keys, sort=True, drop=False)
-        return lists, min(survey.most_keys + positions - 1, layout.length)
+        lists = _key_lists(layout, built, positions, built.most, sort=True, drop=False)
+        return lists, min(built.most + positions - 1, layout.length)
     assert built.singles is not None
     columns, ratio = built.singles.items, positions // built.positions
-    count = _per_tile(built.singles.count, ratio).amax(-1).contiguous()
+    missing = -built.mask.tiles % ratio
+    count = torch.nn.functional.pad(built.singles.count, (0, missing)).unflatten(-1, (-1, ratio)).amax(-1).contiguous()
     # A key is whole where the cut of every query tile leaves it to the list and the first row is not before it.
-    cut = torch.nn.functional.pad(built.mask.cut, (0, -built.mask.tiles % ratio), value=FOREVER).unflatten(-1, (-1, ratio))
+    cut = torch.nn.functional.pad(built.mask.cut, (0, missing), value=FOREVER).unflatten(-1, (-1, ratio))
     first = torch.arange(count.shape[-1], dtype=torch.int32, device=layout.device) * positions
     whole = torch.searchsorted(columns, torch.minimum(cut.amin(-1), first + 1), out_int32=True)
     start = torch.arange(0, columns.numel(), columns.shape[-1], device=layout.device).repeat_interleave(count.shape[-1])
-    return Lists(start, whole, count, columns), survey.most_flagged
+    return Lists(start, whole, count, columns), built.most
