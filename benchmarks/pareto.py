@@ -11,6 +11,7 @@ one of them. Rows are written as they come, and runs that a file there holds alr
 """
 
 import argparse
+import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from pareto_plans import GROUPS, Shelf, Workshop, summary
 
 from attnsieve import Plan, UserError
 from attnsieve.evaluation.compare import Cell, Runs, plan_digest
-from attnsieve.evaluation.rows import Row, read_rows
+from attnsieve.evaluation.rows import Row
 from attnsieve.evaluation.tasks import Task, make_task
 from attnsieve.evaluation.tasks.aligned import MANY, aligned
 from attnsieve.evaluation.tasks.questions import QuestionTask
@@ -209,12 +210,21 @@ def run_of(row: Row) -> tuple[Any, ...]:
 
 
 def join(folder: Path) -> list[Row]:
-    """Every run of a folder once."""
+    """Every run of a folder once. A line that another process is writing, or was when it was ended, is left out."""
     runs: dict[tuple[Any, ...], dict[str, Row]] = {}
     for path in sorted(folder.glob("rows*.jsonl")):
-        for row in read_rows(path):
-            runs.setdefault(row.run, {})[row.metric] = row
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = whole_row(line)
+            if row is not None:
+                runs.setdefault(row.run, {})[row.metric] = row
     return [row for run in runs.values() for row in run.values()]
+
+
+def whole_row(line: str) -> Row | None:
+    try:
+        return Row(**json.loads(line))
+    except ValueError:
+        return None
 
 
 def plans_of(folder: Path) -> list[str]:

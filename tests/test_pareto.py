@@ -53,6 +53,8 @@ def test_two_shards_make_plans_rows_and_figures(script, tmp_path, capsys):
     script("pareto", model, *sizes, *few)
     assert len(read_rows(out / "rows-0.jsonl")) == len(rows)
 
+    with (out / "rows-7.jsonl").open("w") as torn:
+        torn.write((out / "rows-0.jsonl").read_text()[:-40])
     script("pareto_figures", out, "--out", tmp_path / "results" / "eval")
     joined = read_rows(tmp_path / "results" / "eval.jsonl")
     assert sorted(map(repr, joined)) == sorted(map(repr, rows))
