@@ -102,8 +102,8 @@ def test_chunks_and_rows_of_blocks_choose_alone(pattern, on_chip, monkeypatch):
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_more_rows_than_a_program_holds(together, on_chip):
-    from attnsieve.selection.fused.masses import Sums, by_key
+def test_masses_of_more_rows_than_a_program_holds(together, on_chip):
+    from attnsieve.selection.fused.masses import Sums, by_block, by_key
     from attnsieve.selection.fused.rows import ProbedRows
 
     n, count = 230, 200
@@ -111,9 +111,11 @@ def test_more_rows_than_a_program_holds(together, on_chip):
     sequence, rows = SequenceQK(q, k, 0.3, together), torch.arange(n - count, n)
     expected = sequence.attention(rows).unflatten(2, (2, -1)).sum(3) * (3 if together else 1)
     on_chip()
-    found = by_key(ProbedRows.of(sequence, rows), k, Sums(count // 2, together))
+    probed, sums = ProbedRows.of(sequence, rows), Sums(count // 2, together)
     read = torch.arange(n) <= torch.tensor([n - count // 2 - 1, n - 1])[:, None]
-    torch.testing.assert_close(found[..., read], expected[..., read])
+    torch.testing.assert_close(by_key(probed, k, sums)[..., read], expected[..., read])
+    blocks = torch.nn.functional.pad(expected, (0, -n % 40)).unflatten(-1, (-1, 40)).sum(-1)
+    torch.testing.assert_close(by_block(probed, k, 40, sums), blocks)
 
 
 WEIGHTS = {
@@ -138,7 +140,7 @@ def test_the_search_finds_what_sorting_finds(kind, width, in_registers, monkeypa
     if not in_registers:
         monkeypatch.setattr(fewest, "MOST_IN_REGISTERS", 0)
         monkeypatch.setattr(fewest, "STEP", 128)
-    for mass in (0.3, 1.0):
+    for mass in (0.3, 0.6, 1.0):
         kept = fewest.fewest_with_mass(weights, mass)
         total, held = weights.double().sum(-1), (weights.double() * kept).sum(-1)
         assert (held >= total * (mass - 1e-5)).all()
