@@ -31,7 +31,7 @@ def on_chip(monkeypatch):
     """Call it to have kernels choose from then on; programs end after one tile of keys."""
 
     def start():
-        for module in ("rows", "masses"):
+        for module in ("lse", "masses"):
             monkeypatch.setattr(importlib.import_module(f"attnsieve.selection.fused.{module}"), "TILES_AT_ONCE", 1)
         monkeypatch.setattr(fused, "serves", lambda x: True)
 

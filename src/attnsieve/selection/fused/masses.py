@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnsieve.selection.fused.lse import row_lse
 from attnsieve.selection.fused.rows import (
     TILES_AT_ONCE,
     ProbedRows,
@@ -19,7 +20,6 @@ from attnsieve.selection.fused.rows import (
     keys_of,
     load_keys,
     load_rows,
-    row_lse,
 )
 
 

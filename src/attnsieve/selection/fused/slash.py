@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnsieve.selection.fused.rows import ProbedRows, Sides, constants, head_of, keys_of, load_keys, load_rows, row_lse
+from attnsieve.selection.fused.lse import row_lse
+from attnsieve.selection.fused.rows import ProbedRows, Sides, constants, head_of, keys_of, load_keys, load_rows
 from attnsieve.selection.sequence import SequenceQK
 
 
