@@ -62,14 +62,21 @@ def test_every_length_of_a_text(n):
 
 @needs_interpreter
 def test_rows_inside_the_corners_of_some_heads():
-    row = [captured(24) | random_blocks(3, block=16) | window(9), captured(40), window(3) | columns(1, 30), dam(33, (0, 5), (0, 30))]
+    row = [
+        captured(24) | random_blocks(3, block=16) | window(9),
+        captured(40),
+        window(3) | columns(1, 30),
+        dam(33, (0, 5), (0, 30)),
+    ]
     check(make(compile_layout(row, 90), group=2, kv_heads=2, q_len=6, n=41))
     check(make(compile_layout(row[:2], 90), group=2, kv_heads=2, q_len=3, n=25))
 
 
 @needs_interpreter
-def test_sequences_of_different_length_beside_garbage():
-    pads = torch.tensor([0, 61, 198, 201])
+@pytest.mark.parametrize("together", [5, 128])
+def test_sequences_of_different_length_beside_garbage(together, monkeypatch):
+    monkeypatch.setattr("attnsieve.backends.triton.decode._DEALT_TOGETHER", together)
+    pads = torch.tensor([198, 61, 0, 201])
     call = make(compile_layout(KINDS, 256), group=4, kv_heads=2, q_len=3, spans=Spans.left_padded(pads, 3, 201))
     clean = Call(call.q, call.k.clone(), call.v.clone(), call.layout, call.spans, call.scale, call.key_bias)
     for b, pad in enumerate(pads.tolist()):

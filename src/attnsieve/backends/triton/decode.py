@@ -32,6 +32,8 @@ from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_sh
 from attnsieve.backends.triton.tuning import decode_tuning
 
 _MOST_HEADS = 32
+# Queries and words among which programs are dealt: longer sequences get more of them.
+_DEALT_TOGETHER = 128
 _STEP = tl.constexpr(STEP)
 
 
@@ -83,15 +85,26 @@ def _sections(rule, h, p, shape):
 
 
 @triton.jit
-def _deal(rule, x, programs, p, H: tl.constexpr, HP: tl.constexpr, shape):
-    """Word of program x (H for none), its word's first program, places of a program, and programs in use: one a word at least."""
-    h = tl.arange(0, HP)
-    stop = _sections(rule, tl.minimum(h, H - 1), p, shape).stop
-    chunks = tl.where(h < H, stop // shape.N, 0)
-    length = tl.maximum(tl.cdiv(tl.sum(chunks, 0), programs - H), 1)
-    dealt = tl.where(h < H, tl.maximum(tl.cdiv(chunks, length), 1), 0)
-    before = tl.cumsum(dealt, 0) <= x
-    return tl.sum(before.to(tl.int32), 0), tl.sum(tl.where(before, dealt, 0), 0), length * shape.N, tl.sum(dealt, 0)
+def _deal(rule, places, x, programs, first_query, queries, q_slots, H: tl.constexpr, Q: tl.constexpr, QH: tl.constexpr, shape):
+    """Deal `programs` programs to pairs of Q queries, from first_query on, and H words; each gets one at least.
+
+    Returns the pair of program x (QH, which is Q * H or more, if it is left over), the pair's first program and the one after
+    its last, and places of a program.
+    """
+    pair = tl.arange(0, QH)
+    query = first_query + pair // H
+    ok = (pair < Q * H) & (query < queries)
+    query = tl.minimum(query, queries - 1)
+    _, _, first, _, k_len = span_of(places, query // q_slots)
+    p = first + query % q_slots
+    ok = ok & (p < k_len)
+    stop = _sections(rule, pair % H, tl.where(ok, p, 0), shape).stop
+    chunks = tl.where(ok, stop // shape.N, 0)
+    length = tl.maximum(tl.cdiv(tl.sum(chunks, 0), programs - Q * H), 1)
+    dealt = tl.where(ok, tl.maximum(tl.cdiv(chunks, length), 1), 0)
+    after = tl.cumsum(dealt, 0)
+    mine = tl.sum((after <= x).to(tl.int32), 0)
+    return mine, tl.sum(tl.where(after <= x, dealt, 0), 0), tl.sum(tl.where(pair <= mine, dealt, 0), 0), length * shape.N
 
 
 @triton.jit
@@ -182,34 +195,37 @@ def decode_kernel(
     bias,
     p_acc,
     p_sum,
-    p_first,
+    p_range,
     places,
     rule,
     scale,
+    queries,
     q_slots,
     shape,
     OWN_MASKS: tl.constexpr,
     H: tl.constexpr,
-    HP: tl.constexpr,
+    Q: tl.constexpr,
+    QH: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One share of one query and word: p_acc, p_sum [S * Tq, programs, ...] as `shares.attend_share` says.
+    """One share of one query and word: p_acc and p_sum as `shares.attend_share` says, p_range [S * Tq, H, 2] what is whose.
 
-    p_first [S * Tq, H + 1]: first program of each of the H words, and programs in use. PARTS words read the same KV head.
+    PARTS words read the same KV head.
     """
-    x, o_query = tl.program_id(0), tl.program_id(1)
-    i_s = o_query // q_slots
-    batch, q_start, first, k_start, k_len = span_of(places, i_s)
-    p = first + o_query % q_slots
-    if p >= k_len:
+    x, programs, first_query = tl.program_id(0), tl.num_programs(0), tl.program_id(1) * Q
+    pair, first_x, stop_x, length = _deal(rule, places, x, programs, first_query, queries, q_slots, H, Q, QH, shape)
+    if pair >= QH:
         return
-    h, first_x, length, in_use = _deal(rule, x, tl.num_programs(0), p, H, HP, shape)
-    if h >= H:
-        return
+    o_query, h = first_query + pair // H, pair % H
+    o_share = tl.program_id(1) * programs + x
     if x == first_x:
-        tl.store(p_first + o_query * (H + 1) + h, x)
-        tl.store(p_first + o_query * (H + 1) + H, in_use)
+        p_mine = p_range + (o_query * H + h) * 2
+        tl.store(p_mine, o_share)
+        tl.store(p_mine + 1, o_share - first_x + stop_x)
+    i_s = o_query // q_slots
+    batch, q_start, first, k_start, _ = span_of(places, i_s)
+    p = first + o_query % q_slots
     o_z = i_s.to(tl.int64) * H if OWN_MASKS else tl.cast(0, tl.int64)
     row = Row(h, (o_z + h) * shape.BITS, p, _sections(rule, h, p, shape), _plain(rule, h, p, shape))
     start = (x - first_x) * length
@@ -221,14 +237,11 @@ def decode_kernel(
         p_bias = head_base(bias, batch, h // PARTS) + k_start * bias.s_row
         s_bias = bias.s_row
     source = Source(p_k + k_start * k.s_row, k.s_row, p_v + k_start * v.s_row, v.s_row, p_bias, s_bias)
-    o_share = o_query * tl.num_programs(0) + x
     attend_share(_places, rule, row, source, p_q, p_acc, p_sum, o_share, start, stop, scale, shape, STAGES)
 
 
 @triton.jit
-def combine_kernel(
-    p_acc, p_sum, p_first, out, p_lse, places, n_spans, n_slots, q_slots, programs, H: tl.constexpr, shape, STEP: tl.constexpr
-):
+def combine_kernel(p_acc, p_sum, p_range, out, p_lse, places, n_spans, n_slots, q_slots, shape, STEP: tl.constexpr):
     """Combine the shares of one query and head; and clear slots that no sequence covers, of B * Tq in all."""
     head, o_query = tl.program_id(0), tl.program_id(1)
     heads = tl.num_programs(0)
@@ -239,9 +252,8 @@ def combine_kernel(
     p = first + o_query % q_slots
     if p >= k_len:
         return
-    p_word = p_first + o_query * (H + 1) + head // shape.G
-    start, stop = o_query * programs + tl.load(p_word), o_query * programs + tl.load(p_word + 1)
-    value, lse = combine_shares(p_acc, p_sum, start, stop, head % shape.G, shape, STEP)
+    p_mine = p_range + (o_query * (heads // shape.G) + head // shape.G) * 2
+    value, lse = combine_shares(p_acc, p_sum, tl.load(p_mine), tl.load(p_mine + 1), head % shape.G, shape, STEP)
     slot = q_start + p - first
     o_dv = tl.arange(0, shape.DVP)
     p_out = head_base(out, batch, head) + slot * out.s_row + o_dv
@@ -255,22 +267,27 @@ def decode(call: Call, tuning: Tuning | None = None) -> tuple[Tensor, Tensor]:
     tuning = decode_tuning(padded(width) + padded(v_width), call.q.dtype) if tuning is None else tuning
     group, bits = _words(call)
     words, queries = heads // group, len(call.spans) * q_slots
-    programs = _programs(call, tuning, words, queries)
+    together = max(1, min(queries, _DEALT_TOGETHER // words))
+    deals = -(-queries // together)
+    programs = max(_resident(call, tuning) // deals, 2 * together * words)
     shape = shape_of(group, bits, tuning.keys, width, v_width, call.q.dtype)
-    acc = call.q.new_empty(queries, programs, group, padded(v_width), dtype=torch.float32)
-    sums = call.q.new_empty(queries, programs, group, dtype=torch.float32)
-    first = call.q.new_empty(queries, words + 1, dtype=torch.int32)
+    acc = call.q.new_empty(deals * programs, group, padded(v_width), dtype=torch.float32)
+    sums = call.q.new_empty(deals * programs, group, dtype=torch.float32)
+    ranges = call.q.new_empty(queries, words, 2, dtype=torch.int32)
     out = call.q.new_empty(*call.q.shape[:3], v_width)
     lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
     places, found = places_of(call.spans), rule(call.layout, bits)
     bias = None if call.key_bias is None else Rows(call.key_bias, *call.key_bias.stride())
     inputs = (rows_of(call.q), rows_of(call.k), rows_of(call.v), bias)
-    sides = (call.layout.sequences > 1, words, triton.next_power_of_2(words), call.group // group)
-    decode_kernel[(programs, queries)](
-        *inputs, acc, sums, first, places, found, call.scale, q_slots, shape, *sides, **tuning.options(found.listed)
+    sides = (words, together, triton.next_power_of_2(together * words), call.group // group)
+    decode_kernel[(programs, deals)](
+        *inputs,
+        *(acc, sums, ranges, places, found, call.scale, queries, q_slots, shape),
+        *(call.layout.sequences > 1, *sides),
+        **tuning.options(found.listed),
     )
     slots = (len(call.spans), call.q.shape[0] * q_slots, q_slots)
-    combine_kernel[(heads, queries)](acc, sums, first, rows_of(out), lse, places, *slots, programs, words, shape, COMBINED)
+    combine_kernel[(heads, queries)](acc, sums, ranges, rows_of(out), lse, places, *slots, shape, COMBINED)
     return out, lse
 
 
@@ -288,7 +305,7 @@ def _largest_part(group: int) -> int:
     return max(size for size in range(1, _MOST_HEADS + 1) if group % size == 0)
 
 
-def _programs(call: Call, tuning: Tuning, words: int, queries: int) -> int:
-    """Programs per query: as many as the device holds at once, two a word at least."""
+def _resident(call: Call, tuning: Tuning) -> int:
+    """Programs that the device holds at once."""
     processors = torch.cuda.get_device_properties(call.q.device).multi_processor_count if call.q.is_cuda else 2
-    return max(processors * tuning.programs // queries, 2 * words)
+    return processors * tuning.programs
