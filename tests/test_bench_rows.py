@@ -21,6 +21,7 @@ from attnsieve.environment import command
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.patterns import Pattern, columns, sink, window
 from attnsieve.plan import Plan
+from tests.interpreter import needs_interpreter
 
 SMALL = Case("sink(2) | window(30)", 150, None, 4, 2, 16, torch.float32, device="cpu", shape="small")
 # What every row must have to be repeated and judged.
@@ -186,6 +187,14 @@ def test_selection_is_measured():
     assert 0 < row.density < 1
     with pytest.raises(UserError, match="chooses nothing"):
         list(kernels.select(SMALL, **FAST))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("mask", ["top_blocks(1, block=16)", "window(20)"])
+def test_building_is_measured_for_chosen_and_static_layouts(mask):
+    (row,) = kernels.layout(replace(SMALL, mask=mask), "triton", **FAST)
+    assert row.op == "layout"
+    assert 0 < row.density < 1
 
 
 def test_time_to_first_token_of_a_tiny_model():

@@ -17,6 +17,7 @@ from attnsieve.backends.call import Call
 from attnsieve.bench import dense, flex
 from attnsieve.bench.case import DENSE, Case
 from attnsieve.bench.check import Verdict, check_gradients, check_rows
+from attnsieve.bench.masks import is_dynamic, is_selected, patterns_of
 from attnsieve.bench.rows import Row
 from attnsieve.bench.timing import Times, measure
 from attnsieve.errors import require
@@ -94,8 +95,8 @@ def fastest(rows: list[Row]) -> Dense | None:
 
 
 def layout(case: Case, backend: str, budget_ms: float = 200.0) -> Iterator[Row]:
-    """Building what a backend derives from a layout for prefill, nothing remembered; the layout itself is given."""
-    call = case.call()
+    """Building what a backend derives from a layout for prefill, nothing remembered; the layout itself is given, or chosen before."""
+    call = _choosing(case)[0] if is_dynamic(case.mask, case.q_heads) else case.call()
     build = _builder(call, backend)
     times, peak = _measured(lambda: build(replace(call.layout, schedules={})), case.device, budget_ms)
     yield _Made("layout", case, backend, call, None, None).row(times, peak)
@@ -103,20 +104,24 @@ def layout(case: Case, backend: str, budget_ms: float = 200.0) -> Iterator[Row]:
 
 def select(case: Case, budget_ms: float = 200.0) -> Iterator[Row]:
     """Choosing the keys from the input: DMA's selection given its scores, or a dynamic pattern on random q and k."""
-    from attnsieve.bench.masks import is_selected, patterns_of
-    from attnsieve.selection import choose
-
     if is_selected(case.mask):
         call = case.call()
         run: Callable[[], Layout] = lambda: case.fresh(call.layout)  # noqa: E731
     else:
-        row = patterns_of(case.mask, case.q_heads)
-        require(any(pattern.dynamic for pattern in row), f"{case.mask} chooses nothing from the input: use op layout")
-        call = case.dense().call()
-        run = lambda: choose(row, call.q, call.k, spans=call.spans)  # noqa: E731
-        call = replace(call, layout=run())
+        dynamic = is_dynamic(case.mask, case.q_heads)
+        require(dynamic, f"{case.mask} chooses nothing from the input: use op layout")
+        call, run = _choosing(case)
     times, peak = _measured(run, case.device, budget_ms)
     yield _Made("select", case, "attnsieve", call, None, None).row(times, peak, building=True)
+
+
+def _choosing(case: Case) -> tuple[Call, Callable[[], Layout]]:
+    """A call with the layout that a dynamic pattern chooses from its q and k, and choosing it."""
+    from attnsieve.selection import choose
+
+    patterns, call = patterns_of(case.mask, case.q_heads), case.dense().call()
+    run = lambda: choose(patterns, call.q, call.k, spans=call.spans)  # noqa: E731
+    return replace(call, layout=run()), run
 
 
 def _dense_row(op: str, case: Case, call: Call, name: str, budget_ms: float) -> Row:

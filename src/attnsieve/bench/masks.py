@@ -111,6 +111,11 @@ def patterns_of(name: str, heads: int) -> tuple[Pattern, ...]:
     return row
 
 
+def is_dynamic(name: str, heads: int) -> bool:
+    """Whether the mask is of patterns of which some choose their keys from the input."""
+    return name not in MASKS and any(pattern.dynamic for pattern in patterns_of(name, heads))
+
+
 def is_selected(name: str) -> bool:
     """Whether the mask is DMA's, selected by scores of the values."""
     return name in _SELECTED
