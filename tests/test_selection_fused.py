@@ -122,7 +122,7 @@ WEIGHTS = {
     "random": lambda width: torch.rand(3, width),
     "heavy": lambda width: torch.randn(3, width).mul(6).exp(),
     "equal": lambda width: torch.full((3, width), 0.125),
-    "few levels": lambda width: torch.randint(0, 4, (3, width)) / 8,
+    "few levels": lambda width: torch.randint(0, 4, (3, width)) / 32,
     "one": lambda width: torch.eye(width)[:3],
     "tiny": lambda width: torch.rand(3, width) * 1e-38,
     "nothing": lambda width: torch.zeros(3, width),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # Rows up to this width stay in registers during the search.
 MOST_IN_REGISTERS = 1 << 13
-STEP = 1 << 10
+STEP = 1 << 11
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def short_kernel(weights, stops, kept, mass, width, blocks, WIDTH: tl.constexpr)
 def _sums_above(p_row, stop, limits, WAYS: tl.constexpr, STEP: tl.constexpr):
     """float32 [WAYS]: the sum of a row's entries whose bits are above each limit."""
     sums = tl.zeros([WAYS, STEP], tl.float32)
-    for start in range(0, stop, STEP):
+    for start in tl.range(0, stop, STEP, num_stages=3):
         o = start + tl.arange(0, STEP)
         w = tl.load(p_row + o, mask=o < stop, other=0.0)
         sums += tl.where(w.to(tl.int32, bitcast=True)[None, :] > limits[:, None], w[None, :], 0.0)
@@ -77,7 +77,7 @@ def _collect(p_row, p_candidates, stop, low, high, STEP: tl.constexpr):
     """Copy a row's entries above low and up to high; their number, and the sum of what is above high."""
     above = tl.zeros([STEP], tl.float32)
     count = 0
-    for start in range(0, stop, STEP):
+    for start in tl.range(0, stop, STEP, num_stages=3):
         o = start + tl.arange(0, STEP)
         w = tl.load(p_row + o, mask=o < stop, other=0.0)
         bits = w.to(tl.int32, bitcast=True)
@@ -96,8 +96,8 @@ def long_kernel(weights, stops, candidates, kept, mass, width, blocks, WAYS: tl.
     p_row, p_candidates = weights + i_r * width, candidates + i_r * width
     stop = tl.load(stops + i_r % blocks) if stops is not None else width
     way = tl.arange(0, WAYS)
-    # First powers of 4 from 2^-22 on, where most sums of probabilities lie; the first way sums everything.
-    limits = tl.where(way == 0, -1, (103 + 2 * way) << 23)
+    # First powers of 4 from 2^-16 on, among which the least sum of probabilities kept is likely; the first way sums everything.
+    limits = tl.where(way == 0, -1, (109 + 2 * way) << 23)
     sums = _sums_above(p_row, stop, limits, WAYS, STEP)
     target = tl.max(sums, 0) * mass
     low, high = _narrowed(-1, 0x7F800000, limits, sums >= target)
@@ -112,7 +112,7 @@ def long_kernel(weights, stops, candidates, kept, mass, width, blocks, WAYS: tl.
         low, high = _narrowed(low, high, limits, enough)
     above += tl.max(_sums_above(p_candidates, count, way * 0 + high, WAYS, STEP), 0)
     ties = 0
-    for start in range(0, width, STEP):
+    for start in tl.range(0, width, STEP, num_stages=3):
         o = start + tl.arange(0, STEP)
         w = tl.load(p_row + o, mask=o < stop, other=0.0)
         ties = _store_kept(kept + i_r * width, o, w, o < width, high, above, target, ties)
@@ -130,6 +130,6 @@ def fewest_with_mass(weights: Tensor, mass: float, stops: Tensor | None = None) 
         size = int(triton.next_power_of_2(width))
         short_kernel[(rows,)](weights, stops, kept, share, width, blocks, WIDTH=size, num_warps=max(1, size // 1024))
     else:
-        rest = {"WAYS": 16, "STEP": STEP, "num_warps": 8}
+        rest = {"WAYS": 8, "STEP": STEP, "num_warps": 8, "maxnreg": 128}
         long_kernel[(rows,)](weights, stops, torch.empty_like(weights), kept, share, width, blocks, **rest)
     return kept.view(torch.bool)
