@@ -20,7 +20,8 @@ from torch import Tensor
 from attnsieve.layout import Layout
 from attnsieve.patterns import FOREVER
 
-# Lists are counted at multiples of this many positions, and end with as many spare entries.
+# Lists are counted at multiples of this many positions, and end with as many spare entries. Sizes are rounded up, so that kernels
+# are not compiled again for each that is, or is not, a multiple of 16.
 STEP = 128
 
 
@@ -108,7 +109,8 @@ def _static(layout: Layout, heads: int) -> Rule | None:
     is_ordinary, far, any_column, *most = torch.stack([size.long() for size in sizes]).tolist()
     if not is_ordinary:
         return None
-    found = Rule(layout.length, reach.to(torch.int32), by_distance[:, :far].contiguous(), far)
+    by_distance = by_distance[:, : _rounded(far, 16)].contiguous()
+    found = Rule(layout.length, reach.to(torch.int32), by_distance, by_distance.shape[-1])
     if any_column:
         found = found._replace(by_key=by_key)
     if not any(most):
@@ -152,16 +154,21 @@ def _words(flags: Tensor, heads: int) -> Tensor:
 
 
 def _listed(flags: Tensor, most: int) -> Tensor:
-    """int32 [W, most + STEP]: positions of the flags, ascending, then FOREVER."""
+    """int32 [W, room]: positions of the flags, ascending, then FOREVER, STEP times at least."""
     place = torch.where(flags, flags.cumsum(-1) - 1, most)
     position = torch.arange(flags.shape[-1], dtype=torch.int32, device=flags.device)
-    listed = torch.full((len(flags), most + STEP), FOREVER, dtype=torch.int32, device=flags.device)
+    listed = torch.full((len(flags), _rounded(most, STEP) + STEP), FOREVER, dtype=torch.int32, device=flags.device)
     listed.scatter_(-1, place, position.expand_as(place))
     listed[:, most] = FOREVER
     return listed
 
 
 def _below(flags: Tensor) -> Tensor:
-    """int32 [W, steps]: how many flags are set below 0, STEP, 2 STEP ..., up to the first multiple from n on."""
-    counts = torch.nn.functional.pad(flags, (0, -flags.shape[-1] % STEP)).unflatten(-1, (-1, STEP)).sum(-1)
+    """int32 [W, steps]: how many flags are set below 0, STEP, 2 STEP ..., at least up to the first multiple from n on."""
+    steps = _rounded(flags.shape[-1], 16 * STEP) // STEP + 16
+    counts = torch.nn.functional.pad(flags, (0, (steps - 1) * STEP - flags.shape[-1])).unflatten(-1, (-1, STEP)).sum(-1)
     return torch.nn.functional.pad(counts.cumsum(-1), (1, 0)).to(torch.int32)
+
+
+def _rounded(size: int, step: int) -> int:
+    return -(-size // step) * step
