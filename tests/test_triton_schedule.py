@@ -24,10 +24,10 @@ from attnsieve.patterns import (
 )
 from attnsieve.selection import choose
 from tests.gpu_compiler import compiled
-from tests.interpreter import needs_interpreter
+from tests.interpreter import INTERPRETED, needs_interpreter
 from tests.laws.samples import dam
 
-N = 150
+N = 120
 ROWS, KEYS = 32, 16
 
 
@@ -53,10 +53,20 @@ LAYOUTS = {
     "irregular": irregular,
     "chosen columns and offsets": lambda: chosen(vertical_slash(mass=0.3, probe=8) | window(4)),
     "chosen blocks": lambda: chosen(pooled_blocks(ratio=0.5, block=16) | sink(2)),
-    "chosen keys": lambda: chosen(probed_keys(mass=0.3, block=32, rows=3) | window(4)),
+    "chosen keys": lambda: chosen(probed_keys(mass=0.6, block=32, rows=3) | window(12)),
     "chosen ends": lambda: chosen(heavy_hitters(6, 5, block=16)),
 }
 BEYOND_END = ("corner", "narrow blocks of queries", "irregular", "chosen ends")
+
+
+@pytest.fixture(autouse=True)
+def _short_chunks(monkeypatch):
+    """Several programs for the keys of a head, as in long layouts."""
+    if INTERPRETED:
+        from attnsieve.backends.triton import survey, vectors
+
+        monkeypatch.setattr(survey, "CHUNK", 64)
+        monkeypatch.setattr(vectors, "CHUNK", 64)
 
 
 def entries(lists, index):
@@ -88,14 +98,13 @@ def listed_pairs(layout, built, z, h, keep):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("listing", [True, False], ids=["lists", "tiles alone"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "listing"), [*((name, True) for name in LAYOUTS), ("columns", False), ("selected, with offsets", False)]
+)
 def test_every_kept_pair_is_served_once(name, listing):
     from attnsieve.backends.triton.schedule import schedule, tiles_by_key
 
     layout = LAYOUTS[name]()
-    if not listing and layout.blocks is not None and layout.blocks.keys < layout.blocks.rows:
-        pytest.skip("lists of single keys are the layout's own")
     built = schedule(layout, ROWS, KEYS, listing=listing)
     by_key = None if built.tiles is None else tiles_by_key(layout, built)
     for z in range(layout.sequences):
@@ -116,6 +125,16 @@ def test_every_kept_pair_is_served_once(name, listing):
             assert torch.equal(served, keep)
             for b in range(-(-N // KEYS) if by_key is not None else 0):
                 assert entries(by_key, (z * layout.heads + h) * -(-N // KEYS) + b) == reverse.get(b, ([], []))
+
+
+@needs_interpreter
+def test_keys_are_listed_where_they_are_too_few_for_their_tile():
+    from attnsieve.backends.triton.schedule import schedule
+
+    built = schedule(LAYOUTS["columns"](), ROWS, KEYS)
+    # Keys 48 to 59 fill three quarters of a tile.
+    for h, expected in enumerate([[0, 21, 90], [*range(40, 48), 100]]):
+        assert built.singles.items[0, h, : len(expected) + 1].tolist() == [*expected, 2**31 - 1]
 
 
 class Reading(TorchDispatchMode):
