@@ -121,6 +121,10 @@ class DmaConfig(PreTrainedConfig):
         plan = _HEADS_PLAN | (_NORMS_PLAN if self.qk_norm else {}) | (_SCORES_PLAN if self.attention == "dma" else {})
         return plan | _MLP_PLAN
 
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, value: object) -> None:
+        """transformers 5.17 writes back what it read; the plan follows from the fields."""
+
     @property
     def rule(self) -> SelectionRule:
         """What a row of a "dma" layer keeps."""
