@@ -11,8 +11,8 @@ Blocks narrower than long (single keys for a block of queries) are lists already
 keep, and the keys of a row of blocks, in order, are the list of each of its query tiles.
 
 Everything is built on the device. For layouts that serve many calls, what is best and how long the lists are is read back: twice
-when a layout is first used at a tile shape, never again. Layouts that serve one call are not read: lists get room for the most that
-there can be.
+when a layout is first used at a tile shape, never again. Layouts that serve one call and whose ends the host knows to be windows and
+columns are not read: lists get room for the most that there can be.
 """
 
 from __future__ import annotations
@@ -156,14 +156,14 @@ def _mask(layout: Layout, choice: _Choice, found: Survey | None, positions: int,
     words = words_of_distances(layout, found, by_bits) if by_bits or layout.offset is not None else None
     bits = None if layout.blocks is None else bits_of_blocks(layout.blocks)
     corner = None if layout.corner is None else layout.corner.contiguous()
-    lists_some = choice.listed != LISTED_NOTHING.value and not (choice.listed == LISTED_ALL.value and not _beyond_end(layout))
+    needs_cut = choice.listed == LISTED_FLAGGED.value or (choice.listed == LISTED_ALL.value and _beyond_end(layout))
     return Mask(
         ends,
         words,
         corner,
         layout.corner_rows,
         bits,
-        cut=ends.new_empty(*ends.shape[:2], tiles) if lists_some else None,
+        cut=ends.new_empty(*ends.shape[:2], tiles) if needs_cut else None,
         columns=columns,
         listed=None if columns is None else flagged,
         n=layout.length,
