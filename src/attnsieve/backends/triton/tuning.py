@@ -10,6 +10,10 @@ from attnsieve.backends.call import Call
 from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
 from attnsieve.backends.triton.shares import Tuning
 
+# Prefill in half precision, heads up to 128 wide: square blocks; masks with single keys or partial tiles; DMA's lists of keys.
+BLOCKS = Tiles(128, 64, 8, 3)
+TOKENS = Tiles(64, 64, 4, 3)
+SELECTED = Tiles(64, 64, 4, 3)
 # Rows over which the gradients of listed keys are summed before they are added to memory.
 STRETCH_ROWS = 256
 
@@ -26,7 +30,12 @@ def forward_tiles(call: Call) -> Tiles:
 def _any_forward_tiles(call: Call) -> Tiles:
     if call.q.element_size() == 4:
         return Tiles(64, 32, 4, 2) if _widest(call) <= 128 else Tiles(32, 16, 4, 2)
-    return Tiles(128, 64, 8, 3) if _widest(call) <= 128 else Tiles(64, 32, 4, 2)
+    if _widest(call) > 128:
+        return Tiles(64, 32, 4, 2)
+    if call.layout.most_keys is not None:
+        return SELECTED
+    blocks = call.layout.blocks
+    return BLOCKS if blocks is not None and blocks.keys == blocks.rows else TOKENS
 
 
 def query_tiles(call: Call) -> Tiles:
