@@ -35,32 +35,40 @@ def main() -> None:
 def newest(rows: list[dict]) -> list[dict]:
     """Of rows that measured the same thing with everything built before, the last."""
     names = ("op", "backend", "mask", "shape", "device", "q_len", "kv_len", "batch", "dtype")
-    return list({tuple(row[name] for name in names): row for row in rows if not row["includes_mask_building"]}.values())
+    built = [row | {"backend": row["backend"].removeprefix("auto: ")} for row in rows if not row["includes_mask_building"]]
+    return list({tuple(row[name] for name in names): row for row in built}.values())
 
 
 def by_density(rows: list[dict], title: str):
-    """One panel per length, one colour per backend and shape, one mark per mask."""
+    """One panel per length, one colour per kind of mask, one mark per backend; hollow where a KV group shares the mask."""
     lengths = sorted({row["kv_len"] for row in rows})
-    series = sorted({series_of(row) for row in rows})
-    masks = sorted({row["mask"] for row in rows})
-    figure = new_figure(3.2 * len(lengths) + 1.6, 3.2)
+    backends, kinds = sorted({row["backend"] for row in rows}), sorted({kind_of(row["mask"]) for row in rows})
+    colour = {kind: COLOURS[i % len(COLOURS)] for i, kind in enumerate(kinds)}
+    mark = {backend: MARKERS[i % len(MARKERS)] for i, backend in enumerate(backends)}
+    figure = new_figure(3.0 * len(lengths) + 1.6, 3.2)
     panels = figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0]
     for panel, n in zip(panels, lengths, strict=True):
         ideal_line(panel, [row["density"] for row in rows if row["kv_len"] == n])
         for row in (row for row in rows if row["kv_len"] == n):
-            colour = COLOURS[series.index(series_of(row)) % len(COLOURS)]
-            panel.plot(row["density"], row["speedup"], MARKERS[masks.index(row["mask"]) % len(MARKERS)], color=colour, ms=5)
-        panel.set(xscale="log", yscale="log", xlabel="density")
+            own = colour[kind_of(row["mask"])]
+            style = {"mfc": "none"} if row["mask"].endswith("+") else {}
+            panel.plot(row["density"], row["speedup"], mark[row["backend"]], color=own, ms=5, **style)
+        panel.set(xscale="log", yscale="log", xlabel="density", xlim=(0.01, 1.2))
         panel.xaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_major_formatter("{x:g}")
         panel.set_title(f"{n // 1024}K keys", fontsize=9)
         quiet_axes(panel)
     panels[0].set_ylabel("speed-up over the fastest dense kernel")
-    keys = [panels[0].plot([], [], MARKERS[i % len(MARKERS)], color=GREY, label=mask)[0] for i, mask in enumerate(masks)]
-    keys += [panels[0].plot([], [], "-", color=COLOURS[i % len(COLOURS)], label=name)[0] for i, name in enumerate(series)]
-    figure.legend(handles=keys, loc="outside right center", fontsize=7, frameon=False)
+    keys = [panels[0].plot([], [], "s", color=colour[kind], label=kind)[0] for kind in kinds]
+    keys += [panels[0].plot([], [], mark[name], color=GREY, label=name)[0] for name in backends]
+    figure.legend(handles=keys, loc="outside right center", fontsize=8, frameon=False)
     figure.suptitle(f"{title}, {rows[0]['device']}", fontsize=10)
     return figure
+
+
+def kind_of(mask: str) -> str:
+    """blocks-10 and blocks-5 are of one kind; patterns are called by their last atom."""
+    return mask.split("|")[-1].split("(")[0].split("-")[0].rstrip("+").strip()
 
 
 def ideal_line(panel, densities: list[float]) -> None:
@@ -77,6 +85,8 @@ def series_of(row: dict) -> str:
 def by_length(rows: list[dict], title: str):
     """One line per mask, backend and shape."""
     lines = sorted({(row["mask"], series_of(row)) for row in rows})
+    lengths = {line: {row["kv_len"] for row in rows if (row["mask"], series_of(row)) == line} for line in lines}
+    lines = [line for line in lines if len(lengths[line]) > 1] or lines
     figure = new_figure(6.4, 3.4)
     panel = figure.subplots()
     for i, line in enumerate(lines):

@@ -13,7 +13,7 @@ from attnsieve.backends.triton.shares import Tuning
 # Prefill in half precision, heads up to 128 wide: square blocks; masks with single keys or partial tiles; DMA's lists of keys.
 BLOCKS = Tiles(128, 64, 8, 3)
 TOKENS = Tiles(64, 64, 4, 3)
-SELECTED = Tiles(64, 64, 4, 3)
+SELECTED = Tiles(128, 64, 8, 3)
 # Rows over which the gradients of listed keys are summed before they are added to memory.
 STRETCH_ROWS = 256
 
