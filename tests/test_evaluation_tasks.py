@@ -210,7 +210,7 @@ def test_aligned_items_share_shapes(name):
     items = task.items(tokens, 2000, 6, 3)
     assert items == task.items(tokens, 2000, 6, 3)
     assert items != task.items(tokens, 2000, 6, 4)
-    assert (task.name, task.variant) == (name, "aligned")
+    assert (task.name, task.variant) == (name, "aligned spread")
     assert len({item.queries[0].prompt for item in items}) == 6
     assert all(1400 < longest(tokens, item) <= 2000 for item in items)
     asked = [[query.prompt[query.prompt.rindex("\n") :] for query in item.queries] for item in items]
@@ -219,6 +219,17 @@ def test_aligned_items_share_shapes(name):
     sizes = [longest(tokens, item) for item in items]
     assert len(set(sizes)) <= 3
     assert len(list(itertools.groupby(sizes))) == len(set(sizes))
+
+
+def test_aligned_questions_are_spread_over_the_document():
+    task, tokens = aligned(make_task("kv")), tokenizer()
+    places = [
+        query.prompt.index(query.answers[0]) / len(query.prompt)
+        for item in task.items(tokens, 4000, 6, 0)
+        for query in item.queries
+    ]
+    assert sum(place < 0.3 for place in places) > len(places) / 6
+    assert sum(place > 0.7 for place in places) > len(places) / 6
 
 
 @pytest.mark.parametrize(

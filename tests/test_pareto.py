@@ -39,7 +39,7 @@ def test_two_shards_make_plans_rows_and_figures(script, tmp_path, capsys):
     rows = read_rows(out / "rows-0.jsonl")
     plans = {row.plan for row in rows}
     assert {"dense", "streaming-llm-0.2", "streaming-llm-0.25", "dam-paper-450", "budget-kv-0.5"} <= plans
-    assert {row.variant for row in rows} == {"aligned"}
+    assert {row.variant for row in rows} == {"aligned spread"}
     assert {row.metric for row in rows} == {"exact_match", "answer_nll", "answer_kl"}
     for row in rows:
         if row.plan.startswith("budget-kv-"):

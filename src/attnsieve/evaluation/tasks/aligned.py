@@ -61,10 +61,11 @@ class AlignedTask(QuestionTask):
 
 
 def aligned(task: QuestionTask) -> AlignedTask:
-    """`task` with aligned items, named so in the variant; of tasks in `MANY` it asks eight questions about a document."""
+    """`task` with aligned items, named so in the variant; of tasks in `MANY` it asks eight questions about a document, spread
+    over it (rows of the variant "aligned" alone are older: there the first eight that fit were asked)."""
     many = MANY[task.name](QUERIES * ASKED_OF) if task.name in MANY else task
     same = {field.name: getattr(many, field.name) for field in fields(many)}
-    return AlignedTask(**same | {"variant": " ".join(part for part in (many.variant, "aligned") if part)})
+    return AlignedTask(**same | {"variant": " ".join(part for part in (many.variant, "aligned spread") if part)})
 
 
 def rests(item: Item) -> tuple[str, list[str]]:
@@ -84,4 +85,6 @@ def _shape(tokenizer: Any, item: Item) -> Shape:
 
 def _asked(item: Item, shape: Shape, rest: int) -> Item:
     queries = [query for query, own in zip(item.queries, shape.rests, strict=True) if own == rest]
-    return replace(item, queries=tuple(queries[:QUERIES]))
+    # Questions stand in the order of what they ask for: the first ones would all ask about the document's beginning.
+    count = min(len(queries), QUERIES)
+    return replace(item, queries=tuple(queries[(2 * k + 1) * len(queries) // (2 * count)] for k in range(count)))
