@@ -36,3 +36,16 @@ class Call:
     def needs_grad(self) -> bool:
         tensors = (self.q, self.k, self.v, self.key_bias)
         return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def why_not_plain(call: Call, kernels: str) -> str | None:
+    """Why kernels that know neither bias nor padding, and give no gradients, cannot serve a call; None if they can."""
+    if call.key_bias is not None:
+        return f"{kernels} add no key bias"
+    if call.needs_grad:
+        return f"{kernels} are run without gradients (through the LSE they have none)"
+    if not call.whole:
+        return f"the sequences do not fill their batch rows (padding or packing), which {kernels} cannot see"
+    if call.q.shape[2] > call.k.shape[2]:
+        return "there are more queries than keys"
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnsieve.backends.call import Call
+from attnsieve.backends.call import Call, why_not_plain
 from attnsieve.backends.facts import facts
 
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
@@ -17,18 +17,9 @@ _CUDNN_QUERIES = 64
 
 def why_not(call: Call) -> str | None:
     """The reason why this backend cannot serve `call`, or None."""
-    if call.key_bias is not None:
-        return "torch's dense kernels add no key bias"
-    if call.needs_grad:
-        return "torch's dense kernels give no gradient through the LSE"
-    if not call.whole:
-        return "the sequences do not fill their batch rows (padding or packing), which torch's dense kernels cannot see"
-    if call.q.shape[2] > call.k.shape[2]:
-        return "there are more queries than keys"
-    if call.q.is_cuda:
-        reason = _why_not_cuda(call)
-        if reason is not None:
-            return reason
+    reason = why_not_plain(call, "torch's dense kernels") or (_why_not_cuda(call) if call.q.is_cuda else None)
+    if reason is not None:
+        return reason
     return None if facts(call.layout).dense else "the layout leaves pairs out"
 
 

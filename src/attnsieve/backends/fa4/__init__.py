@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from attnsieve.backends.call import Call
+from attnsieve.backends.call import Call, why_not_plain
 from attnsieve.backends.facts import facts
 
 # Side of the tiles that FA4 takes on Hopper at these widths; its lists must use the same.
@@ -46,15 +46,7 @@ def _why_not_inputs(call: Call) -> str | None:
         return f"FlashAttention-4 takes float16 and bfloat16, got {call.q.dtype}"
     if width != v_width or width % 8 or width > WIDEST:
         return f"head widths must be equal, a multiple of 8 and at most {WIDEST}, got {width} and {v_width}"
-    if call.key_bias is not None:
-        return "FlashAttention-4 adds no key bias"
-    if call.needs_grad:
-        return "gradients are computed by the Triton backend"
-    if not call.whole:
-        return "the sequences do not fill their batch rows (padding or packing)"
-    if call.q.shape[2] > call.k.shape[2]:
-        return "there are more queries than keys"
-    return None
+    return why_not_plain(call, "FlashAttention-4's kernels")
 
 
 def _why_not_layout(call: Call) -> str | None:
