@@ -66,14 +66,17 @@ def report(path: Path, rows: list[dict[str, Any]]) -> None:
     body = [
         [str(row["keep"] or "-"), row["stage"], str(row["steps"]), *(f"{row[name]:.3f}" for name in names)] for row in ordered
     ]
-    publish(path, f"{rows[0]['model']}: dense, converted to DMA, trained on", header, body)
+    trained = max(row.get("trained_tokens", 0) for row in rows)
+    notes = f"Rows keep w keys, the {rows[0]['window']} newest and the first {rows[0]['sinks']}; trained on {trained:,} tokens at most."
+    publish(path, f"{rows[0]['model']}: dense, converted to DMA, trained on", header, body, notes)
     name = next((name for name in names if name.startswith("answer_nll")), names[0])
     curves: dict[str, list[tuple[float, float, float]]] = {}
     for row in ordered:
         keeps = [other["keep"] for other in ordered if other["keep"]] if row["stage"] == "dense" else [row["keep"]]
         for keep in sorted(set(keeps)):
             curves.setdefault(row["stage"], []).append((float(keep), row[name], row[f"{name} stderr"] or 0.0))
-    draw(path, {rows[0]["model"]: curves}, "w, keys a row keeps", METRICS[name.split("@")[0]])
+    if len(curves["dense"]) > 1:
+        draw(path, {rows[0]["model"]: curves}, "w, keys a row keeps", METRICS[name.split("@")[0]])
 
 
 def parse() -> argparse.Namespace:
@@ -92,7 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", default=MEASURED, help="text whose loss is measured")
     parser.add_argument("--lengths", type=numbers, default=[1024, 2048])
     parser.add_argument("--items", type=int, default=8)
-    parser.add_argument("--minutes", type=float, default=8, help="training stops after this; 0: report only")
+    parser.add_argument("--minutes", type=float, default=8, help="training for a w stops after this; 0: report only")
     parser.add_argument("--models", type=Path, help="folder for the trained models, kept only if given")
     parser.add_argument("--no-graph", action="store_true")
     parser.add_argument("--device", default="auto")
@@ -102,7 +105,7 @@ def parse() -> argparse.Namespace:
 
 def measure_all(arguments: argparse.Namespace, rows: Rows) -> None:
     """Every stage that has no row yet."""
-    budget, device = Budget(arguments.minutes), device_of(arguments.device)
+    device = device_of(arguments.device)
     dense, tokenizer = load_model(arguments.model, device=device)
     name = dense.config._name_or_path
     name = Path(name).name if Path(name).exists() else name
@@ -119,14 +122,14 @@ def measure_all(arguments: argparse.Namespace, rows: Rows) -> None:
     stage("dense", 0, 0, dense)
     text = None
     for keep in arguments.keeps:
-        if rows.find({**shape, "stage": "trained", "keep": keep, "steps": arguments.steps}) or budget.left <= 0:
+        if rows.find({**shape, "stage": "trained", "keep": keep, "steps": arguments.steps}):
             continue
         options = {"window": arguments.window, "sinks": arguments.sinks, "initial_A": arguments.initial_A}
         model: DmaForCausalLM = convert(dense, keep, **options)
         stage("converted", keep, 0, model)
         text = training_tokens(tokenizer, arguments.tokens).to(device) if text is None else text
         language = Language(model, text, arguments.steps, 0, arguments)
-        trained = run(language, f"w {keep}", budget)
+        trained = run(language, f"w {keep}", Budget(arguments.minutes))
         if trained is not None:
             stage("trained", keep, language.training.done, model, **trained)
             if arguments.models:

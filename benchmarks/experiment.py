@@ -194,7 +194,8 @@ def draw(
         quiet_axes(panel)
         panel.set_title(name, fontsize=9, loc="left")
         panel.set_xlabel(x, fontsize=9)
-        panel.set_xscale("log", base=2)
+        if log:
+            panel.set_xscale("log", base=2)
         if log_y:
             panel.set_yscale("log")
         if marks and name in marks:

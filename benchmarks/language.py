@@ -41,6 +41,7 @@ PACKAGES = ("torch", "transformers", "numpy", "sympy")
 HELD_OUT = 20  # one document in this many
 SAMPLE = 30_000_000  # characters that the tokenizer is learned from
 PROBE_STEPS = 6
+LOOKS = 20  # at the loss in training
 SOURCES = "characters.json"  # by source, beside the tokens
 
 
@@ -254,7 +255,7 @@ def run(language: Language, layer: str, budget: Budget) -> dict[str, Any] | None
         while training.done < training.steps:
             training.step()
             bar.update()
-            if training.done % max(1, training.steps // 20) == 0:
+            if training.done % max(1, training.steps // LOOKS) == 0:
                 curve.append(round(training.read(training.last), 4))
                 if not math.isfinite(curve[-1]):
                     print(f"{layer}: loss {curve[-1]} at step {training.done}: no row")
@@ -282,24 +283,48 @@ def measured(losses: Tensor) -> dict[str, Any]:
 
 
 def report(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A line per layer, and loss by position."""
+    """A line per layer; held-out loss by position of those that trained to the end; loss in training at equal steps."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(row["layer"], []).append(row)
-    body, curves = [], {}
+    compared = min(len(row["curve"]) for row in rows) - 1  # the last look that all models had
+    body, positions, training = [], {}, {}
     for layer, some in found.items():
         first, losses = some[0], [row["nll"] for row in some]
         size, tokens = f"{first['parameters'] / 1e6:.2f}", f"{first['trained_tokens'] / 1e6:.1f}"
-        seconds = written([row["seconds"] for row in some], 1)
-        body.append([layer, size, tokens, written(losses, 4), written([math.exp(loss) for loss in losses], 2), seconds])
-        points = {last: [row["by_position"][last] for row in some] for last in first["by_position"]}
-        curves[layer] = [(float(last), *mean_and_error(values)) for last, values in points.items()]
-    header = ["attention", "M parameters", "M tokens", "held-out nats per token", "perplexity", "seconds"]
-    notes = f"{rows[0]['length']} tokens a sequence, w = {rows[0]['keep']}; mean and standard error over the seeds."
-    cut = sorted({row["layer"] for row in rows if not row["finished"]})
-    notes += f" Out of time before the last step, at a high learning rate: {', '.join(cut)}." if cut else ""
-    publish(path, "Language models by attention", header, body, notes)
-    draw(path, {"held-out loss by position": curves}, "tokens up to", "nats per token")
+        seconds, early = written([row["seconds"] for row in some], 1), written([row["curve"][compared] for row in some], 2)
+        name = layer if all(row["finished"] for row in some) else f"{layer} (cut)"
+        body.append([name, size, tokens, early, written(losses, 4), written([math.exp(loss) for loss in losses], 2), seconds])
+        shown = min(len(row["curve"]) for row in some)
+        training[layer] = [
+            (looked(first, look), *mean_and_error([row["curve"][look] for row in some])) for look in range(shown)
+        ]
+        if all(row["finished"] for row in some):
+            points = {last: [row["by_position"][last] for row in some] for last in first["by_position"]}
+            positions[layer] = [(float(last), *mean_and_error(values)) for last, values in points.items()]
+    step = round(looked(rows[0], compared))
+    header = ["attention", "M parameters", "M tokens", f"training batch at step {step}", "held-out", "perplexity", "seconds"]
+    publish(path, "Language models by attention", header, body, notes_of(rows))
+    draw(path, {"held-out loss by position": positions}, "tokens up to", "nats per token")
+    target = path.with_name(f"{path.stem}-training")
+    draw(target, {"loss of one training batch": training}, "steps", "nats per token", log=False)
+
+
+def looked(row: dict[str, Any], look: int) -> float:
+    """The step after which the loss of this place of the curve was seen."""
+    return float((look + 1) * max(1, row["steps"] // LOOKS))
+
+
+def notes_of(rows: list[dict[str, Any]]) -> str:
+    notes = f"{rows[0]['length']} tokens a sequence, w = {rows[0]['keep']}, losses in nats per token. Mean and standard error"
+    notes += f" over seeds: {len({row['seed'] for row in rows})}. Models of a seed train on the same batches, compare them at"
+    notes += " equal steps."
+    cut = {row["layer"]: row for row in rows if not row["finished"]}
+    told = (f"{layer} after {row['trained_tokens'] // row['batch'] // row['length']}" for layer, row in cut.items())
+    notes += (
+        f" Out of time before the last of {rows[0]['steps']} steps, at a high learning rate: {', '.join(told)}." if cut else ""
+    )
+    return notes
 
 
 def parse() -> argparse.Namespace:

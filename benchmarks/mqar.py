@@ -44,6 +44,8 @@ SOLVED = 0.995
 
 
 Result = tuple["Cell", dict[str, Any]]
+Shape = tuple[int, int, bool]  # tokens, width, noise
+Seeds = dict[int, dict[str, float]]  # accuracy by pairs
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Cell:
             "dma-window": {"attention": "dma", "keep_window_size": keep - keep // 4, "window": keep // 4, "initial_A": 0.1},
             "swa": {"attention": "swa", "sliding_window": keep},
             "mla": {"attention": "mla", "mla_kv_rank": self.width // 2, "mla_rope_width": max(16, self.width // 4)},
-            # Half of the budget in blocks of 8 (three of them fixed by the method), half in its window.
+            # Half of the budget in blocks of 8 (three of them fixed by the method), half in its window. Compressed blocks begin
+            # every 4 tokens, two pairs, and cannot tell those apart: NSA stays at one of two where nothing else is learned.
             "nsa": {
                 "attention": "nsa",
                 "nsa_block": 8,
@@ -224,30 +227,47 @@ def told(cell: Cell, numbers: dict[str, Any]) -> str:
 
 def report(path: Path, rows: list[dict[str, Any]]) -> None:
     """Accuracy by layer, share of keys kept and pairs: the best learning rate of every seed, mean over seeds."""
-    best: dict[tuple[Any, ...], dict[int, dict[str, float]]] = {}
-    for row in rows:
-        of_seed = best.setdefault(((row["length"], row["width"], row["noise"]), method(row)), {})
+    finished = [row for row in rows if row["finished"]]
+    best: dict[Shape, dict[str, Seeds]] = {}
+    for row in finished:
+        shape = row["length"], row["width"], row["noise"]
+        of_seed = best.setdefault(shape, {}).setdefault(method(row), {})
         earlier = of_seed.get(row["seed"], {})
-        if sum(row["accuracy"].values()) > sum(earlier.values()):
+        if not earlier or sum(row["accuracy"].values()) > sum(earlier.values()):
             of_seed[row["seed"]] = row["accuracy"]
-    methods = sorted({name for _, name in best}, key=lambda name: (LAYERS.index(name.split(",")[0]), name))
-    body, panels = [], {}
-    for shape in sorted({shape for shape, _ in best}):
-        length, width, noise = shape
-        curves: dict[str, list[Any]] = {}
-        found = {name: list(best.get((shape, name), {}).values()) for name in methods}
-        for pairs in sorted({int(pairs) for seeds in found.values() for accuracy in seeds for pairs in accuracy}):
-            values = {name: [accuracy[str(pairs)] for accuracy in seeds] for name, seeds in found.items()}
-            body.append([*map(str, shape), str(pairs), *(written(values[name]) for name in methods)])
-            for name in methods:
-                if values[name]:
-                    curves.setdefault(name, []).append((pairs, *mean_and_error(values[name])))
-        panels[f"{length} tokens, d {width}, {'noise' if noise else 'no noise'}"] = curves
-    cut = sum(not row["finished"] for row in rows)
+    methods = sorted({method(row) for row in finished}, key=lambda name: (LAYERS.index(name.split(",")[0]), name))
+    body, panels, marks = [], {}, {}
+    for (length, width, noise), found in sorted(best.items()):
+        for pairs in pairs_of(found):
+            values = [written(at(found.get(name, {}), pairs)) for name in methods]
+            body.append([*map(str, (length, width, noise, pairs)), *values])
+        for part in sorted({name.partition(", ")[2] for name in found} - {""}):
+            name = f"{length} tokens, d {width}, {part}{', noise' if noise else ''}"
+            some = {layer: seeds for layer, seeds in found.items() if layer.partition(", ")[2] in ("", part)}
+            panels[name] = {layer.partition(",")[0]: curve(seeds, pairs_of(found)) for layer, seeds in some.items()}
+            keep = length // int(part.partition("/")[2])
+            marks |= {name: keep} if keep <= max(pairs_of(found)) else {}
     notes = "Share of asked values that are the most likely token; w of the n tokens a row; best of the learning rates."
-    notes += f" {cut} of {len(rows)} models ran out of time before their last step." if cut else ""
+    notes += f" Seeds: {len({row['seed'] for row in finished})}."
+    cut = len(rows) - len(finished)
+    notes += f" {cut} of {len(rows)} models ran out of time before their last step and are left out." if cut else ""
     publish(path, "Associative recall", ["tokens", "width", "noise", "pairs", *methods], body, notes)
-    draw(path, panels, "pairs", "accuracy")
+    draw(path, panels, "pairs (dashed: w)", "accuracy", marks=marks)
+
+
+def pairs_of(found: dict[str, Seeds]) -> list[int]:
+    """All numbers of pairs."""
+    return sorted({int(pairs) for seeds in found.values() for accuracy in seeds.values() for pairs in accuracy})
+
+
+def at(seeds: Seeds, pairs: int) -> list[float]:
+    """Accuracy of each seed at this number of pairs."""
+    return [accuracy[str(pairs)] for accuracy in seeds.values()]
+
+
+def curve(seeds: Seeds, pairs: list[int]) -> list[tuple[float, float, float]]:
+    """(pairs, mean, standard error over the seeds)."""
+    return [(float(some), *mean_and_error(at(seeds, some))) for some in pairs]
 
 
 def method(row: dict[str, Any]) -> str:
@@ -285,7 +305,8 @@ def main() -> None:
         rows.add(asdict(cell), numbers, device)
         trained += numbers["finished"]
         print(told(cell, numbers), flush=True)
-    print(f"{len(missing) - trained} of {len(missing)} models not trained to the end")
+    if arguments.minutes:
+        print(f"{len(missing) - trained} of {len(missing)} models not trained to the end")
     if found := rows.read():
         report(arguments.out, found)
 

@@ -10,13 +10,13 @@ from afar, which small models learn; no natural question is asked.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from experiment import RESULTS, Budget, Rows, autocast, device_of, draw, mean_and_error, publish, written
-from language import read_tokens
+from language import LAYERS, read_tokens
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -76,27 +76,56 @@ def folders(path: Path) -> Iterator[tuple[str, int, Path]]:
 
 
 def report(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Exact answers by length, mean over depths and seeds."""
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    lengths = sorted({row["length"] for row in rows})
-    of = lambda layer, length, name: [r[name] for r in rows if (r["layer"], r["length"]) == (layer, length)]  # noqa: E731
-    panels = {}
-    for name, title in (("exact", "answer tokens exact"), ("text_nll", "text, nats per token")):
-        points = {
-            layer: [(float(n), *mean_and_error(of(layer, n, name))) for n in lengths if of(layer, n, name)] for layer in layers
-        }
-        panels[title] = points
-    header = ["attention", *(f"{length}: exact / text nats" for length in lengths)]
+    """By length, mean over depths and seeds: exact answers, what the needle is worth, and the loss on the text."""
+    cut = unfinished(path.with_name("language.jsonl"))
+    rows = [row | {"saved": row["nll_without"] - row["nll"]} for row in rows if (row["layer"], row["seed"]) not in cut]
+    layers = [layer for layer in LAYERS if any(row["layer"] == layer for row in rows)]
+    lengths, depths = sorted({row["length"] for row in rows}), sorted({row["depth"] for row in rows})
+
+    def of(name: str, layer: str, length: int, some: list[float] = depths) -> list[float]:
+        return [row[name] for row in rows if (row["layer"], row["length"]) == (layer, length) and row["depth"] in some]
+
+    def curves(name: str, depths_of: Callable[[int], list[float]]) -> dict[str, list[tuple[float, float, float]]]:
+        found = {layer: {n: of(name, layer, n, depths_of(n)) for n in lengths} for layer in layers}
+        return {layer: [(float(n), *mean_and_error(v)) for n, v in values.items() if v] for layer, values in found.items()}
+
+    plain = lambda length: [depth for depth in depths if text_is_plain(length, depth)]  # noqa: E731
     body = [
-        [layer, *(f"{written(of(layer, n, 'exact'))} / {written(of(layer, n, 'text_nll'))}" for n in lengths)]
+        [
+            layer,
+            str(n),
+            *(written(of(name, layer, n)) for name in ("exact", "saved")),
+            written(of("text_nll", layer, n, plain(n))),
+        ]
         for layer in layers
+        for n in lengths
+        if of("exact", layer, n)
     ]
     trained = rows[0]["trained_length"]
-    notes = f"Trained at {trained} tokens. Mean and standard error over depths and seeds."
+    notes = f"Trained at {trained} tokens. Mean and standard error over {len(depths)} depths, and seeds."
+    notes += " Nats saved: by how much the needle lowers the loss of an answer token."
+    notes += f" Left out, not trained to the end: {', '.join(sorted({layer for layer, _ in cut}))}." if cut else ""
+    header = ["attention", "tokens", "answer tokens exact", "nats saved", "text, nats per token"]
     publish(path, "Needles beyond the trained length", header, body, notes)
-    for title, curves in panels.items():
-        target = path.with_name(f"{path.stem}-{title.split()[0].strip(',')}")
-        draw(target, {title: curves}, "tokens (dashed: trained)", title, marks={title: trained})
+    saved = {f"depth {depth:g}": curves("saved", lambda _, depth=depth: [depth]) for depth in depths}
+    draw_beside(path, "answer", saved, "nats saved per answer token", trained)
+    draw_beside(path, "text", {"text": curves("text_nll", plain)}, "nats per token", trained)
+
+
+def draw_beside(path: Path, name: str, panels: dict[str, Any], y: str, trained: int) -> None:
+    target = path.with_name(f"{path.stem}-{name}")
+    draw(target, panels, "tokens (dashed: trained)", y, marks=dict.fromkeys(panels, float(trained)))
+
+
+def text_is_plain(length: int, depth: float) -> bool:
+    """Whether the needle lies before the tokens whose loss is that of the text."""
+    size = CUE + ANSWER
+    return int(depth * (length - 2 * size)) + size <= length - size - TEXT_POSITIONS
+
+
+def unfinished(language: Path) -> set[tuple[str, int]]:
+    """(layer, seed) of models that ran out of time, by the rows of benchmarks/language.py beside these: not to be compared."""
+    return {(row["layer"], row["seed"]) for row in Rows(language).all if not row["finished"]}
 
 
 def parse() -> argparse.Namespace:

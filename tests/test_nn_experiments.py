@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -57,8 +58,11 @@ def test_recall(command, tmp_path, capsys):
     assert out.with_suffix(".png").stat().st_size > 5000
     command("mqar", *sizes, *options)
     assert len(rows_of(out)) == len(rows)
+    with out.open("a") as file:
+        file.write(json.dumps(rows[0] | {"seed": 1, "finished": False}) + "\n")
     command("mqar", *sizes, *options, "--layers", "swa", "--minutes", 0)
-    assert len(rows_of(out)) == len(rows)
+    assert len(rows_of(out)) == len(rows) + 1
+    assert "1 of 11 models ran out of time before their last step and are left out" in out.with_suffix(".md").read_text()
     assert "0.01, seed" in capsys.readouterr().out
 
 
@@ -80,6 +84,12 @@ def test_language_models(command, tmp_path, monkeypatch):
     assert "| dma" in out.with_suffix(".md").read_text()
     command("language", "train", *tokens, *sizes, *options)
     assert len(rows_of(out)) == 2
+    cut = rows[1] | {"layer": "nsa", "finished": False, "curve": [5.0, 4.5], "trained_tokens": 256}
+    language.report(out, [*rows, cut])
+    table = out.with_suffix(".md").read_text()
+    assert f"| nsa (cut) | {cut['parameters'] / 1e6:.2f} | 0.0 | 4.50 |" in re.sub(" +", " ", table)
+    assert "training batch at step 2" in table
+    assert "nsa after 2" in table
 
 
 def tokens_and_models(folder: Path, layers: tuple[str, ...]) -> None:
@@ -95,12 +105,18 @@ def tokens_and_models(folder: Path, layers: tuple[str, ...]) -> None:
 def test_needles(command, tmp_path):
     tokens_and_models(tmp_path, ("gqa", "dma"))
     out = tmp_path / "needle.jsonl"
+    cut = [{"layer": layer, "seed": 0, "finished": layer != "dma"} for layer in ("gqa", "dma")]
+    (tmp_path / "language.jsonl").write_text("\n".join(map(json.dumps, cut)))
     options = ["--models", tmp_path / "models", "--tokens", tmp_path / "tokens", "--lengths", "320,400", "--depths", "0,0.5"]
     command("needle", *options, "--items", 2, "--device", "cpu", "--out", out)
     rows = rows_of(out)
     assert len(rows) == 8
     assert all(row["exact"] <= 1 and row["trained_length"] == 512 and row["nll"] > 0 for row in rows)
     assert (tmp_path / "needle-answer.png").exists()
+    table = (tmp_path / "needle.md").read_text()
+    assert "| gqa " in table
+    assert "| dma " not in table
+    assert "not trained to the end: dma" in table
     assert (tmp_path / "needle-text.png").exists()
     (tmp_path / "needle-text.png").unlink()
     command("needle", "--tokens", "nowhere", "--minutes", 0, "--out", out)

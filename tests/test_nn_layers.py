@@ -169,11 +169,16 @@ def nsa_branches(layer: NativeSparseAttention, q, q_rope, k, v):
 def test_nsa_branches_equal_their_equations(n):
     layer = model_of("nsa").model.layers[0].self_attn
     layer.compress_k.position.data.normal_()
-    q, q_rope = torch.randn(2, 4, n, 8, dtype=torch.float64)
-    k, v = torch.randn(2, 3, 2, n, 8, dtype=torch.float64)
+    q, q_rope = (torch.randn(4, n, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    k, v = ([torch.randn(2, n, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)] for _ in range(2))
     batched = [tuple(x[None] for x in xs) for xs in (k, v)]
     branches = torch.stack(layer._branches(q[None], q_rope[None], *batched))[:, 0]
-    torch.testing.assert_close(branches, nsa_branches(layer, q, q_rope, k, v), atol=1e-10, rtol=1e-8)
+    expected, weight = nsa_branches(layer, q, q_rope, k, v), torch.randn_like(branches)
+    torch.testing.assert_close(branches, expected, atol=1e-10, rtol=1e-8)
+    leaves = [q, q_rope, *k, *v]
+    ours, theirs = (torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True) for out in (branches, expected))
+    for one, other, leaf in zip(ours, theirs, leaves, strict=True):
+        torch.testing.assert_close(*(torch.zeros_like(leaf) if g is None else g for g in (one, other)), atol=1e-10, rtol=1e-8)
 
 
 def test_nsa_equals_the_reference_of_flash_linear_attention():
