@@ -2,8 +2,8 @@
 
     python benchmarks/pareto_figures.py pareto/ --out benchmarks/results/eval-gpu
 
-Joins the rows of a folder (or reads a file of them) into OUT.jsonl, the plans' summaries into OUT-plans.jsonl, draws
-OUT-MODEL-METRIC.png, and writes the tables to OUT.md.
+Joins the rows of a folder (or reads a file of them) into OUT.jsonl, the summaries of the plans that were run into
+OUT-plans.jsonl, draws OUT-MODEL-METRIC.png (into --figures, if given), and writes the tables to OUT.md.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from pareto import join, plans_of
 
@@ -21,13 +22,15 @@ from attnsieve.show import markdown, percent
 from attnsieve.show.canvas import save
 from attnsieve.show.results import family, result_figure, with_error
 
-METRICS = ("answer_nll", "exact_match", "answer_kl")
+METRICS = ("answer_nll", "exact_match")
 # Keys of SnapKV and H2O are counted per decode step, so a density of the prompt says nothing about them.
 CACHES = ("snapkv", "h2o")
+# In the order of their colours.
 SHOWN = (
-    "budget", "budget-guarded", "budget-kv", "keys", "keys-guarded", "minference", "xattention", "flashprefill",
-    "streaming-llm", "moa", "bigbird", "longformer", "window", "dam-paper", "dam-robust", "dam-adaptive",
+    "budget", "budget-kv", "keys", "keys-guarded", "minference", "xattention", "streaming-llm",
+    "budget-guarded", "dam-robust", "dam-adaptive", "flashprefill", "moa", "bigbird", "longformer", "window",
 )  # fmt: skip
+LEAST_DENSITY, TICKS = 3, (0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5)  # percent; nats
 # What a plan must hold (docs: accuracy target): pairs kept, points of exact match, nats of answer NLL.
 MOST_DENSITY, MOST_POINTS, MOST_NLL = 0.25, 0.02, 0.05
 
@@ -38,16 +41,16 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(SHOWN), help="what is drawn")
     parser.add_argument("--join-only", action="store_true", help="write the rows and the plans' summaries, draw nothing")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--figures", type=Path, help="a folder")
     arguments = parser.parse_args()
     rows = joined(arguments.source, arguments.out) if arguments.source.is_dir() else read_rows(arguments.source)
     if arguments.join_only:
         return
-    shown = arguments.families.split(",")
+    shown, figures = arguments.families.split(","), arguments.figures or arguments.out.parent
     for model in sorted({row.model for row in rows}):
         own = [row for row in rows if row.model == model and row.dtype == main_dtype(rows)]
-        drawn = [asdict(row) for row in own if row.plan == "dense" or family(row.plan) in shown]
         for metric in METRICS:
-            print(save(result_figure(drawn, metric), arguments.out.with_name(f"{arguments.out.name}-{model}-{metric}.png")))
+            print(save(curves(own, shown, metric), figures / f"{arguments.out.name}-{model}-{metric}.png"))
     text = "\n\n".join([targets(rows), caches(rows), table(rows)])
     arguments.out.with_name(f"{arguments.out.name}.md").write_text(text + "\n", encoding="utf-8")
     print(targets(rows))
@@ -57,9 +60,33 @@ def joined(folder: Path, out: Path) -> list[Row]:
     rows = join(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(asdict(row), ensure_ascii=False) for row in rows)
+    run = {(row.model, row.length, row.plan_digest) for row in rows}
+    plans = [line for line in plans_of(folder) if plan_key(json.loads(line)) in run]
     out.with_name(f"{out.name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    out.with_name(f"{out.name}-plans.jsonl").write_text("".join(f"{line}\n" for line in plans_of(folder)), encoding="utf-8")
+    out.with_name(f"{out.name}-plans.jsonl").write_text("".join(f"{line}\n" for line in plans), encoding="utf-8")
     return rows
+
+
+def plan_key(summary: dict[str, Any]) -> tuple[str, int, str]:
+    return summary["model"], summary["length"], summary["plan_digest"]
+
+
+def curves(rows: Sequence[Row], shown: Sequence[str], metric: str) -> Any:
+    """A figure of the `shown` families that there are, in that order; nats on a logarithmic scale."""
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+    place = {name: number for number, name in enumerate(shown)}
+    drawn = [row for row in rows if row.plan == "dense" or family(row.plan) in place]
+    drawn.sort(key=lambda row: place.get(family(row.plan), -1))
+    figure = result_figure([asdict(row) for row in drawn], metric)
+    for axes in figure.axes:
+        axes.set_xlim(left=LEAST_DENSITY)
+        if metric != "exact_match":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(FixedLocator(TICKS))
+            axes.yaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in TICKS]))
+            axes.yaxis.set_minor_locator(NullLocator())
+    return figure
 
 
 def main_dtype(rows: Sequence[Row]) -> str:

@@ -29,7 +29,8 @@ METRIC_NAMES = {
     "top1_agreement": "same most likely token",
     "output_error": "relative output error",
 }
-PANEL_WIDTH, PANEL_HEIGHT = 3.4, 2.7
+# Inches; of a letter in the legend at most.
+PANEL_WIDTH, PANEL_HEIGHT, LETTER_WIDTH = 3.4, 2.7, 0.085
 MOST_PANELS = 24
 
 
@@ -74,7 +75,9 @@ def result_figure(rows: Sequence[Row], metric: str) -> Figure:
         len(tasks) * len(lengths) <= MOST_PANELS,
         f"{len(tasks)} tasks x {len(lengths)} lengths are too many panels: choose some",
     )
-    figure = new_figure(max(4.6, PANEL_WIDTH * len(lengths) + 0.4), PANEL_HEIGHT * len(tasks) + 0.3 + 0.2 * len(families))
+    width = max(4.6, PANEL_WIDTH * len(lengths) + 0.4)
+    columns = max(1, int(width / (0.6 + LETTER_WIDTH * max(map(len, map(_short, [*families, "dense attention"]))))))
+    figure = new_figure(width, PANEL_HEIGHT * len(tasks) + 0.3 + 0.2 * -(-(len(families) + 1) // columns))
     grid = figure.subplots(len(tasks), len(lengths), squeeze=False, sharex=True, sharey="row")
     for task, line in zip(tasks, grid, strict=True):
         for length, axes in zip(lengths, line, strict=True):
@@ -84,7 +87,7 @@ def result_figure(rows: Sequence[Row], metric: str) -> Figure:
     grid[0, 0].set_xlim(min(0.4, *(70 * row["density"] for row in chosen)), 130)
     for axes in grid[-1]:
         axes.set_xlabel("density, % of causal pairs kept", fontsize=9)
-    _legend(figure, families)
+    _legend(figure, families, columns)
     return figure
 
 
@@ -137,12 +140,12 @@ def _mark(place: int) -> dict[str, Any]:
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "linestyle": "none"}
 
 
-def _legend(figure: Figure, families: Sequence[str]) -> None:
+def _legend(figure: Figure, families: Sequence[str], columns: int) -> None:
     from matplotlib.lines import Line2D
 
     marks = [Line2D([], [], label=_short(name), **_mark(place)) for place, name in enumerate(families)]
     marks.append(Line2D([], [], label="dense attention", color=GREY, linewidth=1, linestyle="--"))
-    figure.legend(handles=marks, loc="outside lower left", fontsize=8, frameon=False, ncols=1)
+    figure.legend(handles=marks, loc="outside lower left", fontsize=8, frameon=False, ncols=columns)
 
 
 def _short(plan: str) -> str:
