@@ -1,16 +1,18 @@
 """Schedules of the Triton backend, interpreted: every kept pair is served once, by lists that hold no more than they must; layouts
 chosen from the input are scheduled without reading the device; every kernel that builds a schedule compiles for an H100."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnsieve import compile_layout
+from attnsieve import attend, compile_layout
 from attnsieve.bench.masks import selected
 from attnsieve.layout import Layout
 from attnsieve.patterns import (
+    Atom,
+    Pattern,
     columns,
     dam_online,
     diagonals,
@@ -20,9 +22,11 @@ from attnsieve.patterns import (
     random_blocks,
     sink,
     vertical_slash,
+    voted_keys,
     window,
 )
 from attnsieve.selection import choose
+from attnsieve.testing import relative_error
 from tests.gpu_compiler import compiled
 from tests.interpreter import INTERPRETED, needs_interpreter
 from tests.laws.samples import dam
@@ -33,6 +37,23 @@ ROWS, KEYS = 32, 16
 
 def chosen(pattern, n=N):
     return choose([pattern] * 2, 2 * torch.randn(1, 2, n, 8), torch.randn(1, 1, n, 8))
+
+
+@dataclass(frozen=True, repr=False)
+class Chunk(Atom):
+    """A user's own rule, whose ends are not those of a window: keys of the query's own chunk."""
+
+    tokens: int
+    name = "chunk"
+
+    def keep(self, i, j):
+        return i // self.tokens == j // self.tokens
+
+    def end(self, n):
+        return (torch.arange(n) // self.tokens + 1) * self.tokens
+
+    def arguments(self):
+        return [self.tokens], {}
 
 
 def irregular():
@@ -169,6 +190,15 @@ def test_chosen_layouts_are_not_read(pattern):
     with Reading() as host:
         schedule(replace(layout, passing=False, windows=False, schedules={}), ROWS, KEYS)
     assert host.reads > 0
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("rule", "windows"), [(Pattern.of(Chunk(20)), False), (window(20) | sink(3), True)], ids=str)
+def test_rules_beside_a_choice_may_have_ends_of_any_kind(rule, windows):
+    q, k, v = (torch.randn(1, 2, N, 16) for _ in range(3))
+    layout = choose([voted_keys(5, probe=4) | rule, window(7)], q, k)
+    assert layout.windows == windows
+    assert relative_error(attend(q, k, v, layout, backend="triton"), attend(q, k, v, layout, backend="reference")) < 1e-5
 
 
 PROGRAM = """

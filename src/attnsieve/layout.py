@@ -223,6 +223,7 @@ def compile(patterns: Sequence[Pattern], length: int, device: torch.device | str
         corner,
         corner_rows,
         _stack_blocks([head.blocks for head in heads], length),
+        windows=all(_one_window(head.end) for head in unique.values()),
     )
     return layout.to(device)
 
@@ -243,6 +244,12 @@ def _head(pattern: Pattern, n: int) -> _Head:
     rows = torch.arange(min(pattern.corner_rows, n))
     corner = pattern.keep(rows[:, None], rows[None, :]) if len(rows) else None
     return _Head(end.to(torch.int32), reduce(torch.logical_or, offsets) if offsets else None, corner, blocks)
+
+
+def _one_window(end: Tensor) -> bool:
+    """Whether every end, int32 [n], is FOREVER or what one window gives."""
+    life = (end - torch.arange(len(end), dtype=torch.int32)).clamp_min(0)[end != FOREVER]
+    return len(life) == 0 or bool((life == life[0]).all())
 
 
 def _stack_offsets(heads: list[_Head], n: int) -> Tensor | None:

@@ -97,7 +97,8 @@ def join(static: Static, sequences: int, parts: Sequence[Part]) -> Layout:
             part.put(end, part.chosen.end)
         if part.chosen.offset is not None and offset is not None:
             part.put(offset, part.chosen.offset)
-    blocks, windows = _join_blocks(static, sequences, parts), not any(part.chosen.mortal for part in parts)
+    windows = base.windows and not any(part.chosen.mortal for part in parts)
+    blocks = _join_blocks(static, sequences, parts)
     return replace(base, end=end, offset=offset, blocks=blocks, schedules={}, passing=True, windows=windows)
 
 
