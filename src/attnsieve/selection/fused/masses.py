@@ -96,10 +96,12 @@ def by_key(probed: ProbedRows, k: Tensor, sums: Sums) -> Tensor:
         _write_by_key(probed, k, sums.rows, members, out)
         return out.view(k.shape[0], -1, *shape[2:])
     # More rows than a program holds: some of each block after the others.
-    total, part = k.new_zeros(shape, dtype=torch.float32), k.new_zeros(shape, dtype=torch.float32)
+    total = k.new_zeros(shape, dtype=torch.float32)
     q, position = probed.q.unflatten(2, (blocks, -1)), probed.position.unflatten(0, (blocks, -1))
     for some_q, some in zip(q.split(most, dim=3), position.split(most, dim=1), strict=True):
         rows = ProbedRows(some_q.flatten(2, 3).contiguous(), some.flatten().contiguous(), probed.scale)
+        # Not all of it is written: nothing beyond a block's last key among these rows.
+        part = torch.zeros_like(total)
         _write_by_key(rows, k, some.shape[1], members, part)
         total += part
     return total.view(k.shape[0], -1, *shape[2:])
