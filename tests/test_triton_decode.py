@@ -113,7 +113,7 @@ def test_what_is_not_finite_reaches_only_heads_that_keep_its_key(where, value, j
     from attnsieve.backends.triton.decode import decode
 
     row = [window(20), columns(17, 90), diagonals(0, 110, 183), captured(12) | columns(90, start=12) | window(7)]
-    call = make(compile_layout(row, 201), group=2, kv_heads=2)
+    call = make(compile_layout(row, 201), group=2, kv_heads=2, v_width=24)
     clean, clean_lse = decode(call)
     (call.k if where == "k" else call.v)[:, :, j, 3] = value
     out, lse = decode(call)

@@ -203,8 +203,10 @@ def test_decode_of_few_and_many_keys(n):
 
 
 @pytest.mark.parametrize(("where", "value"), [("k", torch.nan), ("v", torch.nan), ("v", torch.inf)])
-def test_decode_of_what_is_not_finite(where, value):
-    call = call_of(compile_layout([window(300), columns(5, 140), diagonals(0, 376), window(9)], 517), q_len=1, kv_heads=2)
+@pytest.mark.parametrize("v_width", [32, 64])
+def test_decode_of_what_is_not_finite(where, value, v_width):
+    layout = compile_layout([window(300), columns(5, 140), diagonals(0, 376), window(9)], 517)
+    call = call_of(layout, q_len=1, kv_heads=2, v_width=v_width)
     run = lambda: attend(call.q, call.k, call.v, call.layout, key_bias=call.key_bias, backend="triton")  # noqa: E731
     clean = run()
     (call.k if where == "k" else call.v)[:, :, 140, 3] = value

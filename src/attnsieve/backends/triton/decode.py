@@ -27,7 +27,7 @@ from attnsieve.backends.call import Call
 from attnsieve.backends.triton.common import Rows, head_base, places_of, rows_of, span_of
 from attnsieve.backends.triton.decode_rule import STEP, rule
 from attnsieve.backends.triton.forward import clear_slots
-from attnsieve.backends.triton.geometry import padded
+from attnsieve.backends.triton.geometry import padded, padded_value
 from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, combine_shares, shape_of
 from attnsieve.backends.triton.tuning import decode_tuning
 
@@ -264,14 +264,14 @@ def combine_kernel(p_acc, p_sum, p_range, out, p_lse, places, n_spans, n_slots, 
 def decode(call: Call, tuning: Tuning | None = None) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in q's dtype and LSE [B, Hq, Tq] in float32, for few queries."""
     (_, heads, q_slots, width), v_width = call.q.shape, call.v.shape[-1]
-    tuning = decode_tuning(padded(width) + padded(v_width), call.q.dtype) if tuning is None else tuning
+    tuning = decode_tuning(padded(width) + padded_value(v_width), call.q.dtype) if tuning is None else tuning
     group, bits = _words(call)
     words, queries = heads // group, len(call.spans) * q_slots
     together = max(1, min(queries, _DEALT_TOGETHER // words))
     deals = -(-queries // together)
     programs = max(_resident(call, tuning) // deals, 2 * together * words)
     shape = shape_of(group, bits, tuning.keys, width, v_width, call.q.dtype)
-    acc = call.q.new_empty(deals * programs, group, padded(v_width), dtype=torch.float32)
+    acc = call.q.new_empty(deals * programs, group, padded_value(v_width), dtype=torch.float32)
     sums = call.q.new_empty(deals * programs, group, dtype=torch.float32)
     ranges = call.q.new_empty(queries, words, 2, dtype=torch.int32)
     out = call.q.new_empty(*call.q.shape[:3], v_width)

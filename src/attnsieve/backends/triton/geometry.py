@@ -65,7 +65,7 @@ class Geometry:
             "D": width,
             "DP": padded(width),
             "DV": v_width,
-            "DVP": _padded_value(v_width),
+            "DVP": padded_value(v_width),
             # float32 inputs are multiplied in float32, not in tf32.
             "PRECISION": "ieee" if call.q.dtype == torch.float32 else "tf32",
         }
@@ -76,6 +76,6 @@ def padded(width: int) -> int:
     return max(16, int(next_power_of_2(width)))
 
 
-def _padded_value(v_width: int) -> int:
+def padded_value(v_width: int) -> int:
     """`padded`, but 64 instead of 32: Triton 3.6 multiplies by [keys, 32] tiles wrongly in loops without pipelining."""
     return 64 if padded(v_width) == 32 else padded(v_width)

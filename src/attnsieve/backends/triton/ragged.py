@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnsieve.backends.ragged import Index, Memory
 from attnsieve.backends.triton.common import head_base, rows_of
-from attnsieve.backends.triton.geometry import padded
+from attnsieve.backends.triton.geometry import padded, padded_value
 from attnsieve.backends.triton.shares import COMBINED, Source, attend_share, combine_shares, shape_of
 from attnsieve.backends.triton.tuning import decode_tuning
 
@@ -142,11 +142,11 @@ def attend(q: Tensor, memory: Memory, index: Index, scale: float) -> tuple[Tenso
     batch, heads, _, width = q.shape
     kv_heads, slots, v_width = memory.state.shape[1], memory.key.shape[1], memory.value.shape[-1]
     group, items = heads // kv_heads, len(index.items)
-    acc = q.new_empty(batch, items, group, padded(v_width), dtype=torch.float32)
+    acc = q.new_empty(batch, items, group, padded_value(v_width), dtype=torch.float32)
     sums = q.new_empty(batch, items, group, dtype=torch.float32)
     out = q.new_empty(batch, heads, 1, v_width)
     lse = q.new_empty(batch, heads, 1, dtype=torch.float32)
-    tuning = decode_tuning(padded(width) + padded(v_width), q.dtype)
+    tuning = decode_tuning(padded(width) + padded_value(v_width), q.dtype)
     shape = shape_of(group, group, tuning.keys, width, v_width, q.dtype)
     attend_kernel[(items, batch)](
         rows_of(q), memory, acc, sums, index, scale, kv_heads, slots, shape, **tuning.options(listed=True)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from attnsieve.backends.triton.common import LN2, LOG2E, load_rows
-from attnsieve.backends.triton.geometry import padded
+from attnsieve.backends.triton.geometry import padded, padded_value
 from attnsieve.backends.triton.nonfinite import is_finite
 
 # Shares that are combined at a time.
@@ -70,7 +70,7 @@ class Source(NamedTuple):
 @cache
 def shape_of(group: int, bits: int, keys: int, width: int, v_width: int, dtype: torch.dtype) -> Shape:
     """`group` query heads share the places. float32 inputs are multiplied in float32, not in tf32."""
-    sides = (group, bits, padded(group), keys, width, padded(width), v_width, padded(v_width))
+    sides = (group, bits, padded(group), keys, width, padded(width), v_width, padded_value(v_width))
     return Shape._make(map(tl.constexpr, (*sides, "ieee" if dtype == torch.float32 else "tf32")))
 
 
