@@ -57,7 +57,7 @@ def refusal(folder: Path) -> str:
 
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
-    report = {attention: compare(attention, folder) for attention in ("dma", "gqa", "swa", "mla", "nsa")}
+    report = {attention: compare(attention, folder) for attention in ("dma", "gqa", "mla", "nsa")}
     answer = refusal(folder)
     if dist.get_rank() == 0:
         (folder / "report.json").write_text(json.dumps({"models": report, "refusal": answer}))

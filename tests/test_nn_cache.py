@@ -77,7 +77,7 @@ def test_every_step_equals_attention_over_the_whole_text(rule, prefill, ties):
     close(out, text.full(rule))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(RULES),
     st.lists(st.integers(1, 50), min_size=1, max_size=8, unique=True),
@@ -122,7 +122,7 @@ def test_copies_branch_and_reorder_moves_rows():
     close(text.piece(branch, 20, 21), text.full(rule)[:, :, 20:21])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(RULES),
     st.lists(st.tuples(st.integers(1, 9), st.booleans(), st.integers(0, 20)), min_size=1, max_size=12),

@@ -15,9 +15,9 @@ from attnsieve.nn import quantile_triton
 from attnsieve.nn.quantile import walk
 
 quantile_triton.TILE = 64
-for n in (1, 2, 31, 32, 33, 64, 127, 300):
+for n in (1, 2, 33, 64, 150):
     order = torch.stack([torch.randperm(n) for _ in range(2)]).int()
-    for budget in (1, 7, n // 2 + 1):
+    for budget in (1, n // 2 + 1):
         k = torch.full_like(order, budget - 1)
         fused, answered = quantile_triton.kth_position(order, k), torch.arange(n) >= budget
         assert torch.equal(fused[:, answered], walk(order, k)[:, answered]), (n, budget)

@@ -70,7 +70,7 @@ def scores(n: int, kind: str, generator: torch.Generator) -> torch.Tensor:
 KINDS = ("random", "ties", "equal", "zeros", "rising", "falling")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 80), st.sampled_from(KINDS), st.integers(0, 2**31), st.integers(1, 80))
 def test_parallel_heap_chunked_and_brute_force_agree(n, budget, kind, seed, chunk):
     sigma = scores(n, kind, torch.Generator().manual_seed(seed))
@@ -91,7 +91,7 @@ def test_long_batched_rows_equal_the_heap(n, budget, kind):
     assert torch.equal(ends, expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.sampled_from(KINDS), st.integers(0, 2**31))
 def test_identities(n, budget, kind, seed):
     sigma = scores(n, kind, torch.Generator().manual_seed(seed))[None, None]
@@ -119,7 +119,7 @@ def layouts(draw):
     return rows, slot + draw(st.integers(1, 3))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(layouts(), st.integers(1, 6), st.integers(0, 4), st.integers(0, 3), st.booleans(), st.integers(0, 2**31))
 def test_each_document_is_solved_alone(layout, budget, window, sinks, union, seed):
     rows, slots = layout
@@ -146,7 +146,7 @@ def window_oracle(sigma: torch.Tensor, rule: SelectionRule) -> torch.Tensor:
     return mask
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 9), st.integers(0, 4), st.booleans(), st.integers(0, 2**31))
 def test_window_and_sinks_equal_their_words(n, budget, window, sinks, union, seed):
     sigma = scores(n, "ties", torch.Generator().manual_seed(seed))

@@ -75,7 +75,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(text, tmp_path):
     assert next(row["loss"] for row in again if row["step"] == 6) == next(row["loss"] for row in log if row["step"] == 6)
 
 
-@pytest.mark.parametrize("attention", ["dma", "gqa", "mla", "nsa"])
+@pytest.mark.parametrize("attention", ["dma", "mla", "nsa"])
 def test_bfloat16_with_checkpointing_and_accumulation(attention, text, tmp_path):
     options = {"num_key_value_heads": None} if attention == "mla" else {}
     model = fresh(attention=attention, nsa_block=4, nsa_stride=2, nsa_selected_block=8, **options)
