@@ -1,5 +1,7 @@
 """`attend` under torch.compile: one operation without graph breaks, right in values and gradients, with its layout known again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -62,6 +64,29 @@ def test_schedules_of_a_static_layout_are_built_once():
         built.append(dict(known.schedules))
     assert built[0]
     assert built[1:] == built[:-1]
+
+
+def test_layouts_that_share_a_vector_are_told_apart():
+    layout = compile_layout([window(5) | diagonals(9)] * 2, 70)
+    call = make(layout)
+    for one in (layout, replace(layout, offset=torch.zeros_like(layout.offset), schedules={})):
+        compiled = torch.compile(lambda q, one=one: attend(q, call.k, call.v, one), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(call.q), attend(call.q, call.k, call.v, one))
+
+
+def test_layouts_of_one_call_are_not_remembered():
+    layout = replace(compile_layout([window(5)] * 2, 70), passing=True)
+    call = make(layout)
+    torch.compile(lambda q: attend(q, call.k, call.v, layout), backend="aot_eager", fullgraph=True)(call.q)
+    assert not hasattr(layout.end, graph._KNOWN)
+
+
+def test_layouts_made_in_inference_mode():
+    with torch.inference_mode():
+        layout = compile_layout([window(5)] * 2, 70)
+        call = make(layout)
+        compiled = torch.compile(lambda q: attend(q, call.k, call.v, layout), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(call.q), attend(call.q, call.k, call.v, layout))
 
 
 def test_bad_calls_raise_when_they_run():

@@ -1,6 +1,6 @@
 """A call as one operation of a graph, for torch.compile: what happens on the host stays out of the trace.
 
-The operation takes a call's tensors and numbers, since graphs hold nothing else. A static layout is known again by its `end`, so
+The operation takes a call's tensors and numbers, since graphs hold nothing else. A static layout is remembered by its `end`, so
 that its schedules are built once. The gradients are an operation too: by Triton from the output and the LSE, by other backends
 from a second forward pass.
 """
@@ -75,8 +75,9 @@ def _call(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, places: Sequ
 
 def _layout(vectors: Sequence[Any], numbers: Sequence[int]) -> Layout:
     end, offset, corner, corner_rows, count, index = vectors
-    version, known = getattr(end, _KNOWN, (None, None))
-    if known is not None and version == end._version:
+    identity = _identity(vectors, numbers[:6])
+    of, known = getattr(end, _KNOWN, (None, None))
+    if known is not None and of == identity:
         found: Layout = known
         return found
     length, most, rows, keys, passing, windows = numbers[:6]
@@ -85,10 +86,17 @@ def _layout(vectors: Sequence[Any], numbers: Sequence[int]) -> Layout:
     layout = Layout(
         length, end, offset, corner, corner_rows, blocks, most_keys=most_keys, passing=bool(passing), windows=bool(windows)
     )
-    if most < 0:
+    if most < 0 and not passing:
         # Masks chosen from the input are used once; remembering them would keep their memory until a collection of cycles.
-        setattr(end, _KNOWN, (end._version, layout))
+        setattr(end, _KNOWN, (identity, layout))
     return layout
+
+
+def _identity(vectors: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
+    """Differs between layouts that share some of their vectors, and after one is written to."""
+    # Tensors made in inference mode count no versions.
+    seen = [None if x is None else (x.data_ptr(), 0 if x.is_inference() else x._version) for x in vectors]
+    return [*seen, *numbers]
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
