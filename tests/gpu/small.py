@@ -11,8 +11,24 @@ import torch
 from attnsieve import Spans, attend, compile_layout
 from attnsieve.bench.masks import selected
 from attnsieve.layout import Layout
-from attnsieve.patterns import Pattern, columns, diagonals, empty, random_blocks, sink, window
+from attnsieve.patterns import (
+    Pattern,
+    antidiagonal_blocks,
+    columns,
+    dam_online,
+    diagonals,
+    empty,
+    probed_blocks,
+    probed_keys,
+    random_blocks,
+    sink,
+    vertical_slash,
+    voted_keys,
+    window,
+)
 from attnsieve.ragged import Kept, RaggedStore
+from attnsieve.selection import choose
+from attnsieve.selection.sequence import fewest_with_mass
 from tests.laws.samples import dam
 
 N = 197
@@ -24,6 +40,14 @@ HEADS = [
     diagonals(0, 40, 90) | columns(*range(3, 190, 11)),
     random_blocks(1, block=64),
     empty(),
+]
+CHOICES = [
+    vertical_slash(mass=0.7, probe=70, strided=3),
+    dam_online(tau=0.4, probe=16),
+    voted_keys(40, probe=150),
+    probed_keys(mass=0.7, block=64, rows=3),
+    probed_blocks(mass=0.7, block=48),
+    antidiagonal_blocks(mass=0.7, block=32, stride=4),
 ]
 
 
@@ -49,6 +73,13 @@ def parts(layout: Layout) -> None:
     attend(q, k, v, layout, spans=Spans.packed([100, 1, 90], device=DEVICE), backend="triton")
 
 
+def choices(pattern: Pattern) -> None:
+    """Keys chosen from the input (by kernels on a GPU only), prefill and a decode step."""
+    q, k, v = (torch.randn(2, heads, N, 64, device=DEVICE, dtype=DTYPE) for heads in (4, 2, 2))
+    for queries in (q, q[:, :, -1:]):
+        attend(queries, k, v, choose([pattern] * 4, queries, k), backend="triton")
+
+
 def step(row: list[Pattern]) -> None:
     """A decode step from ragged storage."""
     q, k, v = (torch.randn(2, heads, N, 64, device=DEVICE, dtype=DTYPE) for heads in (len(row), 2, 2))
@@ -63,6 +94,10 @@ def main() -> None:
     for layout in layouts():
         whole(layout)
         parts(layout)
+    for pattern in CHOICES:
+        choices(pattern)
+    # A row longer than those that stay in registers.
+    fewest_with_mass(torch.rand(3, 9001, device=DEVICE), 0.7)
     step([HEADS[0], HEADS[2], HEADS[2], HEADS[4]])
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
