@@ -1,13 +1,14 @@
 """Benchmarks on a CPU: complete rows, the oracle's gate, masks by name, text and plan, time to first token."""
 
 import json
+import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from attnsieve import UserError, attention
+from attnsieve import UserError, attention, environment
 from attnsieve.backends import portable
 from attnsieve.bench import kernels, ttft
 from attnsieve.bench.case import Case
@@ -226,6 +227,20 @@ def test_commands_do_not_name_folders_of_the_machine():
     assert command(["/x/attnsieve/__main__.py", "--masks", "sink(1) | window(2)"]) == (
         "python -m attnsieve --masks 'sink(1) | window(2)'"
     )
+
+
+def test_the_commit_is_that_of_the_package_not_of_a_checkout_around_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    for arguments in (["init"], ["commit", "--allow-empty", "--message", "theirs"]):
+        subprocess.run([*git, *arguments], check=True, capture_output=True)
+    (tmp_path / "environment.py").write_text("")
+    assert environment.commit() is None
+    for arguments in (["add", "."], ["commit", "--message", "ours"]):
+        subprocess.run([*git, *arguments], check=True, capture_output=True)
+    ours = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    assert environment.commit() == ours[:12]
 
 
 def test_a_row_without_a_baseline_claims_no_speed_up():

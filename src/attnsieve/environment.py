@@ -36,13 +36,19 @@ def command(arguments: list[str]) -> str:
 def commit() -> str | None:
     """GIT_COMMIT, for copies of a checkout without its history; else the commit that the package is imported from, marked where
     it has changes; None when installed."""
-    ask = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     if given := os.environ.get("GIT_COMMIT"):
         return given
     try:
-        return subprocess.run(ask, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        # Installed in a folder of another checkout, the package is not tracked there.
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        return _git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(*arguments: str) -> str:
+    ask = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(ask, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
 
 def _versions() -> dict[str, str]:
