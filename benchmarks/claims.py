@@ -16,12 +16,14 @@ class Board:
     def claim(self, piece: str) -> bool:
         """Whether this process has got the piece; never a second time."""
         path = self._path(piece)
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(str(os.getpid()))
+        if _made(path):
             return True
-        except FileExistsError:
-            return self._void(path) and self._take_over(path)
+        owner = path.read_text(encoding="utf-8")
+        # Of several that find the claim void, the one that makes this file has it.
+        if not _ended(owner) or not _made(path.with_name(f"{path.name}.void-{owner}")):
+            return False
+        path.write_text(str(os.getpid()), encoding="utf-8")
+        return True
 
     def finish(self, piece: str) -> None:
         """Nobody will get the piece again."""
@@ -30,21 +32,24 @@ class Board:
     def _path(self, piece: str) -> Path:
         return self._folder / piece.replace("/", "_")
 
-    def _void(self, path: Path) -> bool:
-        owner = path.read_text(encoding="utf-8")
-        if not owner.isdigit():
-            return False
-        try:
-            os.kill(int(owner), 0)
-        except ProcessLookupError:
-            return True
+
+def _made(path: Path) -> bool:
+    """Whether this process wrote its number into a file that was not there."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(str(os.getpid()))
+        return True
+    except FileExistsError:
         return False
 
-    def _take_over(self, path: Path) -> bool:
-        # Of several that rename the void claim away one succeeds.
-        try:
-            path.rename(path.with_name(f"{path.name}.void-{os.getpid()}"))
-        except FileNotFoundError:
-            return False
-        path.write_text(str(os.getpid()), encoding="utf-8")
+
+def _ended(owner: str) -> bool:
+    if not owner.isdigit():
+        return False
+    try:
+        os.kill(int(owner), 0)
+    except ProcessLookupError:
         return True
+    except PermissionError:
+        pass  # It runs, for another user.
+    return False

@@ -89,6 +89,23 @@ def test_claims_are_exclusive_and_void_with_their_process(script, tmp_path, monk
     assert not board.claim("done")
 
 
+def test_a_void_claim_is_handed_on_once(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    first, second = (importlib.import_module("claims").Board(tmp_path) for _ in range(2))
+    ended = subprocess.Popen([sys.executable, "-c", "pass"])
+    ended.wait()
+    (tmp_path / "other").write_text(str(ended.pid))
+    look = os.kill
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(os, "kill", look)
+        assert first.claim("other")
+        look(*arguments)
+
+    monkeypatch.setattr(os, "kill", meanwhile)
+    assert not second.claim("other")
+
+
 def test_a_fleet_shares_gpus_and_ends_in_time(script, tmp_path, capsys):
     code = (
         "import os, sys, time; print(sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(60 * (sys.argv[1] == '3/4'))"
