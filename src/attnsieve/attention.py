@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnsieve.backends import cost, graph
 from attnsieve.backends.call import Call
+from attnsieve.device import on_device_of
 from attnsieve.errors import UserError, require
 from attnsieve.layout import Layout
 from attnsieve.spans import Spans
@@ -65,11 +66,13 @@ def attend(
 def _choose(backend: str, call: Call) -> str:
     """The name of the backend that computes a call, which is checked."""
     _check(call)
-    return choose_backend(call) if backend == "auto" else _named(backend, call)
+    with on_device_of(call.q):
+        return choose_backend(call) if backend == "auto" else _named(backend, call)
 
 
 def _run(name: str, call: Call) -> tuple[Tensor, Tensor]:
-    out, lse = _module(name).run(call)
+    with on_device_of(call.q):
+        out, lse = _module(name).run(call)
     return out, lse
 
 

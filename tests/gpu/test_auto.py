@@ -90,3 +90,12 @@ def test_reports_name_who_computed():
     with apply(model, plan) as handle, torch.inference_mode():
         model(ids)
     assert sum(layer.backends.total() for layer in handle.report().layers) == 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_where_the_tensors_are():
+    torch.cuda.set_device(0)
+    q, k, v = (torch.randn(1, 2, 300, 64, device="cuda:1", dtype=torch.bfloat16) for _ in range(3))
+    layout = choose([vertical_slash(mass=0.5), sink(2) | window(9)], q, k)
+    call = Call(q, k, v, layout, Spans.full(1, 300, 300, q.device), 0.125)
+    assert_within_budget(*attend(q, k, v, layout, return_lse=True, backend="triton"), call)

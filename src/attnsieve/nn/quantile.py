@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnsieve.device import on_device_of
+
 
 def kth_position(order: Tensor, k: Tensor) -> Tensor:
     """For each rank r: the k[r]-th smallest (from 0) of order[:r], where order lists positions, best key first.
@@ -22,7 +24,8 @@ def kth_position(order: Tensor, k: Tensor) -> Tensor:
 def _fused(order: Tensor, k: Tensor) -> Tensor:
     from attnsieve.nn.quantile_triton import kth_position as fused
 
-    return fused(order, k)  # type: ignore[no-any-return]
+    with on_device_of(order):
+        return fused(order, k)  # type: ignore[no-any-return]
 
 
 # For torch.compile one operation: which buffers the kernels of a walk hand to each other is decided on the host.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnsieve.backends.ragged import Index, Memory
+from attnsieve.device import on_device_of
 from attnsieve.errors import require
 from attnsieve.ragged.decode import step
 from attnsieve.ragged.kept import Kept
@@ -43,7 +44,8 @@ class RaggedStore:
         corner on. Raises UserError for tensors that do not fit the stored ones and a backend that cannot serve.
         """
         self._check(k, v)
-        return step(q, k, v, self.memory, self.index, scale, backend)
+        with on_device_of(q):
+            return step(q, k, v, self.memory, self.index, scale, backend)
 
     def fill(self, k: Tensor, v: Tensor, start: Sequence[int], past: int) -> None:
         """Store those of the next T tokens that rows after them can read, in place of keys that none of those reads.

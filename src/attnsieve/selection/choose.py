@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from attnsieve.device import on_device_of
 from attnsieve.errors import require
 from attnsieve.layout import Layout
 from attnsieve.layout import compile as compile_layout
@@ -34,7 +35,7 @@ from attnsieve.patterns.dynamic import (
     VotedKeys,
 )
 from attnsieve.selection.blocks import antidiagonal_blocks, pooled_blocks, probed_blocks, probed_keys, top_blocks
-from attnsieve.selection.carriers import carriers, per_group
+from attnsieve.selection.carriers import Carrier, carriers, per_group
 from attnsieve.selection.join import Part, Static, join
 from attnsieve.selection.keys import heavy_hitters, voted_keys
 from attnsieve.selection.phases import dense_decode, dense_prefill, last_queries
@@ -82,6 +83,13 @@ def choose(
     group = q.shape[1] // k.shape[1]
     carried = carriers(tuple(patterns), group)
     rows = tuple(patterns[::group]) if per_group(patterns, group) else tuple(patterns)
+    with on_device_of(q):
+        return _chosen(rows, carried, q, k, spans, scale)
+
+
+def _chosen(
+    rows: tuple[Pattern, ...], carried: Sequence[Carrier], q: Tensor, k: Tensor, spans: Spans | None, scale: float
+) -> Layout:
     static = _static_part(rows, _capacity(k.shape[2]), q.device).first(k.shape[2])
     parts = [
         Part(carrier, sequences, some_k.shape[2] - some_q.shape[2], SELECTORS[type(carrier.atom)](carrier.atom, read))

@@ -1,0 +1,13 @@
+"""Where kernels are launched."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's GPU the current one: Triton launches there whatever its tensors are on, as models spread over GPUs have."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
