@@ -66,8 +66,7 @@ def attend(
 def _choose(backend: str, call: Call) -> str:
     """The name of the backend that computes a call, which is checked."""
     _check(call)
-    with on_device_of(call.q):
-        return choose_backend(call) if backend == "auto" else _named(backend, call)
+    return choose_backend(call) if backend == "auto" else _named(backend, call)
 
 
 def _run(name: str, call: Call) -> tuple[Tensor, Tensor]:

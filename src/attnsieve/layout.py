@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from attnsieve.device import on_device_of
 from attnsieve.errors import require
 from attnsieve.patterns import FOREVER, BlockRows, Pattern
 from attnsieve.patterns.corner import pack_bits
@@ -90,9 +91,10 @@ class Layout:
         return self.end.device
 
     def schedule(self, key: Hashable, build: Callable[[], T]) -> T:
-        """What a backend derives from this layout, built once per `key`."""
+        """What a backend derives from this layout, built once per `key`, on the layout's device."""
         if key not in self.schedules:
-            self.schedules[key] = build()
+            with on_device_of(self.end):
+                self.schedules[key] = build()
         return cast(T, self.schedules[key])
 
     def to(self, device: torch.device | str) -> Layout:
