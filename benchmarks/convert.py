@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import RESULTS, Budget, Rows, device_of, draw, publish
+from experiment import RESULTS, Budget, Rows, device_of, draw, measure_and_report, publish
 from language import Language, documents, run
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -137,12 +137,7 @@ def measure_all(arguments: argparse.Namespace, rows: Rows) -> None:
 
 
 def main() -> None:
-    arguments = parse()
-    rows = Rows(arguments.out)
-    if arguments.minutes:
-        measure_all(arguments, rows)
-    if found := rows.read():
-        report(arguments.out, found)
+    measure_and_report(parse(), measure_all, report)
 
 
 if __name__ == "__main__":

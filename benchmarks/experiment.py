@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -159,6 +160,17 @@ def written(values: Sequence[float], digits: int = 3) -> str:
         return "-"
     mean, error = mean_and_error(values)
     return f"{mean:.{digits}f} ± {error:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
+def measure_and_report(
+    arguments: Namespace, measure: Callable[[Namespace, Rows], None], report: Callable[[Path, list[dict[str, Any]]], None]
+) -> None:
+    """Add rows to `arguments.out`, with --minutes 0 none, and report all that it holds then."""
+    rows = Rows(arguments.out)
+    if arguments.minutes:
+        measure(arguments, rows)
+    if found := rows.read():
+        report(arguments.out, found)
 
 
 def publish(path: Path, title: str, header: Sequence[str], cells: Iterable[Sequence[str]], notes: str = "") -> None:

@@ -26,7 +26,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from experiment import RESULTS, Budget, Rows, Training, autocast, device_of, draw, mean_and_error, peak_bytes, publish, written
+from experiment import (
+    RESULTS,
+    Budget,
+    Rows,
+    Training,
+    autocast,
+    device_of,
+    draw,
+    mean_and_error,
+    measure_and_report,
+    peak_bytes,
+    publish,
+    written,
+)
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
@@ -359,11 +372,7 @@ def main() -> None:
     if arguments.action == "prepare":
         prepare(arguments)
         return
-    rows = Rows(arguments.out)
-    if arguments.minutes:
-        train(arguments, rows)
-    if found := rows.read():
-        report(arguments.out, found)
+    measure_and_report(arguments, train, report)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import RESULTS, Budget, Rows, autocast, device_of, draw, mean_and_error, publish, written
+from experiment import RESULTS, Budget, Rows, autocast, device_of, draw, mean_and_error, measure_and_report, publish, written
 from language import LAYERS, read_tokens
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -164,12 +164,7 @@ def measure_all(arguments: argparse.Namespace, rows: Rows) -> None:
 
 
 def main() -> None:
-    arguments = parse()
-    rows = Rows(arguments.out)
-    if arguments.minutes:
-        measure_all(arguments, rows)
-    if found := rows.read():
-        report(arguments.out, found)
+    measure_and_report(parse(), measure_all, report)
 
 
 if __name__ == "__main__":
