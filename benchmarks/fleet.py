@@ -28,7 +28,10 @@ def main() -> None:
     arguments.logs.mkdir(parents=True, exist_ok=True)
     stop = time.monotonic() + arguments.seconds
     copies = [start(command, number, count, arguments) for number in range(count)]
-    ended = [finish(copy, stop) for copy in copies]
+    # All are asked, again and again: one that died is a process, whose claims stand, until somebody has asked.
+    while None in [copy.poll() for copy in copies] and time.monotonic() < stop:
+        time.sleep(0.1)
+    ended = [finish(copy) for copy in copies]
     print(f"{ended.count(0)} of {count} copies ended well", flush=True)
 
 
@@ -42,11 +45,9 @@ def start(command: list[str], number: int, count: int, arguments: argparse.Names
         return subprocess.Popen(shown, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def finish(copy: subprocess.Popen[bytes], stop: float) -> int:
-    """Its exit status, after it was ended where it ran past `stop`."""
-    try:
-        return copy.wait(max(0.0, stop - time.monotonic()))
-    except subprocess.TimeoutExpired:
+def finish(copy: subprocess.Popen[bytes]) -> int:
+    """Its exit status; ended if it still runs."""
+    if copy.poll() is None:
         copy.send_signal(signal.SIGTERM)
     try:
         return copy.wait(5)

@@ -41,9 +41,7 @@ def main() -> None:
     cell = Cell(task_of(arguments.task), arguments.length, arguments.items, 0)
     stop = time.monotonic() + arguments.seconds
     lab = Restoring(runs, cell, Board(arguments.out / "claims"), arguments.plan.name, plan, stop)
-    lab.run(lab.with_layers(range(len(plan.patterns))))
-    while not lab.complete(arguments.out) and time.monotonic() < stop:
-        time.sleep(0.5)
+    lab.wait(arguments.out)
     lab.run(lab.with_heads(lab.best_layers(arguments.out, arguments.layers)))
     kept = kept_by_questions(model, tokenizer, plan, cell)
     arguments.out.joinpath("heads.md").write_text(report(join(arguments.out), plan, kept), encoding="utf-8")
@@ -101,8 +99,14 @@ class Restoring:
             self.plan.fingerprint, tuple(map(tuple, rows)), {"method": "restored", "layer": layer, "heads": list(heads)}
         )
 
-    def complete(self, out: Path) -> bool:
-        return {name for name, _ in self.with_layers(range(len(self.plan.patterns)))} <= {row.plan for row in join(out)}
+    def wait(self, out: Path) -> None:
+        """Until all layers were tried, or the time is over. What a process leaves that has ended is tried by this one."""
+        layers = range(len(self.plan.patterns))
+        while time.monotonic() < self.stop:
+            self.run(self.with_layers(layers))
+            if {name for name, _ in self.with_layers(layers)} <= {row.plan for row in join(out)}:
+                return
+            time.sleep(0.5)
 
     def best_layers(self, out: Path, count: int) -> list[int]:
         """Those with the lowest NLL when dense."""

@@ -8,7 +8,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from attnsieve import UserError
-from attnsieve.evaluation.scoring import fork, generate, log_probs_at, score_answers, score_documents, spread
+from attnsieve.evaluation.scoring import _batches, fork, generate, log_probs_at, score_answers, score_documents, spread
 from attnsieve.evaluation.tokens import Budget, as_chat, cut_middle, encode, shared_length, split_answer
 from tests.evaluation_tiny import model, tokenizer
 
@@ -117,6 +117,13 @@ def test_documents_go_through_as_batches_with_the_same_scores(monkeypatch):
             assert score.nll == pytest.approx(nll, abs=1e-6)
             assert score.exact == exact
             assert score.logits.shape[0] == len(split_answer(tokens, prompt, answer)[1])
+
+
+def test_a_batch_has_room_for_its_longest_document():
+    short, long = [([1] * 10, [2]), ([1] * 11, [2])], [([1] * 10, [2]), ([1] * 30, [2])]
+    assert [len(batch) for batch in _batches([short] * 6, 33)] == [3, 3]
+    assert [len(batch) for batch in _batches([long, short, short, long], 60)] == [2, 2]
+    assert [len(batch) for batch in _batches([short, short, short, long], 60)] == [3, 1]
 
 
 def greedy(network, ids: list[int], count: int) -> list[int]:

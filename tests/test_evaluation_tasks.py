@@ -10,6 +10,7 @@ from attnsieve import Plan, UserError
 from attnsieve.evaluation.rehearsal import rehearsal
 from attnsieve.evaluation.scoring import AnswerScore
 from attnsieve.evaluation.tasks import TASKS, make_task, questions
+from attnsieve.evaluation.tasks import aligned as aligned_module
 from attnsieve.evaluation.tasks.aligned import aligned
 from attnsieve.evaluation.tasks.language import buckets
 from attnsieve.evaluation.tasks.longeval import topics
@@ -230,6 +231,13 @@ def test_aligned_questions_are_spread_over_the_document():
     ]
     assert sum(place < 0.3 for place in places) > len(places) / 6
     assert sum(place > 0.7 for place in places) > len(places) / 6
+
+
+def test_aligned_items_that_are_all_too_long_say_so(monkeypatch):
+    task = aligned(make_task("kv"))
+    monkeypatch.setattr(aligned_module.Budget, "most", lambda *_: 100)
+    with pytest.raises(UserError, match="longer length"):
+        task.items(tokenizer(), 300, 2, 0)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -114,6 +115,21 @@ def test_a_fleet_shares_gpus_and_ends_in_time(script, tmp_path, capsys):
     script("fleet", "--gpus", 2, "--each", 2, "--seconds", 3, "--logs", logs, "--", sys.executable, "-uc", code, "{shard}")
     assert "3 of 4 copies ended well" in capsys.readouterr().out
     assert [(logs / f"{n}.log").read_text() for n in range(4)] == ["0/4 0\n", "1/4 1\n", "2/4 0\n", "3/4 1\n"]
+
+
+def test_a_layer_that_another_process_left_is_tried(script, tmp_path):
+    model, out = save_tiny_model(tmp_path / "tiny", positions=1024), tmp_path / "out"
+    network, _ = load_model(model)
+    Plan.uniform(fingerprint(network), "sink(1) | window(8)").save_pretrained(tmp_path / "narrow")
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (out / "claims").mkdir(parents=True)
+    (out / "claims" / "narrow L1").write_text(str(other.pid))
+    end = Timer(4, lambda: (other.kill(), other.wait()))
+    end.start()
+    sizes = ["--length", 500, "--items", 2, "--layers", 1, "--device", "cpu", "--seconds", 40, "--out", out]
+    script("heads", model, tmp_path / "narrow", *sizes)
+    assert not end.is_alive()
+    assert {"narrow L0", "narrow L1"} < {row.plan for row in read_rows(out / "rows-0.jsonl")}
 
 
 def test_restored_layers_and_heads(script, tmp_path):

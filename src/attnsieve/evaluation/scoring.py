@@ -61,7 +61,8 @@ def _batches(documents: Iterable[list[Tokens]], most: int) -> Iterator[list[list
     for _, alike in groupby(documents, _shared):
         batch: list[list[Tokens]] = []
         for document in alike:
-            if batch and (len(batch) + 1) * max(len(prompt) for prompt, _ in [*batch[0], *document]) > most:
+            longest = max(len(prompt) for member in [*batch, document] for prompt, _ in member)
+            if batch and (len(batch) + 1) * longest > most:
                 yield batch
                 batch = []
             batch.append(document)

@@ -48,6 +48,10 @@ class AlignedTask(QuestionTask):
         fitting = {
             index: shape for index, shape in enumerate(shapes) if shape.document + max(shape.rests) + shape.answer <= length
         }
+        require(
+            bool(fitting),
+            f"none of {len(shapes)} documents that {self.name} made for {length} tokens is as short as that: use a longer length",
+        )
         rest = Counter(rest for shape in fitting.values() for rest in set(shape.rests)).most_common(1)[0][0]
         sizes = Counter(shape.document for shape in fitting.values() if rest in shape.rests)
         chosen = sorted(
