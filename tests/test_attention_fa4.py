@@ -14,11 +14,14 @@ import torch
 from attnsieve import Spans, UserError, attend, compile_layout
 from attnsieve.backends import fa4
 from attnsieve.backends.call import Call
+from attnsieve.backends.fa4 import columns as fa4_columns
 from attnsieve.backends.fa4 import kernel
 from attnsieve.backends.fa4.lists import lists_of_rule
 from attnsieve.backends.reference import masked_softmax_matmul
+from attnsieve.bench.masks import columns_and_window
 from attnsieve.patterns import columns, dense, diagonals, random_blocks, sink, window
 from attnsieve.testing import assert_within_budget
+from tests.interpreter import needs_interpreter
 
 Lists = namedtuple("Lists", "part_count part whole_count whole block_size")
 N = 600
@@ -34,6 +37,8 @@ HEADS = {
     "shared by groups": [sink(3) | window(70), window(200)],
     "columns shared by groups": [columns(*range(5, 590, 9)) | window(70), columns(*range(0, 600, 7)) | sink(200) | window(1)],
     "columns alone": [columns(*range(3, 590, 9)), columns(*range(0, 600, 11))],
+    "columns of each head": [columns(*range(h, 590, 9 + h)) | window(70 * h + 1) for h in range(4)],
+    "half of the columns": [columns(*range(h, 600, 2)) | window(200) for h in (0, 1, 0, 1)],
     "blocks shared by groups": [random_blocks(1, block=128), random_blocks(2, block=128, seed=1)],
 }
 # Layouts for which lists are found by the Triton backend's schedule.
@@ -89,9 +94,9 @@ def keep_by_end_or_offset(head, query, key, sizes, vectors):
     return (key <= i) & ((i < vectors[0][head, key]) | (vectors[1][head, (i - key).clamp_min(0)] > 0))
 
 
-def keep_by_interval(head, query, key, sizes, vectors):
-    i = query + sizes.seqlen_k - sizes.seqlen_q
-    return (vectors[0][head, key] <= i) & (i < vectors[1][head, key])
+def keep_by_bound(head, query, key, sizes, vectors):
+    i, bound = query + sizes.seqlen_k - sizes.seqlen_q, vectors[0][head, key]
+    return ((bound < 0) & (i + bound + 1 >= 0)) | ((key <= i) & (i < bound))
 
 
 @pytest.fixture
@@ -104,7 +109,7 @@ def stand_in(monkeypatch):
         "attnsieve.backends.fa4.keep": {
             "keep_by_end": keep_by_end,
             "keep_by_end_or_offset": keep_by_end_or_offset,
-            "keep_by_interval": keep_by_interval,
+            "keep_by_bound": keep_by_bound,
         },
     }
     for name, content in modules.items():
@@ -132,21 +137,87 @@ def test_equals_the_oracle(name, q_len, n, stand_in):
     assert_within_budget(*fa4.run(call), call)
 
 
-def test_moved_columns_spare_tiles(stand_in):
-    """Where columns are scattered and shared by a group: fewer tiles, and no copy for a few sinks."""
-    pytest.importorskip("triton")
-    call = make(HEADS["columns shared by groups"][:1] * 2)
-    mask = kernel.built(call)
-    assert mask.columns is not None
-    plain = lists_of_rule(call.layout, fa4.TILE).per_query_head(4)
+@needs_interpreter
+@pytest.mark.parametrize("name", [name for name in HEADS if "columns" in name])
+@pytest.mark.parametrize(("q_len", "n"), [(N, N), (N - 384, N), (44, 300)])
+def test_moved_columns_equal_the_oracle(name, q_len, n, stand_in, monkeypatch):
+    """Also where moving costs more than it spares, as it does for texts this short."""
+    monkeypatch.setattr(fa4_columns, "_COPY", 0)
+    call = make(HEADS[name], q_len, n)
+    assert kernel.built(call).columns is not None
+    assert_within_budget(*fa4.run(call), call)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("n", [320, 300])
+def test_tiles_are_counted_as_they_are_listed(n):
+    patterns = [*HEADS["sink and windows"], OTHERS, columns(290), dense()]
+    layout = compile_layout(patterns, n)
+    lists = lists_of_rule(layout, 32)
+    whole, partial = fa4_columns._work(layout.end[0], 32)
+    assert (int(whole), int(partial)) == (int(lists.whole_count.sum()), int(lists.part_count.sum()))
+
+
+@needs_interpreter
+def test_keys_are_copied_in_front():
+    from attnsieve.backends.fa4.copies import with_keys_in_front
+
+    x = torch.randn(2, 70, 3, 24, dtype=torch.float64).transpose(1, 2)
+    index = torch.randint(0, 90, (3, 40), dtype=torch.int32)
+    got = with_keys_in_front(x, index)
+    assert torch.equal(got[:, :, 40:], x)
+    for head in range(3):
+        assert torch.equal(got[:, head, :40], x[:, head, index[head].clamp_max(69).long()])
+
+
+SCATTERED = columns(*range(5, 590, 9)) | window(70)
+OTHERS = columns(*range(0, 300, 7)) | sink(200) | window(1)
+
+
+def visited(lists):
+    """int [Hq, T]: key tiles of each query tile."""
+    return (lists.part_count + lists.whole_count)[0]
+
+
+@needs_interpreter
+def test_moved_columns_spare_tiles(monkeypatch):
+    monkeypatch.setattr(fa4_columns, "_COPY", 0)
+    call = make([SCATTERED] * 2)
+    mask, plain = kernel.built(call), lists_of_rule(call.layout, fa4.TILE).per_query_head(4)
+    assert mask.columns.shape == (2, 128)
     # Window tiles, the own tile and one tile of columns: at most 3 of a row of 5.
-    visited = [lists.part_count + lists.whole_count for lists in (mask.lists, plain)]
-    assert int(visited[0][0, 0, 4]) == 3 < int(visited[1][0, 0, 4])
+    assert int(visited(mask.lists)[0, 4]) == 3 < int(visited(plain)[0, 4])
     # In a wide window the tiles between its ends stay whole: columns leave them when the window does.
-    wide = kernel.built(make([columns(*range(5, 590, 9)) | window(400)] * 2))
-    assert wide.lists.whole[0, 0, 4, : wide.lists.whole_count[0, 0, 4]].tolist() == [1 + 2, 1 + 3]
-    assert kernel.built(make([sink(4) | window(70)] * 2)).columns is None
-    assert kernel.built(make(HEADS["columns shared by groups"] * 2)).columns is None, "a column set of each query head's own"
+    wide = kernel.built(make([columns(*range(5, 590, 9)) | window(400)] * 2)).lists
+    assert wide.whole[0, 0, 4, : wide.whole_count[0, 0, 4]].tolist() == [1 + 2, 1 + 3]
+
+
+@needs_interpreter
+def test_query_heads_with_masks_of_their_own_read_their_own_stretch(monkeypatch):
+    monkeypatch.setattr(fa4_columns, "_COPY", 0)
+    mask = kernel.built(make([SCATTERED, columns(*range(0, 600, 7)) | window(1)] * 2))
+    assert mask.columns.shape == (2, 256), "two stretches of a tile for each KV head"
+    for h in range(4):
+        tiles = mask.lists.part[0, h, 4, : mask.lists.part_count[0, h, 4]].tolist()
+        assert [tile for tile in tiles if tile < 2] == [h % 2]
+
+
+@needs_interpreter
+def test_half_of_the_columns_are_moved_by_themselves():
+    """Random ones of each query head: nearly the tiles of a dense mask, half of them after."""
+    layout = columns_and_window(512, 2, "cpu", 256, 20)
+    moved, plain = fa4_columns.move_columns(layout, 2, 1, 16), lists_of_rule(layout, 16)
+    assert visited(plain).sum() > 0.97 * 2 * 32 * 33 / 2
+    assert visited(moved.lists).sum() < 0.68 * visited(plain).sum()
+    assert moved.index.shape == (1, 2 * 256)
+
+
+@pytest.mark.parametrize(
+    "patterns", [[sink(4) | window(70)] * 2, [columns(9)] * 4, [dense()] * 4, [columns(*range(128, 384))] * 4]
+)
+@needs_interpreter
+def test_columns_stay_where_moving_them_spares_too_little(patterns):
+    assert kernel.built(make(patterns)).columns is None
 
 
 def test_what_it_cannot_serve_is_refused_by_name(stand_in):

@@ -7,6 +7,7 @@ from attnsieve import Spans, UserError, attend, compile_layout
 from attnsieve.backends import dense as dense_backend
 from attnsieve.backends import fa4
 from attnsieve.backends.call import Call
+from attnsieve.backends.fa4 import columns as fa4_columns
 from attnsieve.backends.fa4 import kernel
 from attnsieve.bench.masks import mask
 from attnsieve.patterns import columns, dense, diagonals, random_blocks, sink, vertical_slash, window
@@ -73,19 +74,48 @@ def test_fa4_groups_batches_and_shared_masks(group):
         check(make(compile_layout([HEADS["blocks"][h % 2] for h in range(heads)], 517), group=group, batch=2), "fa4")
 
 
+COLUMNS = {
+    "shared by groups": [columns(*range(5, 640, 9)) | window(70), columns(*range(0, 640, 7)) | sink(128) | window(1)],
+    "of each head": [columns(*range(h, 640, 7 + h)) | window(60 * h + 1) for h in range(4)],
+    "half": [columns(*range(h, 640, 2)) | window(200) for h in (0, 1, 1, 0)],
+}
+
+
 @needs_fa4
+@pytest.mark.parametrize("name", COLUMNS)
 @pytest.mark.parametrize(("q_len", "n"), [(517, 517), (133, 517), (645, 645)])
-def test_fa4_moves_columns_in_front(q_len, n):
-    heads = [columns(*range(5, 640, 9)) | window(70), columns(*range(0, 640, 7)) | sink(128) | window(1)]
-    call = make(compile_layout(heads, 700), q_len=q_len, n=n, batch=2)
+def test_fa4_moves_columns_in_front(name, q_len, n, monkeypatch):
+    """Also where moving costs more than it spares, as it does for texts this short."""
+    monkeypatch.setattr(fa4_columns, "_COPY", 0)
+    call = make(compile_layout(COLUMNS[name], 700), q_len=q_len, n=n, batch=2)
     assert kernel.built(call).columns is not None
     check(call, "fa4")
 
 
 @needs_fa4
-@pytest.mark.parametrize("name", ["blocks-25", "blocks-10", "B", "C"])
+@pytest.mark.parametrize("width", [64, 80])
+def test_fa4_moves_columns_of_narrow_heads(width, monkeypatch):
+    monkeypatch.setattr(fa4_columns, "_COPY", 0)
+    check(make(compile_layout(COLUMNS["of each head"], 700), width=width), "fa4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [64, 80, 128])
+def test_keys_are_copied_in_front(width, dtype):
+    from attnsieve.backends.fa4.copies import with_keys_in_front
+
+    x = torch.randn(2, 517, 3, width, device="cuda", dtype=dtype).transpose(1, 2)
+    index = torch.randint(0, 600, (3, 256), dtype=torch.int32, device="cuda")
+    listed = index.clamp_max(516).long()[None, :, :, None].expand(2, -1, -1, width)
+    assert torch.equal(with_keys_in_front(x, index), torch.cat([x.gather(2, listed), x], dim=2))
+
+
+@needs_fa4
+@pytest.mark.parametrize("name", ["blocks-25", "blocks-10", "B", "C", "columns-50"])
 def test_fa4_on_the_masks_that_are_measured(name):
-    check(make(mask(name, 2048, 4, "cuda"), n=2048, width=128), "fa4")
+    call = make(mask(name, 2048, 4, "cuda"), n=2048, width=128)
+    assert (kernel.built(call).columns is not None) == (name == "columns-50")
+    check(call, "fa4")
 
 
 @needs_fa4

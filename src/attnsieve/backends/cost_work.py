@@ -1,7 +1,8 @@
 """How much work a call is for each backend, in the units that its measured constants are per.
 
-"call": 1. "bytes": gigabytes of K and V read. Everything else: 1e9 scores (query x key pairs as computed, padding included) at
-the width of 128, or for "part" on the CPU: pieces of work that plain torch handles one by one.
+"call": 1. "bytes": gigabytes of K and V read. "moved": gigabytes of K and V written with columns in front of them. Everything
+else: 1e9 scores (query x key pairs as computed, padding included) at the width of 128, or for "part" on the CPU: pieces of work
+that plain torch handles one by one.
 """
 
 from __future__ import annotations
@@ -47,13 +48,14 @@ def _dense(call: Call) -> Work:
 
 
 def _fa4(call: Call) -> Work | None:
-    from attnsieve.backends.fa4.kernel import tile_counts
+    from attnsieve.backends.fa4.kernel import moved_bytes, tile_counts
 
     if facts(call.layout).dense:
         return _scores(call, {"whole": _pairs(call) * call.q.shape[1], "partial": 0})
     whole, partial = tile_counts(call)
-    cells = _QUERY_TILE * _QUERY_TILE
-    return _scores(call, {"whole": whole * cells, "partial": partial * cells})
+    cells, moved = _QUERY_TILE * _QUERY_TILE, moved_bytes(call)
+    amounts = _scores(call, {"whole": whole * cells, "partial": partial * cells})
+    return amounts | {"moved": moved / _GIGA} if moved else amounts
 
 
 def _triton(call: Call) -> Work:

@@ -2,12 +2,14 @@
 
 A kept column is served twice, for different rows: by its own slot while its tile is visited for its neighbours' sake, and by a slot
 in front from then on. Slots in front are sorted by the row from which they serve, so those that a query tile keeps are the first
-ones. Every slot, in front or not, thereby serves an interval of rows: start <= i < end.
+ones. Query heads with masks of their own have stretches of their own in front of the K that they share; their lists lead to no
+other.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,66 +18,103 @@ from attnsieve.backends.fa4.lists import TileLists, lists_of_rule
 from attnsieve.layout import Layout
 from attnsieve.patterns import FOREVER
 
-# A tile with this share of columns is read as a tile.
-_DENSE_SHARE = 0.75
-# Moving columns copies K and V: it must spare this many tiles for each that it adds.
-_LEAST_GAIN = 4
+# What a tile with a predicate takes, and copying a tile of K and V, in tiles kept whole: measured on an H100.
+_PARTIAL, _COPY = 2.7, 5.0
 
 
 @dataclass(frozen=True)
 class Columns:
-    """columns int64 [H, C]: positions moved in front, C a multiple of the tile, padding included. start, end int32 [H, C + n]:
-    the rows that each slot serves. lists: tiles of those slots, the ones in front first."""
+    """index int32 [Hkv, F]: positions to be copied in front of K, a stretch of F // (H // Hkv) for each layout head, padding
+    included. bound int32 [H, F + n]: the rows that each slot serves, as `keep_by_bound` reads it. lists: tiles of those slots, the
+    ones in front first."""
 
-    columns: Tensor
-    start: Tensor
-    end: Tensor
+    index: Tensor
+    bound: Tensor
     lists: TileLists
 
 
-def move_columns(layout: Layout, tile: int) -> Columns | None:
-    """The columns of a layout made of `end` alone, or None where moving them gains nothing. Reads the device."""
-    end = layout.end[0]
-    flagged = _isolated(end == FOREVER, tile)
-    tiles = _per_tile(flagged, tile).any(-1).sum(-1).max()
-    most, spread = torch.stack([flagged.sum(-1).max(), tiles]).tolist()
-    width = -(-int(most) // tile) * tile
-    if spread < _LEAST_GAIN * max(width // tile, 1):
+class _Work(NamedTuple):
+    """Tiles visited by all rows of all heads: kept whole, and with a predicate. Scalars on the device."""
+
+    whole: Tensor
+    partial: Tensor
+
+
+def move_columns(layout: Layout, heads: int, kv_heads: int, tile: int) -> Columns | None:
+    """The columns of a layout made of `end` alone for `heads` query heads, or None where moving them costs more than it spares.
+    Reads the device."""
+    end, stretches = layout.end[0], layout.heads // kv_heads
+    flagged, start = _leaving(end, tile)
+    own = torch.where(flagged, start, end)
+    served = _served(start, flagged, tile)
+    plain, behind = _work(end, tile), _work(own, tile)
+    in_front = _Work((served // tile).sum(), (served % tile > 0).sum())
+    counts = torch.stack([*plain, *behind, *in_front, flagged.sum(-1).max()]).tolist()
+    room = -(-counts[6] // tile) * tile
+    spared = counts[0] - counts[2] - counts[4] + _PARTIAL * (counts[1] - counts[3] - counts[5])
+    copied = (stretches * room + layout.length) // tile * kv_heads
+    if not room or spared * (heads // layout.heads) < _COPY * copied:
         return None
-    start = torch.where(flagged, _leaves(end, flagged, tile), FOREVER)
-    own = Layout(layout.length, torch.where(flagged, start, end)[None])
-    order = start.argsort(dim=-1, stable=True)[:, :width]
-    front = start.gather(-1, order)
-    position = torch.arange(layout.length, dtype=torch.int32, device=end.device).expand_as(end)
-    return Columns(
-        order,
-        torch.cat([front, position], dim=-1),
-        torch.cat([torch.full_like(front, FOREVER), own.end[0]], dim=-1),
-        _behind(lists_of_rule(own, tile), front, tile),
-    )
+    first_row = torch.where(flagged, start, FOREVER)
+    order = first_row.argsort(dim=-1, stable=True)[:, :room]
+    stretch = torch.arange(layout.heads, device=end.device) % stretches
+    bound = torch.cat([_in_front(first_row.gather(-1, order), stretch, stretches), _later(own, stretches * room)], dim=-1)
+    lists = lists_of_rule(Layout(layout.length, own[None]), tile)
+    lists = _behind(lists, served[None], stretch * (room // tile), stretches * room // tile, tile)
+    return Columns(order.to(torch.int32).view(kv_heads, -1), bound, lists)
 
 
-def _isolated(forever: Tensor, tile: int) -> Tensor:
-    dense = _per_tile(forever, tile).sum(-1) >= _DENSE_SHARE * tile
-    return forever & ~dense.repeat_interleave(tile, dim=-1)[..., : forever.shape[-1]]
-
-
-def _leaves(end: Tensor, flagged: Tensor, tile: int) -> Tensor:
-    """The first row, at the start of a query tile, for which the tile of a key is no longer visited for other keys."""
-    others = _per_tile(torch.where(flagged, 0, end), tile).amax(-1)
+def _leaving(end: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """bool [H, n]: columns that leave their slot, before the last row, in tiles that are not all columns. int32 [H, n]: the first
+    row, at the start of a query tile, for which the tile of a key is no longer visited for other keys."""
+    forever = end == FOREVER
+    isolated = forever & ~_per_tile(forever, tile).all(-1).repeat_interleave(tile, dim=-1)[..., : end.shape[-1]]
+    others = _per_tile(torch.where(isolated, 0, end), tile).amax(-1)
     after = torch.arange(1, others.shape[-1] + 1, device=end.device, dtype=torch.int32) * tile
     # Ends go up to FOREVER, which rounding up would overflow.
     rows = torch.maximum((others.clamp_max(FOREVER - tile) + tile - 1) // tile * tile, after)
-    return rows.to(torch.int32).repeat_interleave(tile, dim=-1)[..., : end.shape[-1]]
+    start = rows.to(torch.int32).repeat_interleave(tile, dim=-1)[..., : end.shape[-1]]
+    return isolated & (start < end.shape[-1]), start
 
 
-def _behind(lists: TileLists, front: Tensor, tile: int) -> TileLists:
-    """Lists of tiles behind the slots in front, whose first ones each query tile keeps."""
-    shift = front.shape[-1] // tile
-    first_row = torch.arange(lists.part.shape[2], dtype=torch.int32, device=front.device) * tile
-    kept = torch.searchsorted(front, first_row.expand(len(front), -1).contiguous(), right=True, out_int32=True)[None]
-    part_count, part = _before((kept % tile > 0).to(torch.int32), kept // tile, lists.part_count, lists.part + shift)
-    whole_count, whole = _before(kept // tile, torch.zeros_like(kept), lists.whole_count, lists.whole + shift)
+def _served(start: Tensor, flagged: Tensor, tile: int) -> Tensor:
+    """int32 [H, T]: how many slots in front each query tile keeps."""
+    tiles = -(-start.shape[-1] // tile)
+    added = torch.zeros(len(start), tiles + 1, dtype=torch.int32, device=start.device)
+    added.scatter_add_(-1, torch.where(flagged, start // tile, tiles).long(), torch.ones_like(start))
+    return added[:, :tiles].cumsum(-1, dtype=torch.int32)
+
+
+def _work(end: Tensor, tile: int) -> _Work:
+    """The tiles of a layout made of `end` int32 [H, n] alone."""
+    tiles = -(-end.shape[-1] // tile)
+    number = torch.arange(tiles, device=end.device)
+    last, first = (_per_tile(end.clamp_max(tiles * tile), tile).amax(-1), _per_tile(end, tile).amin(-1))
+    visited = ((last + tile - 1) // tile - number).clamp_min(0).sum()
+    whole = ((first // tile).clamp_max(tiles) - number - 1).clamp_min(0).sum()
+    return _Work(whole, visited - whole)
+
+
+def _in_front(first_row: Tensor, stretch: Tensor, stretches: int) -> Tensor:
+    """int32 [H, F]: bounds of the slots in front, which serve from `first_row` int32 [H, C] on; none of other heads' stretches."""
+    heads, room = first_row.shape
+    bound = torch.zeros(heads, stretches, room, dtype=torch.int32, device=first_row.device)
+    bound[torch.arange(heads, device=stretch.device), stretch] = ~_later(first_row, stretches * room)
+    return bound.flatten(1)
+
+
+def _later(rows: Tensor, shift: int) -> Tensor:
+    """Row numbers counted from the first slot in front."""
+    return torch.where(rows > FOREVER - shift, FOREVER, rows + shift)
+
+
+def _behind(lists: TileLists, served: Tensor, first: Tensor, shift: int, tile: int) -> TileLists:
+    """Lists of tiles that `shift` tiles are put in front of, of which each query tile keeps the first `served` int32 [1, H, T]
+    slots from tile `first` int64 [H] on."""
+    first = first.to(torch.int32)[:, None].expand_as(served[0])[None]
+    tail = (served % tile > 0).to(torch.int32)
+    part_count, part = _before(tail, first + served // tile, lists.part_count, lists.part + shift)
+    whole_count, whole = _before(served // tile, first, lists.whole_count, lists.whole + shift)
     return TileLists(part_count, part, whole_count, whole)
 
 

@@ -27,9 +27,11 @@ def keep_by_end_or_offset(batch, head, query, key, sizes, vectors):
 
 
 @cute.jit
-def keep_by_interval(batch, head, query, key, sizes, vectors):
-    """start[head, slot] <= i < end[head, slot], all counted from the first slot in front of K; int32 [Hq, slots] each."""
+def keep_by_bound(batch, head, query, key, sizes, vectors):
+    """Rows and slots are counted from the first slot in front of K. bound = vectors[0][head, key], int32 [Hq, slots], is ~start of
+    slots in front, which are kept if start <= i, and of others their end: kept if j <= i < end."""
     i = query + scalar_to_ssa(sizes.seqlen_k - sizes.seqlen_q, cutlass.Int32)
-    start = scalar_to_ssa(vectors[0][head[0], key[0]], cutlass.Int32)
-    end = scalar_to_ssa(vectors[1][head[0], key[0]], cutlass.Int32)
-    return (start <= i) & (i < end)
+    bound = scalar_to_ssa(vectors[0][head[0], key[0]], cutlass.Int32)
+    zero, one = scalar_to_ssa(cutlass.Int32(0), cutlass.Int32), scalar_to_ssa(cutlass.Int32(1), cutlass.Int32)
+    in_front = (bound < zero) & (i + bound + one >= zero)
+    return in_front | ((key <= i) & (i < bound))

@@ -15,7 +15,6 @@ from attnsieve.backends.fa4.columns import move_columns
 from attnsieve.backends.fa4.lists import TileLists, lists_of_blocks, lists_of_rule
 from attnsieve.backends.facts import facts
 from attnsieve.layout import Layout
-from attnsieve.patterns import FOREVER
 
 
 def attend(call: Call) -> tuple[Tensor, Tensor]:
@@ -36,7 +35,7 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
 @dataclass(frozen=True)
 class TileMask:
     """A layout as lists for every query head, the name of the predicate for partial tiles (None: causality), the vectors int32
-    [Hq, slots] that it reads, and the columns int64 [Hkv, C] that lists and vectors expect in front of K."""
+    [Hq, slots] that it reads, and the columns int32 [Hkv, F] that lists and vectors expect in front of K."""
 
     lists: TileLists
     keep: str | None = None
@@ -68,11 +67,10 @@ def _predicate(name: str) -> Callable[..., Any]:
     return found
 
 
-def _with_columns(call: Call, columns: Tensor) -> Call:
-    """K and V with the columns of their head in front; of positions that are still to come nothing is kept."""
-    index = columns.clamp_max(call.k.shape[2] - 1)[None, :, :, None].expand(len(call.k), -1, -1, call.k.shape[3])
-    k, v = (torch.cat([tensor.gather(2, index), tensor], dim=2) for tensor in (call.k, call.v))
-    return replace(call, k=k, v=v)
+def _with_columns(call: Call, index: Tensor) -> Call:
+    from attnsieve.backends.fa4.copies import with_keys_in_front
+
+    return replace(call, k=with_keys_in_front(call.k.detach(), index), v=with_keys_in_front(call.v.detach(), index))
 
 
 def built(call: Call) -> TileMask:
@@ -84,13 +82,9 @@ def built(call: Call) -> TileMask:
 def _build(layout: Layout, heads: int, kv_heads: int) -> TileMask:
     if layout.blocks is not None:
         return TileMask(lists_of_blocks(layout.blocks, TILE).per_query_head(heads))
-    # Query heads that read the same K need the same columns in front of it.
-    moved = move_columns(layout, TILE) if layout.offset is None and layout.heads == kv_heads else None
+    moved = move_columns(layout, heads, kv_heads, TILE) if layout.offset is None else None
     if moved is not None:
-        # The kernel counts rows and slots from the first slot in front.
-        shift = moved.columns.shape[1]
-        vectors = [torch.where(rows > FOREVER - shift, FOREVER, rows + shift) for rows in (moved.start, moved.end)]
-        return TileMask(moved.lists.per_query_head(heads), "keep_by_interval", _padded(vectors, heads), moved.columns)
+        return TileMask(moved.lists.per_query_head(heads), "keep_by_bound", _padded([moved.bound], heads), moved.index)
     lists = lists_of_rule(layout, TILE).per_query_head(heads)
     if layout.offset is None:
         return TileMask(lists, "keep_by_end", _padded([layout.end[0]], heads))
@@ -101,6 +95,15 @@ def _padded(vectors: list[Tensor], heads: int) -> list[Tensor]:
     """One row per query head, and room: kernels look at positions of whole tiles, which may end after the last one."""
     shared = heads // len(vectors[0])
     return [torch.nn.functional.pad(vector, (0, 2 * TILE)).repeat_interleave(shared, dim=0).contiguous() for vector in vectors]
+
+
+def moved_bytes(call: Call) -> int:
+    """What is written of K and V with columns in front of them, 0 where there are none."""
+    columns = None if facts(call.layout).window is not None else built(call).columns
+    if columns is None:
+        return 0
+    width = call.k.shape[3] + call.v.shape[3]
+    return call.k.shape[0] * call.k.shape[1] * (columns.shape[1] + call.k.shape[2]) * width * call.k.element_size()
 
 
 def tile_counts(call: Call) -> tuple[int, int]:
