@@ -49,7 +49,7 @@ from attnsieve.evaluation.text import PACKAGED
 from attnsieve.nn import DmaConfig, DmaForCausalLM
 from attnsieve.nn.tokenizer import byte_level_tokenizer
 
-LAYERS = ("mha", "dma", "dma-window", "gqa", "swa", "nsa", "mla", "mqa")
+LAYERS = ("mha", "dma", "dma-window", "gqa", "swa", "nsa", "mla", "mqa", "dma-all")
 PACKAGES = ("torch", "transformers", "numpy", "sympy")
 HELD_OUT = 20  # one document in this many
 SAMPLE = 30_000_000  # characters that the tokenizer is learned from
@@ -130,24 +130,15 @@ def configuration(layer: str, arguments: argparse.Namespace, vocabulary: int) ->
 
 def raw_configuration(layer: str, arguments: argparse.Namespace, vocabulary: int, intermediate: int) -> DmaConfig:
     keep, kv_heads = arguments.keep, max(1, arguments.heads // 2)
+    dma = {"attention": "dma", "num_key_value_heads": kv_heads, "initial_A": arguments.initial_A}
     options = {
         "mha": {"attention": "mha"},
         "mqa": {"attention": "mqa"},
         "gqa": {"attention": "gqa", "num_key_value_heads": kv_heads},
         "swa": {"attention": "swa", "num_key_value_heads": kv_heads, "sliding_window": keep},
-        "dma": {
-            "attention": "dma",
-            "num_key_value_heads": kv_heads,
-            "keep_window_size": keep,
-            "initial_A": arguments.initial_A,
-        },
-        "dma-window": {
-            "attention": "dma",
-            "num_key_value_heads": kv_heads,
-            "keep_window_size": keep - keep // 4,
-            "window": keep // 4,
-            "initial_A": arguments.initial_A,
-        },
+        "dma": dma | {"keep_window_size": keep},
+        "dma-window": dma | {"keep_window_size": keep - keep // 4, "window": keep // 4},
+        "dma-all": dma | {"keep_window_size": arguments.length},  # no key is left out: dense, with the bias of the keys
         "mla": {"attention": "mla", "mla_kv_rank": arguments.hidden // 4, "mla_rope_width": 32},
         "nsa": {
             "attention": "nsa",
@@ -246,7 +237,7 @@ def train(arguments: argparse.Namespace, rows: Rows) -> None:
     for seed in range(arguments.seeds):
         for layer in layers:
             key = {"layer": layer, "seed": seed, **shape, "steps": steps}
-            if rows.find(key) is None and budget.left > 0:
+            if rows.find(key | {"finished": True}) is None and budget.left > 0:
                 language = Language(new_model(layer, arguments, vocabulary, seed), text, steps, seed, arguments)
                 numbers = run(language, layer, budget)
                 if numbers is not None:
@@ -298,6 +289,7 @@ def measured(losses: Tensor) -> dict[str, Any]:
 def report(path: Path, rows: list[dict[str, Any]]) -> None:
     """A line per layer; held-out loss by position of those that trained to the end; loss in training at equal steps."""
     found: dict[str, list[dict[str, Any]]] = {}
+    rows = latest(rows)
     for row in rows:
         found.setdefault(row["layer"], []).append(row)
     compared = min(len(row["curve"]) for row in rows) - 1  # the last look that all models had
@@ -321,6 +313,11 @@ def report(path: Path, rows: list[dict[str, Any]]) -> None:
     draw(path, {"held-out loss by position": positions}, "tokens up to", "nats per token")
     target = path.with_name(f"{path.stem}-training")
     draw(target, {"loss of one training batch": training}, "steps", "nats per token", log=False)
+
+
+def latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per model: of one that ran out of time and was trained again, the later one."""
+    return list({(row["layer"], row["seed"]): row for row in rows}.values())
 
 
 def looked(row: dict[str, Any], look: int) -> float:

@@ -18,7 +18,7 @@ import argparse
 import re
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -99,6 +99,9 @@ class Cell:
                 "nsa_window": max(1, keep // 2),
             },
         }[self.layer]
+
+
+KEY = tuple(field.name for field in fields(Cell))  # what tells rows of different models apart
 
 
 class Recall:
@@ -249,8 +252,9 @@ def report(path: Path, rows: list[dict[str, Any]]) -> None:
             marks |= {name: keep} if keep <= max(pairs_of(found)) else {}
     notes = "Share of asked values that are the most likely token; w of the n tokens a row; best of the learning rates."
     notes += f" Seeds: {len({row['seed'] for row in finished})}."
-    cut = len(rows) - len(finished)
-    notes += f" {cut} of {len(rows)} models ran out of time before their last step and are left out." if cut else ""
+    done, begun = ({tuple(row[name] for name in KEY) for row in some} for some in (finished, rows))
+    cut = len(begun - done)
+    notes += f" {cut} of {len(begun)} models ran out of time before their last step and are left out." if cut else ""
     publish(path, "Associative recall", ["tokens", "width", "noise", "pairs", *methods], body, notes)
     draw(path, panels, "pairs (dashed: w)", "accuracy", marks=marks)
 

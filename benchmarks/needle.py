@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from experiment import RESULTS, Budget, Rows, autocast, device_of, draw, mean_and_error, measure_and_report, publish, written
-from language import LAYERS, read_tokens
+from language import LAYERS, latest, read_tokens
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -125,7 +125,7 @@ def text_is_plain(length: int, depth: float) -> bool:
 
 def unfinished(language: Path) -> set[tuple[str, int]]:
     """(layer, seed) of models that ran out of time, by the rows of benchmarks/language.py beside these: not to be compared."""
-    return {(row["layer"], row["seed"]) for row in Rows(language).all if not row["finished"]}
+    return {(row["layer"], row["seed"]) for row in latest(Rows(language).all) if not row["finished"]}
 
 
 def parse() -> argparse.Namespace:

@@ -59,9 +59,10 @@ def test_recall(command, tmp_path, capsys):
     command("mqar", *sizes, *options)
     assert len(rows_of(out)) == len(rows)
     with out.open("a") as file:
-        file.write(json.dumps(rows[0] | {"seed": 1, "finished": False}) + "\n")
+        for cut in (rows[0] | {"seed": 1}, rows[1]):  # the second was trained again
+            file.write(json.dumps(cut | {"finished": False}) + "\n")
     command("mqar", *sizes, *options, "--layers", "swa", "--minutes", 0)
-    assert len(rows_of(out)) == len(rows) + 1
+    assert len(rows_of(out)) == len(rows) + 2
     assert "1 of 11 models ran out of time before their last step and are left out" in out.with_suffix(".md").read_text()
     assert "0.01, seed" in capsys.readouterr().out
 
@@ -73,23 +74,28 @@ def test_language_models(command, tmp_path, monkeypatch):
     tokens, out = ["--tokens", tmp_path / "tokens"], tmp_path / "language.jsonl"
     command("language", "prepare", *tokens, "--vocabulary", 280)
     sizes = ["--hidden", 32, "--intermediate", 64, "--depth", 2, "--heads", 2, "--length", 32, "--keep", 8, "--batch", 4]
-    options = ["--device", "cpu", "--windows", 2, "--layers", "mha,dma", "--rate", 0.01, "--steps", 25, "--out", out]
+    options = ["--device", "cpu", "--windows", 2, "--layers", "mha,dma,dma-all", "--rate", 0.01, "--steps", 25, "--out", out]
     command("language", "train", *tokens, *sizes, *options)
     rows = rows_of(out)
-    assert [row["layer"] for row in rows] == ["mha", "dma"]
-    assert rows[1]["parameters"] == pytest.approx(rows[0]["parameters"], rel=0.02)
+    assert [row["layer"] for row in rows] == ["mha", "dma", "dma-all"]
+    assert all(row["parameters"] == pytest.approx(rows[0]["parameters"], rel=0.02) for row in rows)
+    assert rows[2]["nll"] != rows[1]["nll"]
     assert all(row["curve"][-1] < row["curve"][0] - 0.5 for row in rows)
     assert set(rows[0]["by_position"]) == {"32"}
     assert rows[0]["text"] == {"letters": len(text)}
-    assert "| dma" in out.with_suffix(".md").read_text()
+    assert "| dma " in out.with_suffix(".md").read_text()
     command("language", "train", *tokens, *sizes, *options)
-    assert len(rows_of(out)) == 2
+    assert len(rows_of(out)) == 3
     cut = rows[1] | {"layer": "nsa", "finished": False, "curve": [5.0, 4.5], "trained_tokens": 256}
-    language.report(out, [*rows, cut])
+    language.report(out, [cut | {"layer": "dma"}, *rows, cut])
     table = out.with_suffix(".md").read_text()
     assert f"| nsa (cut) | {cut['parameters'] / 1e6:.2f} | 0.0 | 4.50 |" in re.sub(" +", " ", table)
     assert "training batch at step 2" in table
     assert "nsa after 2" in table
+    assert "dma (cut)" not in table
+    out.write_text("".join(json.dumps(row | {"finished": row["layer"] != "dma"}) + "\n" for row in rows))
+    command("language", "train", *tokens, *sizes, *options)
+    assert [row["layer"] for row in rows_of(out)[3:]] == ["dma"]
 
 
 def tokens_and_models(folder: Path, layers: tuple[str, ...]) -> None:
