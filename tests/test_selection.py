@@ -28,7 +28,7 @@ from attnsieve.patterns import (
     window,
 )
 from attnsieve.patterns.dynamic import CallAtom
-from attnsieve.selection import choose
+from attnsieve.selection import blocks, choose, join
 from attnsieve.selection.probe import LastRows, ScatteredRows
 from attnsieve.testing import relative_error
 from tests.laws.samples import atom_classes, dam
@@ -189,6 +189,22 @@ def test_probed_keys_hold_the_mass_of_every_block_of_queries(mass, block, n):
         total = weight.masked_fill(weight.isinf(), 0).sum(-1)
         assert (total - weight.amin(-1) < mass * attention[:, part].sum((1, 2)) + 1e-4).all()
     assert layout.pairs(n).tolist() == kept.sum((1, 2))[None].tolist()
+
+
+@pytest.mark.parametrize("first", [0, 40])
+def test_single_keys_are_flagged_for_some_blocks_of_queries_at_a_time(first, monkeypatch):
+    """All flags would be the largest tensor of all; the lists are those of all flags at once."""
+    q, k = random_qk(2, 4, 2, 130)
+    pattern, at_once = probed_keys(mass=0.7, block=16, rows=3), []
+    whole = choose([pattern] * 4, q[:, :, first:], k).blocks
+    monkeypatch.setitem(blocks.CELLS_AT_ONCE, "cpu", 2 * 2 * 4 * 3 * 130)
+    right = join._lists
+    monkeypatch.setattr(join, "_lists", lambda table, *rest: at_once.append(table.shape[2]) or right(table, *rest))
+    parts = choose([pattern] * 4, q[:, :, first:], k).blocks
+    assert max(at_once) == 2
+    assert sum(at_once) == -(-130 // 16) - first // 16
+    assert torch.equal(parts.count, whole.count)
+    assert torch.equal(parts.index, whole.index)
 
 
 def test_a_short_chunk_is_probed_by_all_its_queries():

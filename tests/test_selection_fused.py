@@ -101,6 +101,22 @@ def test_chunks_and_rows_of_blocks_choose_alone(pattern, on_chip, monkeypatch):
     assert torch.equal(choose([pattern] * 2, q, k).dense(rows, rows), whole.dense(rows, rows))
 
 
+@pytest.mark.parametrize("pattern", [PROBES[1], shared(PROBES[2])], ids=str)
+def test_heads_are_added_up_some_at_a_time(pattern, on_chip, monkeypatch):
+    """The sums of scattered rows of all heads are larger than all else that a choice takes."""
+    from attnsieve.selection.fused import slash
+
+    q, k = random_qk(2, 4, 2, 40, width=16)
+    on_chip()
+    whole, heads, right = choose([pattern] * 4, q, k), [], slash._sums
+    monkeypatch.setattr(slash, "SUMS_AT_ONCE", 1)
+    monkeypatch.setattr(slash, "_sums", lambda probed, *rest: heads.append(probed.q.shape[1]) or right(probed, *rest))
+    parts = choose([pattern] * 4, q, k)
+    assert set(heads) == {1}
+    assert torch.equal(parts.end, whole.end)
+    assert torch.equal(parts.offset, whole.offset)
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_masses_of_more_rows_than_a_program_holds(together, on_chip):
     from attnsieve.selection.fused.masses import Sums, by_block, by_key

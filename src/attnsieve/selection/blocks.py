@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnsieve.patterns.dynamic import AntidiagonalBlocks, PooledBlocks, ProbedBlocks, ProbedKeys, TopBlocks
 from attnsieve.selection import fused
-from attnsieve.selection.sequence import Chosen, SequenceQK, fewest_with_mass
+from attnsieve.selection.sequence import Chosen, SequenceQK, TableInParts, fewest_with_mass
 
 # Cells of exact attention held at once: bounds memory, not the result.
 CELLS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}
@@ -18,7 +18,7 @@ CELLS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}
 
 def probed_blocks(atom: ProbedBlocks, sequence: SequenceQK) -> Chosen:
     """Exact attention of a few rows of every query block, summed over key blocks."""
-    return Chosen(table=_probed(atom, sequence, atom.block), block=atom.block, keys=atom.block)
+    return Chosen(table=_probed(atom, sequence, atom.block).whole(), block=atom.block, keys=atom.block)
 
 
 def probed_keys(atom: ProbedKeys, sequence: SequenceQK) -> Chosen:
@@ -26,8 +26,8 @@ def probed_keys(atom: ProbedKeys, sequence: SequenceQK) -> Chosen:
     return Chosen(table=_probed(atom, sequence, 1), block=atom.block, keys=1)
 
 
-def _probed(atom: ProbedBlocks | ProbedKeys, sequence: SequenceQK, keys: int) -> Tensor:
-    """bool [S, C, rows of blocks, key blocks]: the fewest blocks of `keys` keys with the mass of sampled rows."""
+def _probed(atom: ProbedBlocks | ProbedKeys, sequence: SequenceQK, keys: int) -> TableInParts:
+    """[S, C, rows of blocks, key blocks]: the fewest blocks of `keys` keys with the mass of sampled rows."""
     rows, fresh = _sampled_rows(sequence, atom.block, atom.rows)
     again = _shortest(sequence, atom.block) < atom.rows
     on_chip = fused.serves_heads(sequence.q)
@@ -42,17 +42,10 @@ def _probed(atom: ProbedBlocks | ProbedKeys, sequence: SequenceQK, keys: int) ->
     return _in_parts(sequence, len(rows), -(-sequence.tokens // keys), cells, choose)
 
 
-def _in_parts(sequence: SequenceQK, blocks: int, width: int, cells: int, choose: Callable[[slice], Tensor]) -> Tensor:
-    """bool [S, C, blocks, width] by as many rows of blocks at once as memory allows; one of them takes `cells` numbers."""
-    device = sequence.q.device
-    at_once = max(1, CELLS_AT_ONCE.get(device.type, CELLS_AT_ONCE["cuda"]) // (cells * len(sequence.q)))
-    if at_once >= blocks:
-        return choose(slice(0, blocks))
-    table = torch.empty(len(sequence.q), sequence.choices, blocks, width, dtype=torch.bool, device=device)
-    for start in range(0, blocks, at_once):
-        part = slice(start, min(start + at_once, blocks))
-        table[:, :, part] = choose(part)
-    return table
+def _in_parts(sequence: SequenceQK, blocks: int, width: int, cells: int, choose: Callable[[slice], Tensor]) -> TableInParts:
+    """[S, C, blocks, width] by as many rows of blocks at once as memory allows; one of them takes `cells` numbers."""
+    at_once = CELLS_AT_ONCE.get(sequence.q.device.type, CELLS_AT_ONCE["cuda"]) // (cells * len(sequence.q))
+    return TableInParts((len(sequence.q), sequence.choices, blocks, width), max(1, at_once), choose)
 
 
 def _masses(sequence: SequenceQK, rows: Tensor, fresh: Tensor | None, keys: int) -> Tensor:
@@ -109,7 +102,7 @@ def _fused_antidiagonals(atom: AntidiagonalBlocks, sequence: SequenceQK) -> Tens
         probed = ProbedRows.of_squares(sequence, own, atom.stride)
         return fewest_with_mass(by_block(probed, sequence.k, squares, Sums(squares, sequence.together)), atom.mass)
 
-    return _in_parts(sequence, width - first, width, sequence.q.shape[1] * squares * width, choose)
+    return _in_parts(sequence, width - first, width, sequence.q.shape[1] * squares * width, choose).whole()
 
 
 def _antidiagonals(atom: AntidiagonalBlocks, sequence: SequenceQK) -> Tensor:

@@ -1,7 +1,8 @@
 """From the patterns of one layer and its q and k to a Layout, static and dynamic parts joined.
 
 A layer whose sequences have equal shapes takes a fixed number of operations for each of its atoms, whatever the number of heads
-and sequences, and does not wait for the device, except once for the longest list where single keys are listed (`probed_keys`).
+and sequences, and does not wait for the device, except for the longest list where single keys are listed (`probed_keys`). More than
+memory allows is done in parts: rows of blocks or KV heads one after the other, with the same result.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 from attnsieve.layout import Blocks, Layout
 from attnsieve.selection import fused
 from attnsieve.selection.carriers import Carrier, index_of
-from attnsieve.selection.sequence import Chosen
+from attnsieve.selection.sequence import Chosen, TableInParts
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +121,9 @@ def _join_blocks(static: Static, sequences: int, parts: Sequence[Part]) -> Block
         table |= _finer(static.table, base.blocks.rows // size, base.blocks.keys // keys)[..., first:count, :width]
     for part in listing:
         assert part.chosen.table is not None
+        own = part.chosen.table.whole() if isinstance(part.chosen.table, TableInParts) else part.chosen.table
         start = part.first_row // part.chosen.block * part.chosen.block // size - first
-        part.put(table[:, :, start:], _finer(part.chosen.table, part.chosen.block // size, part.chosen.keys // keys))
+        part.put(table[:, :, start:], _finer(own, part.chosen.block // size, part.chosen.keys // keys))
     return _listed(table, size, keys, first)
 
 
@@ -131,17 +132,35 @@ def _finer(table: Tensor, rows: int, keys: int) -> Tensor:
     return table if keys == 1 else table.repeat_interleave(keys, -1)
 
 
-def _listed(table: Tensor, rows: int, keys: int, first: int) -> Blocks:
+def _listed(table: Tensor | TableInParts, rows: int, keys: int, first: int) -> Blocks:
     """Lists of what causal rows keep; row 0 of the table is row `first` of blocks."""
-    if fused.serves(table):
-        from attnsieve.selection.fused.lists import listed
-
-        count, index = listed(table, rows, keys, first)
-    else:
-        count, index = _lists(table, rows, keys, first)
+    lists, row = [], first
+    for part in table.parts() if isinstance(table, TableInParts) else [table]:
+        lists.append(_lists_of(part, rows, keys, row))
+        row += part.shape[2]
+    count, index = lists[0] if len(lists) == 1 else _stacked(lists)
     if first:
         count, index = F.pad(count, (first, 0)), F.pad(index, (0, 0, first, 0), value=-1)
     return Blocks(rows, keys, count, index)
+
+
+def _lists_of(table: Tensor, rows: int, keys: int, first: int) -> tuple[Tensor, Tensor]:
+    if fused.serves(table):
+        from attnsieve.selection.fused.lists import listed
+
+        return listed(table, rows, keys, first)
+    return _lists(table, rows, keys, first)
+
+
+def _stacked(lists: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Lists of consecutive rows of blocks as one, with the room of the longest."""
+    count = torch.cat([count for count, _ in lists], dim=2)
+    index = count.new_full((*count.shape, max(part.shape[3] for _, part in lists)), -1)
+    row = 0
+    for _, part in lists:
+        index[:, :, row : row + part.shape[2], : part.shape[3]] = part
+        row += part.shape[2]
+    return count, index
 
 
 def _lists(table: Tensor, rows: int, keys: int, first: int) -> tuple[Tensor, Tensor]:

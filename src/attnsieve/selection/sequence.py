@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,6 +68,33 @@ class SequenceQK:
 
 
 @dataclass(frozen=True, eq=False)
+class TableInParts:
+    """A bool table [S, C, rows of blocks, key blocks] of which `at_once` rows of blocks are chosen at a time, when they are read:
+    with a flag for every key of every block it would be the largest of all that a choice takes."""
+
+    shape: tuple[int, int, int, int]
+    at_once: int
+    choose: Callable[[slice], Tensor]
+
+    def parts(self) -> Iterator[Tensor]:
+        """[S, C, some rows, key blocks], in order."""
+        for start in range(0, self.shape[2], self.at_once):
+            yield self.choose(slice(start, min(start + self.at_once, self.shape[2])))
+
+    def whole(self) -> Tensor:
+        """All of it."""
+        if self.at_once >= self.shape[2]:
+            return self.choose(slice(0, self.shape[2]))
+        table, start = None, 0
+        for part in self.parts():
+            table = part.new_empty(self.shape) if table is None else table
+            table[:, :, start : start + part.shape[2]] = part
+            start += part.shape[2]
+        assert table is not None
+        return table
+
+
+@dataclass(frozen=True, eq=False)
 class Chosen:
     """A choice in the vectors of a layout: end int32 [S, C, n], offset bool [S, C, n], table bool [S, C, rows, nb] of blocks of
     `block` queries by `keys` keys, for the rows of blocks that hold queries. S and C may be 1 where all choose alike. mortal: some
@@ -74,7 +102,7 @@ class Chosen:
 
     end: Tensor | None = None
     offset: Tensor | None = None
-    table: Tensor | None = None
+    table: Tensor | TableInParts | None = None
     block: int = 0
     keys: int = 0
     mortal: bool = False

@@ -7,6 +7,9 @@ distance below each other; those that run over the edge belong to N distances fu
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +18,9 @@ from torch import Tensor
 from attnsieve.selection.fused.lse import row_lse
 from attnsieve.selection.fused.rows import ProbedRows, Sides, constants, head_of, keys_of, load_keys, load_rows
 from attnsieve.selection.sequence import SequenceQK
+
+# Numbers held at once before they are added up: bounds memory, not the result.
+SUMS_AT_ONCE = 1 << 28
 
 
 @triton.jit
@@ -123,9 +129,38 @@ def sums(
     one, those before are anywhere. See `slash_kernel` for `cut` and `by`, its column and offset."""
     earlier = len(probed.position) - last
     stretches = [(earlier, last, 64), (0, earlier, 1)]
-    parts = [_sums(probed, k, lse, stretch, together, cut, by) for stretch in stretches if stretch[1]]
+    parts = [_in_parts(probed, k, lse, stretch, together, cut, by) for stretch in stretches if stretch[1]]
     columns, distances = zip(*parts, strict=True)
     return sum(columns[1:], columns[0]), sum(distances[1:], distances[0])
+
+
+def _in_parts(
+    probed: ProbedRows,
+    k: Tensor,
+    lse: Tensor,
+    stretch: tuple[int, int, int],
+    together: bool,
+    cut: float | None,
+    by: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """`_sums` of as many KV heads at once as memory allows: rows that are anywhere have sums of their own before they are added."""
+    sequences, kv_heads, n = k.shape[:3]
+    choices = 1 if together else probed.group
+    at_once = SUMS_AT_ONCE // (3 * stretch[1] // stretch[2] * choices * n + 1)
+    if at_once >= sequences * kv_heads:
+        return _sums(probed, k, lse, stretch, together, cut, by)
+    at_once = max(1, at_once)
+    columns = k.new_empty(sequences, kv_heads * choices, n, dtype=torch.float32)
+    distances = torch.empty_like(columns)
+    for s, start in product(range(sequences), range(0, kv_heads, at_once)):
+        heads = slice(start, min(start + at_once, kv_heads))
+        own = slice(heads.start * choices, heads.stop * choices)
+        rows = replace(probed, q=probed.q[s : s + 1, heads])
+        some_lse = lse.view(sequences, kv_heads, -1)[s, heads]
+        some_by = None if by is None else (by[0][s : s + 1, own], by[1][s : s + 1, own])
+        found = _sums(rows, k[s : s + 1, heads], some_lse, stretch, together, cut, some_by)
+        columns[s : s + 1, own], distances[s : s + 1, own] = found
+    return columns, distances
 
 
 def _sums(
