@@ -26,7 +26,7 @@ left() { # SECONDS to leave to what comes after: minutes until then
 }
 
 measure() { # SCRIPT ARGUMENTS... A report of some of the rows is no use and is removed.
-    timeout $((end - $(date +%s))) python "benchmarks/$1.py" "${@:2}" --out "$out/$1.jsonl"
+    timeout $((end - $(date +%s))) python3 "benchmarks/$1.py" "${@:2}" --out "$out/$1.jsonl"
     rm -f "$out"/*.md "$out"/*.png
 }
 

@@ -297,9 +297,9 @@ def report(path: Path, rows: list[dict[str, Any]]) -> None:
     for layer, some in found.items():
         first, losses = some[0], [row["nll"] for row in some]
         size, tokens = f"{first['parameters'] / 1e6:.2f}", f"{first['trained_tokens'] / 1e6:.1f}"
-        seconds, early = written([row["seconds"] for row in some], 1), written([row["curve"][compared] for row in some], 2)
+        early = written([row["curve"][compared] for row in some], 2)
         name = layer if all(row["finished"] for row in some) else f"{layer} (cut)"
-        body.append([name, size, tokens, early, written(losses, 4), written([math.exp(loss) for loss in losses], 2), seconds])
+        body.append([name, size, tokens, early, written(losses, 4), written([math.exp(loss) for loss in losses], 2)])
         shown = min(len(row["curve"]) for row in some)
         training[layer] = [
             (looked(first, look), *mean_and_error([row["curve"][look] for row in some])) for look in range(shown)
@@ -308,7 +308,7 @@ def report(path: Path, rows: list[dict[str, Any]]) -> None:
             points = {last: [row["by_position"][last] for row in some] for last in first["by_position"]}
             positions[layer] = [(float(last), *mean_and_error(values)) for last, values in points.items()]
     step = round(looked(rows[0], compared))
-    header = ["attention", "M parameters", "M tokens", f"training batch at step {step}", "held-out", "perplexity", "seconds"]
+    header = ["attention", "M parameters", "M tokens", f"training batch at step {step}", "held-out", "perplexity"]
     publish(path, "Language models by attention", header, body, notes_of(rows))
     draw(path, {"held-out loss by position": positions}, "tokens up to", "nats per token")
     target = path.with_name(f"{path.stem}-training")
