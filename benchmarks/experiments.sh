@@ -57,13 +57,13 @@ export -f left measure language conversion recall run
 {
     xargs -P $((2 * $(tr ',' '\n' <<< "$gpus" | wc -l))) --process-slot-var=slot -I{} bash -c "run {}" << JOBS
 150 language dma-window,dma-all 1
-100 recall 1024x128 mha,dma-window 2,8 1 2e-3 32
+100 recall 1024x128 mha,dma-window 2,8 1 1.5e-3 32
 200 conversion 256
 100 recall 256x64 mha,dma,dma-window,swa 2,8 2 3e-3 64
-100 recall 256x128 mha,dma-window 2,8 1 2e-3 64
+100 recall 256x128 mha,dma-window 2,8 1 1.5e-3 64
 100 recall 256x64+noise mha,dma,dma-window 2 1 3e-3 64
-100 recall 256x256 mha,dma-window 2,8 1 1e-3 64
-120 recall 2048x128 mha,dma-window 2,8 1 2e-3 32
+100 recall 256x256 mha,dma-window 2,8 1 7.5e-4 64
+120 recall 2048x128 mha,dma-window 2,8 1 1.5e-3 32
 120 language mha,dma-window 2
 120 recall 512x64 mha,dma,dma-window 2 2 3e-3 64
 100 recall 256x32 mha,dma-window 2,8 1 3e-3 64
