@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,16 +19,20 @@ from pathlib import Path
 import torch
 
 from attnsieve.bench.check import WrongResult
+from attnsieve.bench.kernels import FLEX
 from attnsieve.bench.rows import Row, write
 from attnsieve.bench.shapes import shape_of
 from attnsieve.bench.suite import Suite
 
 LLAMA = "llama-3.1-8b"
+OTHERS = ("llama-3.2-1b", "llama-3.2-3b", "qwen3-32b")
 DMA = "dma-1024;dma-2048"
 WINDOW = "sink(4) | window(1024)"
 # Half of the pairs, where sparse attention has the least to win.
 HALF = "blocks-50;blocks-25;columns-50"
 CHOSEN = "sink(4) | window(64) | vertical_slash(mass=0.95);sink(4) | window(64) | probed_keys(mass=0.9)"
+# Long enough for every kernel to be compiled.
+SHORT = "2048"
 # op, masks, shape, lengths, backends, baselines.
 STANDARD = {
     "prefill": [
@@ -38,8 +43,8 @@ STANDARD = {
         ("prefill", "blocks-50;blocks-25;C", LLAMA, "4096", "triton", "cudnn,flash,fa4"),
     ],
     "auto": [
-        ("prefill", f"{HALF};blocks-10;C;B;{WINDOW}", LLAMA, "8192,32768", "auto", "cudnn,flash,fa4"),
-        ("prefill", f"{HALF};{WINDOW}", LLAMA, "131072", "auto", "cudnn,fa4"),
+        ("prefill", f"{HALF};blocks-10;C;B;A;{WINDOW}", LLAMA, "8192,32768", "auto", "cudnn,flash,fa4"),
+        ("prefill", f"{HALF};C;B;{WINDOW}", LLAMA, "131072", "auto", "cudnn,fa4"),
     ],
     "decode": [
         ("decode", "columns-10;columns-5;columns-10+;columns-5+;dense()", LLAMA, "131072", "triton", "cudnn,flash"),
@@ -55,14 +60,22 @@ STANDARD = {
         ("select", f"{CHOSEN};{DMA}", LLAMA, "32768,131072", "auto", ""),
     ],
     "fa4": [
-        ("prefill", f"blocks-10;C+;{WINDOW}", LLAMA, "32768,131072", "fa4", "fa4"),
-        ("prefill", "blocks-50;blocks-25;blocks-5;B;window(4096);dense()", LLAMA, "32768", "fa4", "fa4"),
-        ("prefill", "blocks-25;blocks-10;window(1024);dense()", LLAMA, "8192", "fa4", "fa4"),
+        ("prefill", f"C;columns-50;blocks-10;C+;{WINDOW}", LLAMA, "32768", "fa4", "fa4"),
+        ("prefill", "blocks-25;blocks-10;C;columns-50;columns-10;window(1024);dense()", LLAMA, "8192", "fa4", "fa4"),
+        ("prefill", f"C;blocks-10;C+;columns-5;{WINDOW}", LLAMA, "131072", "fa4", "fa4"),
+        ("prefill", "blocks-50;blocks-25;blocks-5;B;columns-5;window(4096);dense()", LLAMA, "32768", "fa4", "fa4"),
     ],
-    "flex": [("prefill", "blocks-25;blocks-10", LLAMA, "32768", "flex-triton,flex-flash", "cudnn,fa4")],
+    "flex": [
+        ("prefill", "blocks-10;blocks-25;blocks-50;blocks-5", LLAMA, "32768", "flex-triton,flex-flash", "cudnn,fa4"),
+        ("prefill", "C", LLAMA, "32768", "flex-triton,flex-flash", "cudnn,fa4"),
+        ("prefill", "B;A", LLAMA, "32768", "flex-triton,flex-flash", "cudnn,fa4"),
+    ],
     "shapes": [
-        ("prefill", "blocks-10;C", shape, "32768", "auto", "cudnn,fa4")
-        for shape in ("llama-3.2-1b", "llama-3.2-3b", "qwen3-32b", "70b-layer", "smollm2-135m")
+        *(("prefill", "blocks-10;C;columns-50", shape, "32768", "auto", "cudnn,fa4") for shape in OTHERS),
+        *(("prefill", "blocks-10;C;columns-50", shape, "8192", "auto", "cudnn,fa4") for shape in OTHERS),
+        *(("decode", "columns-10;columns-10+", shape, "131072", "triton", "cudnn") for shape in OTHERS),
+        *(("prefill", "blocks-10;C", shape, "131072", "auto", "cudnn,fa4") for shape in OTHERS),
+        *(("prefill", "blocks-10;blocks-50", shape, "4096", "auto", "cudnn,fa4") for shape in OTHERS),
     ],
 }
 
@@ -102,14 +115,27 @@ def main() -> None:
 
 
 def warm(lines: list[tuple[str, ...]], processes: int) -> None:
-    """Compile what the lines will run, each mask and shape once."""
+    """Compile what the lines will run, each mask and shape once, what takes longest first."""
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    jobs = {(op, mask, shape, "2048", backends, "") for op, masks, shape, _, backends, _ in lines for mask in masks.split(";")}
-    jobs |= {(op, "dense()", shape, "2048", "", name) for op, _, shape, _, _, names in lines for name in names.split(",")}
+    jobs = sorted({job for line in lines for job in short_lines(line)}, key=lambda job: (job[3] == SHORT, job))
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for job, problem in zip(jobs, pool.map(compile_one, jobs), strict=True):
             if problem:
                 print(f"warming {job}: {problem}", flush=True)
+
+
+def short_lines(line: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """One line for each kernel of a line. What torch compiles is for one length, the line's, and for all masks of one kind. What
+    auto takes depends on the length."""
+    op, masks, shape, lengths, backends, baselines = line
+    compared = op in ("prefill", "decode")
+    for baseline in baselines.split(","):
+        yield op, "dense()", shape, SHORT, "", baseline
+    for backend in backends.replace("auto", "triton,fa4" if compared else "auto").split(","):
+        if backend in FLEX:
+            yield op, masks.split(";")[0], shape, lengths.split(",")[0], backend, ""
+        else:
+            yield from ((op, mask, shape, SHORT, backend, "") for mask in masks.split(";"))
 
 
 def compile_one(line: tuple[str, ...]) -> str | None:

@@ -36,7 +36,15 @@ def table(monkeypatch):
 
 
 def row(backend, work, ms, op="prefill", **more):
-    base = {"includes_mask_building": False, "device": "gpu", "density": 0.5, "commit": "abc"}
+    base = {
+        "includes_mask_building": False,
+        "device": "gpu",
+        "density": 0.5,
+        "commit": "abc",
+        "mask": str(work),
+        "dtype": "bf16",
+    }
+    base |= {"batch": 1, "q_heads": 4, "kv_heads": 2, "head_dim": 64, "q_len": 512, "kv_len": 512}
     return base | {"backend": backend, "op": op, "work": work, "ms_p20": ms} | more
 
 
@@ -48,6 +56,18 @@ def test_constants_that_made_the_rows_are_found_again():
     found = fit(rows)["gpu"]
     assert found["constants"]["triton prefill"] == pytest.approx({"call": 0.05, "whole": 2.0, "partial": 3.0}, rel=1e-3)
     assert found["relative_error"]["triton prefill"]["worst"] < 1e-9
+
+
+def test_of_repeated_measurements_the_last_counts():
+    """A kernel that has changed since may do other work for the same mask."""
+    old, new = {"call": 1.0, "whole": 1.0}, {"call": 1.0, "whole": 1.0, "moved": 2.0}
+    rows = [
+        row("fa4", old, 9.0, mask="C"),
+        row("fa4", {"call": 1.0, "whole": 3.0}, 4.0),
+        row("fa4", {"call": 1.0, "whole": 1.0}, 2.0),
+    ]
+    found = fit([*rows, row("fa4", new, 2.5, mask="C")])["gpu"]["constants"]["fa4 prefill"]
+    assert found == pytest.approx({"call": 1.0, "whole": 1.0, "moved": 0.25}, rel=1e-3)
 
 
 def test_constants_are_never_negative():

@@ -13,20 +13,28 @@ from attnsieve.backends import cost
 from attnsieve.bench.dense import KERNELS
 from attnsieve.errors import require
 
+# What is measured, and where.
+_CASE = ("device", "op", "backend", "mask", "dtype", "batch", "q_heads", "kv_heads", "head_dim", "q_len", "kv_len")
+
 
 def fit(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What `cost.json` holds for the devices in `rows`: device -> constants, and how they came about.
 
     Constants are not negative and minimise the relative error of the predictions of `ms_p20`, which other load disturbs least.
-    Of several dense kernels the fastest at each shape counts, which is what torch's own choice is taken to be. Raises UserError
-    where no row says what work it was.
+    Of repeated measurements the last counts, since kernels change. Of several dense kernels the fastest at each shape counts, which
+    is what torch's own choice is taken to be. Raises UserError where no row says what work it was.
     """
     groups: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
+    for row in _newest(rows):
         if row.get("work") and not row["includes_mask_building"]:
             groups[row["device"]][f"{_backend(row)} {row['op']}"].append(row)
     require(bool(groups), "no row holds amounts of work: fit to rows of attnsieve bench prefill and decode")
     return {device: _of_device(by_kind) for device, by_kind in groups.items()}
+
+
+def _newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last of the rows of each measurement, by the order in which they are given."""
+    return list({tuple(row[name] for name in (*_CASE, "includes_mask_building")): row for row in rows}.values())
 
 
 def _backend(row: dict[str, Any]) -> str:
@@ -53,7 +61,7 @@ def _all(by_kind: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each backend's work, the fastest of repeated ones and of the dense kernels."""
+    """One row for each backend's work, of the dense kernels the fastest."""
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         key = (_backend(row), *sorted(row["work"].items()))

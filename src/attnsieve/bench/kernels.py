@@ -96,7 +96,9 @@ def fastest(rows: list[Row]) -> Dense | None:
 
 def layout(case: Case, backend: str, budget_ms: float = 200.0) -> Iterator[Row]:
     """Building what a backend derives from a layout for prefill, nothing remembered; the layout itself is given, or chosen before."""
-    call = _choosing(case)[0] if is_dynamic(case.mask, case.q_heads) else case.call()
+    dynamic = is_dynamic(case.mask, case.q_heads)
+    call = case.dense().call() if dynamic else case.call()
+    call = replace(call, layout=_choosing(case, call)()) if dynamic else call
     build = _builder(call, backend)
     times, peak = _measured(lambda: build(replace(call.layout, schedules={})), case.device, budget_ms)
     yield _Made("layout", case, backend, call, None, None).row(times, peak)
@@ -110,18 +112,19 @@ def select(case: Case, budget_ms: float = 200.0) -> Iterator[Row]:
     else:
         dynamic = is_dynamic(case.mask, case.q_heads)
         require(dynamic, f"{case.mask} chooses nothing from the input: use op layout")
-        call, run = _choosing(case)
+        call = case.dense().call()
+        run = _choosing(case, call)
     times, peak = _measured(run, case.device, budget_ms)
-    yield _Made("select", case, "attnsieve", call, None, None).row(times, peak, building=True)
+    # Chosen last, since lists of single keys are too large to be held beside those of the runs that are timed.
+    yield _Made("select", case, "attnsieve", replace(call, layout=run()), None, None).row(times, peak, building=True)
 
 
-def _choosing(case: Case) -> tuple[Call, Callable[[], Layout]]:
-    """A call with the layout that a dynamic pattern chooses from its q and k, and choosing it."""
+def _choosing(case: Case, call: Call) -> Callable[[], Layout]:
+    """Choosing by a dynamic pattern from the q and k of a call."""
     from attnsieve.selection import choose
 
-    patterns, call = patterns_of(case.mask, case.q_heads), case.dense().call()
-    run = lambda: choose(patterns, call.q, call.k, spans=call.spans)  # noqa: E731
-    return replace(call, layout=run()), run
+    patterns = patterns_of(case.mask, case.q_heads)
+    return lambda: choose(patterns, call.q, call.k, spans=call.spans)
 
 
 def _dense_row(op: str, case: Case, call: Call, name: str, budget_ms: float) -> Row:
