@@ -12,20 +12,22 @@ one of them. Rows are written as they come, and runs that a file there holds alr
 
 import argparse
 import json
+import os
+import pickle
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from claims import Board
-from pareto_plans import GROUPS, Shelf, Workshop, summary
+from pareto_plans import GROUPS, Shelf, Workshop, railed, summary
 
 from attnsieve import Plan, UserError
 from attnsieve.evaluation.compare import Cell, Runs, plan_digest
 from attnsieve.evaluation.rows import Row
 from attnsieve.evaluation.tasks import Task, make_task
-from attnsieve.evaluation.tasks.aligned import MANY, aligned
+from attnsieve.evaluation.tasks.aligned import MANY, AlignedTask, aligned
 from attnsieve.evaluation.tasks.questions import QuestionTask
 from attnsieve.hf import load_model
 
@@ -53,6 +55,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", type=names, default=list(MANY))
     parser.add_argument("--only", type=names, default=[""], help="starts of plans' names; dense is always there")
     parser.add_argument("--first", type=names, default=[""], help="starts of the names of plans to run before others")
+    parser.add_argument(
+        "--railed", type=names, default=[], help="starts of names of plans to run with all keys for rows that ask, too"
+    )
     parser.add_argument("--groups", type=names, default=list(GROUPS))
     parser.add_argument("--longest", type=names, default=[], help="MODEL=LENGTH: leave out what is longer")
     parser.add_argument("--text", default="python-docs", help="the plain text to calibrate on")
@@ -92,6 +97,32 @@ def task_of(name: str) -> Task:
     return aligned(replace(task, generation=None))
 
 
+@dataclass(frozen=True)
+class KeptTask(AlignedTask):
+    """A task whose items lie in a folder once some process has made them."""
+
+    folder: Path = Path()
+
+    def items(self, tokenizer: Any, length: int, count: int, seed: int) -> Any:
+        """See `Task.items`."""
+        path = self.folder / f"{self.name}-{length}-{count}-{seed}.pickle"
+        if path.exists():
+            return pickle.loads(path.read_bytes())
+        made = super().items(tokenizer, length, count, seed)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}")
+        fresh.write_bytes(pickle.dumps(made))
+        fresh.rename(path)
+        return made
+
+
+def kept(task: Task, folder: Path) -> Task:
+    """`task`; with aligned items, which take long to find, those of the folder."""
+    if not isinstance(task, AlignedTask):
+        return task
+    return KeptTask(**{field.name: getattr(task, field.name) for field in fields(task)}, folder=folder)
+
+
 def rotated(things: list[Any], share: float) -> list[Any]:
     """Processes begin at different places, so that they compile different kernels and seldom want the same piece."""
     start = int(share * len(things))
@@ -122,7 +153,8 @@ class Worker:
             pair for pair in zip(arguments.lengths, arguments.items, strict=True) if pair[0] <= int(longest.get(label, pair[0]))
         ]
         # One task object per name: equal cells are then recognised.
-        cells = [Cell(task, length, items, 0) for task in map(task_of, arguments.tasks) for length, items in sizes]
+        tasks = [kept(task_of(task), out / "items" / label) for task in arguments.tasks]
+        cells = [Cell(task, length, items, 0) for task in tasks for length, items in sizes]
         runs = Runs(model, tokenizer, out / f"rows-{round(share * arguments.shard[1])}.jsonl", progress=arguments.shard[1] == 1)
         workshop = Workshop(model, tokenizer, tuple(MANY), arguments.text, arguments.calibration)
         done = {run_of(row) for row in join(out)}
@@ -169,6 +201,8 @@ class Worker:
         """Run plans at hand that nobody has run on this cell, at most so many; how many."""
         ready = [group for group in self.arguments.groups if self.shelf.has(cell.length, group)]
         plans = {name: plan for group in ready for name, plan in self.shelf.get(cell.length, group).items()}
+        if self.arguments.railed:
+            plans |= railed({name: plan for name, plan in plans.items() if name.startswith(tuple(self.arguments.railed))})
         wanted = [name for name in plans if name.startswith(tuple(self.arguments.only)) and name.startswith(tuple(starts))]
         ran = 0
         for name in rotated(wanted, self.share):
@@ -234,7 +268,8 @@ def plans_of(folder: Path) -> list[str]:
         for model in sorted((folder / "plans").iterdir())
         for length in sorted(path for path in model.iterdir() if path.name.isdigit())
         for group in sorted(length.iterdir())
-        for name, plan in Shelf(model).get(int(length.name), group.name).items()
+        for plans in [Shelf(model).get(int(length.name), group.name)]
+        for name, plan in (plans | railed(plans)).items()
     ]
 
 

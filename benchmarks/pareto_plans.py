@@ -136,6 +136,26 @@ GROUPS: dict[str, Callable[[Workshop, int], dict[str, Plan]]] = {
 }
 
 
+# What every rule may be given besides: the rows that ask, and decode steps, read every key. Methods for prompts are published so.
+RAIL = "last_queries(32) | dense_decode()"
+
+
+def railed(plans: dict[str, Plan]) -> dict[str, Plan]:
+    """The same rules with `RAIL` in every head that is not dense, under names with "-prompt" before their number."""
+    return {_with_mark(name): _railed(plan) for name, plan in plans.items()}
+
+
+def _with_mark(name: str) -> str:
+    start, dash, number = name.rpartition("-")
+    return f"{start}-prompt-{number}" if dash and number[:1].isdigit() else f"{name}-prompt"
+
+
+def _railed(plan: Plan) -> Plan:
+    rail = Pattern.parse(RAIL)
+    rows = tuple(tuple(pattern if pattern == dense() else pattern | rail for pattern in row) for row in plan.patterns)
+    return Plan(plan.fingerprint, rows, {**plan.provenance, "rail": RAIL})
+
+
 def offered(made: dict[str, Callable[[], Plan]]) -> dict[str, Plan]:
     """Those plans that can be made; the reason is printed for the others."""
     plans = {}
@@ -192,6 +212,7 @@ def summary(model: str, length: int, name: str, plan: Plan) -> str:
         "reach_bound",
         "bound",
         "strength",
+        "rail",
     )
     about = {key: plan.provenance[key] for key in keys if key in plan.provenance}
     density = None if plan.density is None else float(plan.density.mean())

@@ -35,12 +35,22 @@ def script(monkeypatch):
 def test_two_shards_make_plans_rows_and_figures(script, tmp_path, capsys):
     model, out = save_tiny_model(tmp_path / "tiny", positions=1024), tmp_path / "out"
     sizes = ["--lengths", 900, "--items", 2, "--tasks", "kv,passkey", "--calibration", 1, "--device", "cpu", "--out", out]
-    few = ["--groups", "fixed,budget-kv,profiled", "--only", "budget,streaming-llm-0.2,dam-paper"]
+    few = ["--groups", "fixed,budget-kv,profiled", "--only", "budget,streaming-llm-0.2,dam-paper,streaming-llm-prompt"]
+    few += ["--railed", "streaming-llm-0.25"]
     script("pareto", model, *sizes, *few, "--shard", "0/2")
     rows = read_rows(out / "rows-0.jsonl")
     plans = {row.plan for row in rows}
-    assert {"dense", "streaming-llm-0.2", "streaming-llm-0.25", "dam-paper-450", "budget-kv-0.5"} <= plans
+    assert {
+        "dense",
+        "streaming-llm-0.2",
+        "streaming-llm-0.25",
+        "dam-paper-450",
+        "budget-kv-0.5",
+        "streaming-llm-prompt-0.25",
+    } <= plans
     assert {row.variant for row in rows} == {"aligned spread"}
+    density = {(row.plan, row.task): row.density for row in rows}
+    assert density["streaming-llm-0.25", "kv"] < density["streaming-llm-prompt-0.25", "kv"] < 0.5
     assert {row.metric for row in rows} == {"exact_match", "answer_nll", "answer_kl"}
     for row in rows:
         if row.plan.startswith("budget-kv-"):
