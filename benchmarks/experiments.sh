@@ -27,7 +27,7 @@ left() { # SECONDS to leave to what comes after: minutes until then
 
 measure() { # SCRIPT ARGUMENTS... A report of some of the rows is no use and is removed.
     timeout $((end - $(date +%s))) python3 "benchmarks/$1.py" "${@:2}" --out "$out/$1.jsonl"
-    rm -f "$out"/*.md "$out"/*.png
+    rm -f "$out/$1".md "$out/$1"*.png
 }
 
 language() { # LAYERS SEEDS
@@ -41,8 +41,8 @@ conversion() { # W
     measure convert "$model" --keeps "$1" --tokens 2500000 --minutes "$(left 120)"
 }
 
-recall() { # SHAPES LAYERS PARTS SEEDS RATE BATCH
-    measure mqar --shapes "$1" --layers "$2" --parts "$3" --seeds "$4" --rates "$5" --batch "$6" --minutes "$(left 30)"
+recall() { # SHAPES LAYERS PARTS SEEDS
+    measure mqar --shapes "$1" --layers "$2" --parts "$3" --seeds "$4" --rates 3e-3 --minutes "$(left 30)"
 }
 
 run() { # NEEDS COMMAND...
@@ -57,18 +57,15 @@ export -f left measure language conversion recall run
 {
     xargs -P $((2 * $(tr ',' '\n' <<< "$gpus" | wc -l))) --process-slot-var=slot -I{} bash -c "run {}" << JOBS
 150 language dma-window,dma-all 1
-100 recall 1024x128 mha,dma-window 2,8 1 1.5e-3 32
-200 conversion 256
-100 recall 256x64 mha,dma,dma-window,swa 2,8 2 3e-3 64
-100 recall 256x128 mha,dma-window 2,8 1 1.5e-3 64
-100 recall 256x64+noise mha,dma,dma-window 2 1 3e-3 64
-100 recall 256x256 mha,dma-window 2,8 1 7.5e-4 64
-120 recall 2048x128 mha,dma-window 2,8 1 1.5e-3 32
+120 recall 1024x128,256x128 mha,dma-window 2,8 1
+160 conversion 256
+120 recall 256x64 mha,dma,dma-window,swa 2,8 2
+120 recall 256x64+noise,256x256 mha,dma-window 2,8 1
+150 recall 2048x128,256x32 mha,dma-window 2,8 1
 120 language mha,dma-window 2
-120 recall 512x64 mha,dma,dma-window 2 2 3e-3 64
-100 recall 256x32 mha,dma-window 2,8 1 3e-3 64
+100 recall 512x64 mha,dma,dma-window 2 2
 100 language dma 2
-200 language nsa 1
+220 language nsa 1
 JOBS
     rm -rf "$models"
 } >> "$out/experiments.log" 2>&1

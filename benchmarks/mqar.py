@@ -37,7 +37,8 @@ LAYERS = ("mha", "mla", "dma", "dma-window", "nsa", "swa")
 WHOLE = ("mha", "mla")  # these keep all keys
 RATES = (2e-3, 4e-3)
 SHAPES = "256x64,512x64,256x64+noise,1024x64,256x128,2048x64,512x64+noise,256x256,256x32"
-TOKENS = 65536  # of a step at most
+WIDTH = 64  # models wider than this learn at lower rates, in proportion
+TOKENS = 32768  # of a step at most
 FEWEST = 2  # pairs of the easiest rows
 CHECK_EVERY = 250  # steps between looks at the accuracy
 SOLVED = 0.995
@@ -206,7 +207,7 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
         batch = min(arguments.batch, max(1, TOKENS // length))
         for seed in range(arguments.seeds):
             for rate in arguments.rates:
-                one = partial(Cell, rate=rate, seed=seed, batch=batch, **fixed, **shape)
+                one = partial(Cell, rate=rate * min(1.0, WIDTH / width), seed=seed, batch=batch, **fixed, **shape)
                 for layer in arguments.layers.split(","):
                     parts = [1] if layer in WHOLE else arguments.parts
                     found += [(place + 2 * seed, one(layer, keep=length // part)) for part in parts]
@@ -289,7 +290,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--parts", type=numbers, default=[2, 8], help="2,8: rows keep a half and an eighth of the tokens")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")], default=list(RATES))
+    rates = lambda text: [float(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--rates", type=rates, default=list(RATES), help=f"learning rates, up to a width of {WIDTH}")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=64, help=f"rows of a step, fewer where {TOKENS} tokens are less")
     parser.add_argument("--vocabulary", type=int, default=8192)
