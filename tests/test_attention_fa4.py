@@ -21,6 +21,7 @@ from attnsieve.backends.reference import masked_softmax_matmul
 from attnsieve.bench.masks import columns_and_window
 from attnsieve.patterns import columns, dense, diagonals, random_blocks, sink, window
 from attnsieve.testing import assert_within_budget
+from tests.gpu_compiler import compiled
 from tests.interpreter import needs_interpreter
 
 Lists = namedtuple("Lists", "part_count part whole_count whole block_size")
@@ -168,6 +169,13 @@ def test_keys_are_copied_in_front():
     assert torch.equal(got[:, :, 40:], x)
     for head in range(3):
         assert torch.equal(got[:, head, :40], x[:, head, index[head].clamp_max(69).long()])
+
+
+def test_the_copy_compiles_for_a_gpu():
+    pytest.importorskip("triton")
+    copy = "from attnsieve.backends.fa4.copies import with_keys_in_front as copy"
+    call = "copy(torch.zeros(1, 2, 300, 80, dtype=torch.bfloat16), torch.zeros(2, 128, dtype=torch.int32))"
+    assert compiled(f"import torch\n{copy}\n{call}") == ["_copy_kernel"]
 
 
 SCATTERED = columns(*range(5, 590, 9)) | window(70)

@@ -92,10 +92,40 @@ def test_reports_name_who_computed():
     assert sum(layer.backends.total() for layer in handle.report().layers) == 2
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@needs_two
 def test_kernels_run_where_the_tensors_are():
     torch.cuda.set_device(0)
     q, k, v = (torch.randn(1, 2, 300, 64, device="cuda:1", dtype=torch.bfloat16) for _ in range(3))
     layout = choose([vertical_slash(mass=0.5), sink(2) | window(9)], q, k)
     call = Call(q, k, v, layout, Spans.full(1, 300, 300, q.device), 0.125)
     assert_within_budget(*attend(q, k, v, layout, return_lse=True, backend="triton"), call)
+
+
+@needs_two
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("q_len", [2048, 1])
+def test_auto_is_exact_on_another_gpu_than_the_current_one(name, q_len):
+    torch.cuda.set_device(0)
+    call = make(LAYOUTS[name](2048), 2048, q_len)
+    q, k, v, layout = (part.to("cuda:1") for part in (call.q, call.k, call.v, call.layout))
+    call = Call(q, k, v, layout, Spans.full(1, q_len, 2048, "cuda:1"), call.scale)
+    assert_within_budget(*attend(q, k, v, layout, return_lse=True), call)
+
+
+@needs_two
+def test_a_model_on_another_gpu_than_the_current_one_generates_the_same():
+    """Prompt and decode steps, with transformers' cache and with the one that drops keys."""
+    torch.cuda.set_device(0)
+    model = random_model("tiny", "cuda:0", torch.float32)
+    ids = torch.randint(60, (2, 300), device="cuda:0")
+    plan, options = Plan.uniform(fingerprint(model), sink(1) | window(20)), {"max_new_tokens": 8, "do_sample": False}
+    texts = []
+    for device in ("cuda:0", "cuda:1"):
+        model.to(device)
+        with apply(model, plan) as handle:
+            texts.append(model.generate(ids.to(device), **options).cpu())
+            texts.append(model.generate(ids.to(device), past_key_values=handle.cache(512), **options).cpu())
+    assert all(torch.equal(text, texts[0]) for text in texts)
