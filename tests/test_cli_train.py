@@ -45,7 +45,7 @@ def test_train_resume_load_and_generate(text, tmp_path):
     assert "loss" in done(*options, "--out", broken, "--resume").stdout
     models = [tr.AutoModelForCausalLM.from_pretrained(folder) for folder in (whole, broken)]
     assert type(models[0]) is DmaForCausalLM
-    assert models[0].config.keep_window_size == 12
+    assert (models[0].config.keep_window_size, models[0].config.window) == (12, 3)
     for name, parameter in models[0].named_parameters():
         assert torch.equal(parameter, models[1].get_parameter(name)), name
     tokenizer = tr.AutoTokenizer.from_pretrained(whole)

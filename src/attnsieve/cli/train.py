@@ -39,7 +39,10 @@ def train(
     layer: Annotated[str, typer.Option(help="Attention of all layers: dma, mha, mqa, gqa, swa, mla or nsa.")] = "dma",
     keep: Annotated[
         int | None,
-        typer.Option(help="Keys that a row keeps: DMA's budget or swa's window; a quarter of --length if not given."),
+        typer.Option(
+            help="Keys that a row keeps: swa's window, or DMA's budget, to which a window of a quarter of it is added "
+            "(--set window=N). A quarter of --length if not given."
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="JSON or YAML with fields of DmaConfig, such as hidden_size.")] = None,
     settings: Annotated[
@@ -171,10 +174,15 @@ def new_model(layer: str, keep: int, words: Any, fields: dict[str, Any], seed: i
 
     from attnsieve.nn import DmaForCausalLM
 
-    budget = {"dma": {"keep_window_size": keep}, "swa": {"sliding_window": keep}}.get(layer, {})
+    budget = {"dma": dma_rule(keep), "swa": {"sliding_window": keep}}.get(layer, {})
     ends = {"vocab_size": len(words), "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
     torch.manual_seed(seed)
     return DmaForCausalLM(configuration({"attention": layer, **budget, **ends, **fields}))
+
+
+def dma_rule(keep: int) -> dict[str, int]:
+    """Without a local window language models learn little of what stands next to a token (docs/LOG.md)."""
+    return {"keep_window_size": keep, "window": keep // 4}
 
 
 def configuration(fields: dict[str, Any]) -> Any:
@@ -201,7 +209,7 @@ def converted(dense: Any, keep: int, fields: dict[str, Any], seed: int) -> DmaFo
     """`dense` with DMA layers. A starts a little above 0, so that the scores learn from the first step."""
     from attnsieve.nn import convert
 
-    return convert(dense, keep, seed=seed, **({"initial_A": SMALL["initial_A"]} | fields))
+    return convert(dense, seed=seed, **(dma_rule(keep) | {"initial_A": SMALL["initial_A"]} | fields))
 
 
 @dataclass(frozen=True)
