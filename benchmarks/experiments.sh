@@ -56,7 +56,7 @@ run() { # NEEDS COMMAND...
 export -f left measure language conversion recall run
 {
     xargs -P $((2 * $(tr ',' '\n' <<< "$gpus" | wc -l))) --process-slot-var=slot -I{} bash -c "run {}" << JOBS
-150 language dma-window,dma-all 1
+150 language dma-window,dma-all,swa-quarter 1
 120 recall 1024x128,256x128 mha,dma-window 2,8 1
 160 conversion 256
 120 recall 256x64 mha,dma,dma-window,swa 2,8 2

@@ -49,7 +49,7 @@ from attnsieve.evaluation.text import PACKAGED
 from attnsieve.nn import DmaConfig, DmaForCausalLM
 from attnsieve.nn.tokenizer import byte_level_tokenizer
 
-LAYERS = ("mha", "dma", "dma-window", "gqa", "swa", "nsa", "mla", "mqa", "dma-all")
+LAYERS = ("mha", "dma", "dma-window", "gqa", "swa", "nsa", "mla", "mqa", "dma-all", "swa-quarter")
 PACKAGES = ("torch", "transformers", "numpy", "sympy")
 HELD_OUT = 20  # one document in this many
 SAMPLE = 30_000_000  # characters that the tokenizer is learned from
@@ -136,6 +136,8 @@ def raw_configuration(layer: str, arguments: argparse.Namespace, vocabulary: int
         "mqa": {"attention": "mqa"},
         "gqa": {"attention": "gqa", "num_key_value_heads": kv_heads},
         "swa": {"attention": "swa", "num_key_value_heads": kv_heads, "sliding_window": keep},
+        # What "dma-window" has without its chosen keys.
+        "swa-quarter": {"attention": "swa", "num_key_value_heads": kv_heads, "sliding_window": keep // 4},
         "dma": dma | {"keep_window_size": keep},
         "dma-window": dma | {"keep_window_size": keep - keep // 4, "window": keep // 4},
         "dma-all": dma | {"keep_window_size": arguments.length},  # no key is left out: dense, with the bias of the keys

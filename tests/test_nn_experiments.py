@@ -74,10 +74,11 @@ def test_language_models(command, tmp_path, monkeypatch):
     tokens, out = ["--tokens", tmp_path / "tokens"], tmp_path / "language.jsonl"
     command("language", "prepare", *tokens, "--vocabulary", 280)
     sizes = ["--hidden", 32, "--intermediate", 64, "--depth", 2, "--heads", 2, "--length", 32, "--keep", 8, "--batch", 4]
-    options = ["--device", "cpu", "--windows", 2, "--layers", "mha,dma,dma-all", "--rate", 0.01, "--steps", 25, "--out", out]
+    layers = ["mha", "dma", "dma-all", "swa-quarter"]
+    options = ["--device", "cpu", "--windows", 2, "--layers", ",".join(layers), "--rate", 0.01, "--steps", 25, "--out", out]
     command("language", "train", *tokens, *sizes, *options)
     rows = rows_of(out)
-    assert [row["layer"] for row in rows] == ["mha", "dma", "dma-all"]
+    assert [row["layer"] for row in rows] == layers
     assert all(row["parameters"] == pytest.approx(rows[0]["parameters"], rel=0.02) for row in rows)
     assert rows[2]["nll"] != rows[1]["nll"]
     assert all(row["curve"][-1] < row["curve"][0] - 0.5 for row in rows)
@@ -85,7 +86,7 @@ def test_language_models(command, tmp_path, monkeypatch):
     assert rows[0]["text"] == {"letters": len(text)}
     assert "| dma " in out.with_suffix(".md").read_text()
     command("language", "train", *tokens, *sizes, *options)
-    assert len(rows_of(out)) == 3
+    assert len(rows_of(out)) == 4
     cut = rows[1] | {"layer": "nsa", "finished": False, "curve": [5.0, 4.5], "trained_tokens": 256}
     language.report(out, [cut | {"layer": "dma"}, *rows, cut])
     table = out.with_suffix(".md").read_text()
@@ -95,7 +96,7 @@ def test_language_models(command, tmp_path, monkeypatch):
     assert "dma (cut)" not in table
     out.write_text("".join(json.dumps(row | {"finished": row["layer"] != "dma"}) + "\n" for row in rows))
     command("language", "train", *tokens, *sizes, *options)
-    assert [row["layer"] for row in rows_of(out)[3:]] == ["dma"]
+    assert [row["layer"] for row in rows_of(out)[4:]] == ["dma"]
 
 
 def tokens_and_models(folder: Path, layers: tuple[str, ...]) -> None:

@@ -23,6 +23,9 @@ class SelectionRule:
     A key competes for the budget when it leaves the window, so a row keeps min(i + 1, keep_window_size + window) keys and
     the window costs no budget. `union=True`: keys compete from the start and the window is joined to the winners. Sinks
     are joined too; they compete like any key.
+
+    Without a window, as in Doge, no key is sure to be kept, not even the row's own: language models trained so learn little of
+    what stands next to a token (docs/LOG.md).
     """
 
     keep_window_size: int
