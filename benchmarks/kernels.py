@@ -62,8 +62,8 @@ STANDARD = {
     "fa4": [
         ("prefill", f"C;columns-50;blocks-10;C+;{WINDOW}", LLAMA, "32768", "fa4", "fa4"),
         ("prefill", "blocks-25;blocks-10;C;columns-50;columns-10;window(1024);dense()", LLAMA, "8192", "fa4", "fa4"),
-        ("prefill", f"C;blocks-10;C+;columns-5;{WINDOW}", LLAMA, "131072", "fa4", "fa4"),
         ("prefill", "blocks-50;blocks-25;blocks-5;B;columns-5;window(4096);dense()", LLAMA, "32768", "fa4", "fa4"),
+        ("prefill", f"C;blocks-10;C+;columns-5;{WINDOW}", LLAMA, "131072", "fa4", "fa4"),
     ],
     "flex": [
         ("prefill", "blocks-10;blocks-25;blocks-50;blocks-5", LLAMA, "32768", "flex-triton,flex-flash", "cudnn,fa4"),

@@ -85,19 +85,19 @@ def of_lists(arguments, heads, queries, keys):
     return mask[:, :queries, :keys]
 
 
-def keep_by_end(head, query, key, sizes, vectors):
-    i = query + sizes.seqlen_k - sizes.seqlen_q
-    return (key <= i) & (i < vectors[0][head, key])
+def keep_by_rows(head, query, key, sizes, vectors):
+    since, number = since_and_number(head, query, key, sizes, vectors)
+    return (since >= 0) & (since < number)
 
 
-def keep_by_end_or_offset(head, query, key, sizes, vectors):
-    i = query + sizes.seqlen_k - sizes.seqlen_q
-    return (key <= i) & ((i < vectors[0][head, key]) | (vectors[1][head, (i - key).clamp_min(0)] > 0))
+def keep_by_rows_or_offset(head, query, key, sizes, vectors):
+    since, number = since_and_number(head, query, key, sizes, vectors)
+    return (since >= 0) & ((since < number) | (vectors[1][head, since.clamp_min(0)] > 0))
 
 
-def keep_by_bound(head, query, key, sizes, vectors):
-    i, bound = query + sizes.seqlen_k - sizes.seqlen_q, vectors[0][head, key]
-    return ((bound < 0) & (i + bound + 1 >= 0)) | ((key <= i) & (i < bound))
+def since_and_number(head, query, key, sizes, vectors):
+    rows = vectors[0][head, key]
+    return query + sizes.seqlen_k - sizes.seqlen_q - (rows & (2**32 - 1)), rows >> 32
 
 
 @pytest.fixture
@@ -108,9 +108,8 @@ def stand_in(monkeypatch):
         "flash_attn.cute.interface": {"_flash_attn_fwd": forward},
         "flash_attn.cute.block_sparsity": {"BlockSparseTensorsTorch": Lists},
         "attnsieve.backends.fa4.keep": {
-            "keep_by_end": keep_by_end,
-            "keep_by_end_or_offset": keep_by_end_or_offset,
-            "keep_by_bound": keep_by_bound,
+            "keep_by_rows": keep_by_rows,
+            "keep_by_rows_or_offset": keep_by_rows_or_offset,
         },
     }
     for name, content in modules.items():

@@ -2,7 +2,8 @@
 
 "call": 1. "bytes": gigabytes of K and V read. "moved": gigabytes of K and V written with columns in front of them. Everything
 else: 1e9 scores (query x key pairs as computed, padding included) at the width of 128, or for "part" on the CPU: pieces of work
-that plain torch handles one by one.
+that plain torch handles one by one. FA4's tiles that are kept in part are "predicate" where they follow a rule of ours and
+"partial" where they follow the kernel's own.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ def _dense(call: Call) -> Work:
 
 
 def _fa4(call: Call) -> Work | None:
-    from attnsieve.backends.fa4.kernel import moved_bytes, tile_counts
+    from attnsieve.backends.fa4.kernel import has_predicate, moved_bytes, tile_counts
 
     if facts(call.layout).dense:
         return _scores(call, {"whole": _pairs(call) * call.q.shape[1], "partial": 0})
     whole, partial = tile_counts(call)
     cells, moved = _QUERY_TILE * _QUERY_TILE, moved_bytes(call)
-    amounts = _scores(call, {"whole": whole * cells, "partial": partial * cells})
+    amounts = _scores(call, {"whole": whole * cells, "predicate" if has_predicate(call) else "partial": partial * cells})
     return amounts | {"moved": moved / _GIGA} if moved else amounts
 
 

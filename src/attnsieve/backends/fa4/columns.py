@@ -25,11 +25,11 @@ _PARTIAL, _COPY = 2.7, 5.0
 @dataclass(frozen=True)
 class Columns:
     """index int32 [Hkv, F]: positions to be copied in front of K, a stretch of F // (H // Hkv) for each layout head, padding
-    included. bound int32 [H, F + n]: the rows that each slot serves, as `keep_by_bound` reads it. lists: tiles of those slots, the
-    ones in front first."""
+    included. rows int64 [H, F + n]: those that each slot serves, as `keep_by_rows` reads them. lists: tiles of those slots, the ones
+    in front first."""
 
     index: Tensor
-    bound: Tensor
+    rows: Tensor
     lists: TileLists
 
 
@@ -58,10 +58,10 @@ def move_columns(layout: Layout, heads: int, kv_heads: int, tile: int) -> Column
     first_row = torch.where(flagged, start, FOREVER)
     order = first_row.argsort(dim=-1, stable=True)[:, :room]
     stretch = torch.arange(layout.heads, device=end.device) % stretches
-    bound = torch.cat([_in_front(first_row.gather(-1, order), stretch, stretches), _later(own, stretches * room)], dim=-1)
+    rows = torch.cat([_in_front(first_row.gather(-1, order), stretch, stretches), rows_by_end(own, stretches * room)], dim=-1)
     lists = lists_of_rule(Layout(layout.length, own[None]), tile)
     lists = _behind(lists, served[None], stretch * (room // tile), stretches * room // tile, tile)
-    return Columns(order.to(torch.int32).view(kv_heads, -1), bound, lists)
+    return Columns(order.to(torch.int32).view(kv_heads, -1), rows, lists)
 
 
 def _leaving(end: Tensor, tile: int) -> tuple[Tensor, Tensor]:
@@ -96,16 +96,24 @@ def _work(end: Tensor, tile: int) -> _Work:
 
 
 def _in_front(first_row: Tensor, stretch: Tensor, stretches: int) -> Tensor:
-    """int32 [H, F]: bounds of the slots in front, which serve from `first_row` int32 [H, C] on; none of other heads' stretches."""
+    """int64 [H, F]: the slots in front, which serve from `first_row` int32 [H, C] on; none of other heads' stretches."""
     heads, room = first_row.shape
-    bound = torch.zeros(heads, stretches, room, dtype=torch.int32, device=first_row.device)
-    bound[torch.arange(heads, device=stretch.device), stretch] = ~_later(first_row, stretches * room)
-    return bound.flatten(1)
+    rows = torch.zeros(heads, stretches, room, dtype=torch.int64, device=first_row.device)
+    serving = first_row < FOREVER
+    own = _packed(first_row.long() + stretches * room, torch.full_like(first_row, FOREVER))
+    rows[torch.arange(heads, device=stretch.device), stretch] = torch.where(serving, own, 0)
+    return rows.flatten(1)
 
 
-def _later(rows: Tensor, shift: int) -> Tensor:
-    """Row numbers counted from the first slot in front."""
-    return torch.where(rows > FOREVER - shift, FOREVER, rows + shift)
+def rows_by_end(end: Tensor, shift: int = 0) -> Tensor:
+    """int64 [H, n]: the rows from key j to end[j], int32 [H, n], behind `shift` slots."""
+    position = torch.arange(end.shape[-1], device=end.device)
+    return _packed(position + shift, (end - position).clamp_min(0))
+
+
+def _packed(first: Tensor, number: Tensor) -> Tensor:
+    """Rows as predicates read them: first and number, both from 0 to FOREVER, in the halves of int64."""
+    return (number.long() << 32) | first.long()
 
 
 def _behind(lists: TileLists, served: Tensor, first: Tensor, shift: int, tile: int) -> TileLists:

@@ -1,4 +1,9 @@
-"""The predicate of a layout in FA4's kernel language, for tiles that are kept in part."""
+"""The predicate of a layout in FA4's kernel language, for tiles that are kept in part.
+
+Rows and slots are counted from the first slot of K as the kernel gets it. The first vector, int64 [Hq, slots], says which rows a
+slot serves: the first one in its lower half, how many in its upper half. Less is computed for each score than with a first and a
+last row in two vectors: one load serves both, and a difference that is compared without a sign is below 0 and too large at once.
+"""
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
@@ -9,29 +14,21 @@ from flash_attn.cute.utils import scalar_to_ssa
 
 
 @cute.jit
-def keep_by_end(batch, head, query, key, sizes, vectors):
-    """j <= i < end[head, j]; `vectors` holds end, int32 [Hq, keys]."""
-    i = query + scalar_to_ssa(sizes.seqlen_k - sizes.seqlen_q, cutlass.Int32)
-    end = scalar_to_ssa(vectors[0][head[0], key[0]], cutlass.Int32)
-    return (key <= i) & (i < end)
+def keep_by_rows(batch, head, query, key, sizes, vectors):
+    """first <= i < first + number."""
+    rows = vectors[0][head[0], key[0]]
+    since = query[0] + sizes.seqlen_k - sizes.seqlen_q - cutlass.Int32(rows)
+    number = scalar_to_ssa(cutlass.Uint32(rows >> 32), cutlass.Uint32)
+    return scalar_to_ssa(cutlass.Uint32(since), cutlass.Uint32) < number
 
 
 @cute.jit
-def keep_by_end_or_offset(batch, head, query, key, sizes, vectors):
-    """j <= i and (i < end[head, j] or offset[head, i - j]); `vectors` holds end and offset, int32 [Hq, keys] each."""
-    i = query + scalar_to_ssa(sizes.seqlen_k - sizes.seqlen_q, cutlass.Int32)
-    end = scalar_to_ssa(vectors[0][head[0], key[0]], cutlass.Int32)
-    distance = cutlass.max(i[0] - key[0], cutlass.Int32(0))
-    offset = scalar_to_ssa(vectors[1][head[0], distance], cutlass.Int32)
-    return (key <= i) & ((i < end) | (offset > scalar_to_ssa(cutlass.Int32(0), cutlass.Int32)))
-
-
-@cute.jit
-def keep_by_bound(batch, head, query, key, sizes, vectors):
-    """Rows and slots are counted from the first slot in front of K. bound = vectors[0][head, key], int32 [Hq, slots], is ~start of
-    slots in front, which are kept if start <= i, and of others their end: kept if j <= i < end."""
-    i = query + scalar_to_ssa(sizes.seqlen_k - sizes.seqlen_q, cutlass.Int32)
-    bound = scalar_to_ssa(vectors[0][head[0], key[0]], cutlass.Int32)
-    zero, one = scalar_to_ssa(cutlass.Int32(0), cutlass.Int32), scalar_to_ssa(cutlass.Int32(1), cutlass.Int32)
-    in_front = (bound < zero) & (i + bound + one >= zero)
-    return in_front | ((key <= i) & (i < bound))
+def keep_by_rows_or_offset(batch, head, query, key, sizes, vectors):
+    """j <= i and (i < j + number or offset[head, i - j]), the first row being j; `vectors` holds offset, int32 [Hq, keys], too."""
+    rows = vectors[0][head[0], key[0]]
+    since = query[0] + sizes.seqlen_k - sizes.seqlen_q - cutlass.Int32(rows)
+    number = scalar_to_ssa(cutlass.Uint32(rows >> 32), cutlass.Uint32)
+    near = scalar_to_ssa(cutlass.Uint32(since), cutlass.Uint32) < number
+    zero = scalar_to_ssa(cutlass.Int32(0), cutlass.Int32)
+    offset = scalar_to_ssa(vectors[1][head[0], cutlass.max(since, cutlass.Int32(0))], cutlass.Int32)
+    return near | ((scalar_to_ssa(since, cutlass.Int32) >= zero) & (offset > zero))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnsieve.backends.call import Call
 from attnsieve.backends.fa4 import TILE
-from attnsieve.backends.fa4.columns import move_columns
+from attnsieve.backends.fa4.columns import move_columns, rows_by_end
 from attnsieve.backends.fa4.lists import TileLists, lists_of_blocks, lists_of_rule
 from attnsieve.backends.facts import facts
 from attnsieve.layout import Layout
@@ -34,7 +34,7 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class TileMask:
-    """A layout as lists for every query head, the name of the predicate for partial tiles (None: causality), the vectors int32
+    """A layout as lists for every query head, the name of the predicate for partial tiles (None: causality), the vectors
     [Hq, slots] that it reads, and the columns int32 [Hkv, F] that lists and vectors expect in front of K."""
 
     lists: TileLists
@@ -84,11 +84,11 @@ def _build(layout: Layout, heads: int, kv_heads: int) -> TileMask:
         return TileMask(lists_of_blocks(layout.blocks, TILE).per_query_head(heads))
     moved = move_columns(layout, heads, kv_heads, TILE) if layout.offset is None else None
     if moved is not None:
-        return TileMask(moved.lists.per_query_head(heads), "keep_by_bound", _padded([moved.bound], heads), moved.index)
-    lists = lists_of_rule(layout, TILE).per_query_head(heads)
+        return TileMask(moved.lists.per_query_head(heads), "keep_by_rows", _padded([moved.rows], heads), moved.index)
+    lists, rows = lists_of_rule(layout, TILE).per_query_head(heads), rows_by_end(layout.end[0])
     if layout.offset is None:
-        return TileMask(lists, "keep_by_end", _padded([layout.end[0]], heads))
-    return TileMask(lists, "keep_by_end_or_offset", _padded([layout.end[0], layout.offset[0].to(torch.int32)], heads))
+        return TileMask(lists, "keep_by_rows", _padded([rows], heads))
+    return TileMask(lists, "keep_by_rows_or_offset", _padded([rows, layout.offset[0].to(torch.int32)], heads))
 
 
 def _padded(vectors: list[Tensor], heads: int) -> list[Tensor]:
@@ -104,6 +104,11 @@ def moved_bytes(call: Call) -> int:
         return 0
     width = call.k.shape[3] + call.v.shape[3]
     return call.k.shape[0] * call.k.shape[1] * (columns.shape[1] + call.k.shape[2]) * width * call.k.element_size()
+
+
+def has_predicate(call: Call) -> bool:
+    """Whether partial tiles are masked by a predicate of ours and not by the kernel's own causality and windows."""
+    return facts(call.layout).window is None and built(call).keep is not None
 
 
 def tile_counts(call: Call) -> tuple[int, int]:
