@@ -18,7 +18,7 @@ out=$(realpath "$1") tokens=$(realpath "$2") model=$3 end=$(($(date +%s) + ${4:-
 gpus=${GPUS:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}
 models=$(mktemp -d)
 cd "$(dirname "$0")/.."
-export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} out tokens model models end gpus
+export TQDM_DISABLE=1 PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} out tokens model models end gpus
 
 left() { # SECONDS to leave to what comes after: minutes until then
     local seconds=$((end - $(date +%s) - $1))
@@ -61,9 +61,10 @@ export -f left measure language conversion recall run
 160 conversion 256
 120 recall 256x64 mha,dma,dma-window,swa 2,8 2
 120 recall 256x64+noise,256x256 mha,dma-window 2,8 1
-150 recall 2048x128,256x32 mha,dma-window 2,8 1
+150 recall 512x128,2048x128 mha,dma-window 2,8 1
 120 language mha,dma-window 2
 100 recall 512x64 mha,dma,dma-window 2 2
+80 recall 256x32 mha,dma-window 2,8 1
 100 language dma 2
 220 language nsa 1
 JOBS

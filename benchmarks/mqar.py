@@ -30,6 +30,7 @@ from experiment import RESULTS, Budget, Rows, Training, autocast, device_of, dra
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from attnsieve.errors import require
 from attnsieve.nn import DmaConfig, DmaForCausalLM, RecallTask
 from attnsieve.nn.mqar import IGNORED
 
@@ -204,7 +205,8 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     found = []
     for place, (length, width, noise) in enumerate(arguments.shapes):
         shape = {"length": length, "width": width, "noise": noise}
-        batch = min(arguments.batch, max(1, TOKENS // length))
+        batch, levels = min(arguments.batch, TOKENS // length), (length // 4 // FEWEST).bit_length()
+        require(batch >= levels, f"a batch of {batch} rows of {length} tokens cannot hold {levels} numbers of pairs")
         for seed in range(arguments.seeds):
             for rate in arguments.rates:
                 one = partial(Cell, rate=rate * min(1.0, WIDTH / width), seed=seed, batch=batch, **fixed, **shape)
