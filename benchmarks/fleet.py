@@ -17,6 +17,7 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first GPU")
     parser.add_argument("--each", type=int, default=1, help="copies on a GPU; in all, where there is none")
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each copy")
@@ -37,7 +38,7 @@ def main() -> None:
 
 def start(command: list[str], number: int, count: int, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
     # The first copies are on different GPUs, so that neighbours in number share none.
-    seen = str(number % arguments.gpus) if arguments.gpus else ""
+    seen = str(arguments.first + number % arguments.gpus) if arguments.gpus else ""
     threads = str(arguments.threads)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": seen, "OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
     shown = [part.replace("{shard}", f"{number}/{count}") for part in command]

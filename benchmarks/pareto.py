@@ -32,7 +32,7 @@ from attnsieve.evaluation.tasks.questions import QuestionTask
 from attnsieve.hf import load_model
 
 WAIT, AT_ONCE = 0.5, 8
-PRINTED = {"exact_match": "right", "answer_nll": "NLL", "answer_kl": "KL", "kl": "KL"}
+PRINTED = {"exact_match": "right", "answer_nll": "NLL", "answer_kl": "KL", "kl": "KL", "topic_match": "right"}
 
 
 def main() -> None:
@@ -261,8 +261,8 @@ def whole_row(line: str) -> Row | None:
         return None
 
 
-def plans_of(folder: Path) -> list[str]:
-    """A JSON line about every plan of a folder."""
+def plans_of(folder: Path, names: set[str]) -> list[str]:
+    """A JSON line about every plan of a folder with one of these names."""
     return [
         summary(model.name, int(length.name), name, plan)
         for model in sorted((folder / "plans").iterdir())
@@ -270,6 +270,7 @@ def plans_of(folder: Path) -> list[str]:
         for group in sorted(length.iterdir())
         for plans in [Shelf(model).get(int(length.name), group.name)]
         for name, plan in (plans | railed(plans)).items()
+        if name in names
     ]
 
 

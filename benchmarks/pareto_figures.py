@@ -61,7 +61,7 @@ def joined(folder: Path, out: Path) -> list[Row]:
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(asdict(row), ensure_ascii=False) for row in rows)
     run = {(row.model, row.length, row.plan_digest) for row in rows}
-    plans = [line for line in plans_of(folder) if plan_key(json.loads(line)) in run]
+    plans = [line for line in plans_of(folder, {row.plan for row in rows}) if plan_key(json.loads(line)) in run]
     out.with_name(f"{out.name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     out.with_name(f"{out.name}-plans.jsonl").write_text("".join(f"{line}\n" for line in plans), encoding="utf-8")
     return rows

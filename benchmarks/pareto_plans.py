@@ -126,6 +126,18 @@ def measured(workshop: Workshop, length: int, share: str) -> list[Any]:
     return [measure(workshop.model, texts, rules, progress=False) for texts in workshop.calibration(length)]
 
 
+def phases(workshop: Workshop, length: int) -> dict[str, Plan]:
+    """Single keys in every head, with every key in decode steps or in prompts, and chosen by all queries instead of eight of 64."""
+    mark, guard = fingerprint(workshop.model), "sink(4) | window(32)"
+    rules = {
+        "keys-sparse-prefill-0.9": f"{guard} | probed_keys(mass=0.9) | dense_decode()",
+        "keys-sparse-decode-0.9": f"{guard} | probed_keys(mass=0.9) | dense_prefill()",
+        "keys-asked-0.9": f"{guard} | probed_keys(mass=0.9) | last_queries(32)",
+        "keys-by-all-0.9": f"{guard} | probed_keys(mass=0.9, rows=64)",
+    }
+    return {name: Plan.uniform(mark, Pattern.parse(rule)) for name, rule in rules.items()}
+
+
 GROUPS: dict[str, Callable[[Workshop, int], dict[str, Plan]]] = {
     "budget": budgets,
     "budget-kv": shared_budgets,
@@ -133,6 +145,7 @@ GROUPS: dict[str, Callable[[Workshop, int], dict[str, Plan]]] = {
     "chosen": chosen,
     "fixed": fixed,
     "caches": caches,
+    "phases": phases,
 }
 
 

@@ -122,9 +122,26 @@ def test_a_fleet_shares_gpus_and_ends_in_time(script, tmp_path, capsys):
         "import os, sys, time; print(sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(60 * (sys.argv[1] == '3/4'))"
     )
     logs = tmp_path / "logs"
-    script("fleet", "--gpus", 2, "--each", 2, "--seconds", 3, "--logs", logs, "--", sys.executable, "-uc", code, "{shard}")
+    script(
+        "fleet",
+        "--gpus",
+        2,
+        "--first",
+        1,
+        "--each",
+        2,
+        "--seconds",
+        3,
+        "--logs",
+        logs,
+        "--",
+        sys.executable,
+        "-uc",
+        code,
+        "{shard}",
+    )
     assert "3 of 4 copies ended well" in capsys.readouterr().out
-    assert [(logs / f"{n}.log").read_text() for n in range(4)] == ["0/4 0\n", "1/4 1\n", "2/4 0\n", "3/4 1\n"]
+    assert [(logs / f"{n}.log").read_text() for n in range(4)] == ["0/4 1\n", "1/4 2\n", "2/4 1\n", "3/4 2\n"]
 
 
 def test_a_layer_that_another_process_left_is_tried(script, tmp_path):
