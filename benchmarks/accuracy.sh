@@ -23,7 +23,7 @@ FIRST=budget-0.2,budget-0.1,budget-prompt-0.1,budget-prompt-0.2,minference-0.9,m
 MADE=budget,budget-kv,profiled,chosen,fixed,caches
 
 fleet() { # NAME PROCESSES SECONDS SCRIPT ARGUMENTS...
-    local limit=$(($3 + 25))
+    local limit=$(($3 + 40)) # what has begun may end
     GPU_ARGUMENTS=(--gpus 1 --first "$gpu")
     [ "$gpu" = none ] && GPU_ARGUMENTS=(--gpus 0)
     python3 benchmarks/fleet.py "${GPU_ARGUMENTS[@]}" --each "$2" --threads 2 --seconds "$limit" --logs "$work/logs-$1" -- \
