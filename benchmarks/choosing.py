@@ -30,6 +30,7 @@ CHOICES = [
     "probed_blocks(mass=0.9)",
     "antidiagonal_blocks(mass=0.9, block=128)",
     'vertical_slash(mass=0.9, share="kv")',
+    "vertical_slash(mass=0.9, strided=64)",
     "probed_blocks(mass=0.9, block=128, rows=1)",
     "probed_keys(mass=0.9, block=256, rows=4)",
     'probed_keys(mass=0.9, block=256, rows=4, share="kv")',

@@ -1,7 +1,7 @@
 """Figures from benchmark rows: python benchmarks/figures.py benchmarks/results/kernels.jsonl --out docs/figures
 
-speed-up over the fastest dense kernel against density, with the ideal line (skipped work costs nothing); speed-up against length;
-time to first token and peak memory. Repeated measurements: the last one counts.
+speed-up over the fastest dense kernel against density, with the ideal line (skipped work costs nothing); speed-up against length,
+both of the shape with the most rows; time to first token and peak memory. Repeated measurements: the last one counts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = newest([json.loads(line) for path in arguments.rows for line in path.read_text().splitlines()])
     for op in OPS:
-        sparse = [row for row in rows if row["op"] == op and row["speedup"] and row["density"] < 1]
+        sparse = of_one_shape([row for row in rows if row["op"] == op and row["speedup"] and row["density"] < 1])
         if sparse:
             print(save(by_density(sparse, OPS[op]), arguments.out / f"{op}-by-density.{arguments.format}"))
             print(save(by_length(sparse, OPS[op]), arguments.out / f"{op}-by-length.{arguments.format}"))
@@ -37,6 +37,12 @@ def newest(rows: list[dict]) -> list[dict]:
     names = ("op", "backend", "mask", "shape", "device", "q_len", "kv_len", "batch", "dtype")
     built = [row | {"backend": row["backend"].removeprefix("auto: ")} for row in rows if not row["includes_mask_building"]]
     return list({tuple(row[name] for name in names): row for row in built}.values())
+
+
+def of_one_shape(rows: list[dict]) -> list[dict]:
+    """Those of the shape that was measured most."""
+    shapes = [row["shape"] for row in rows]
+    return [row for row in rows if row["shape"] == max(shapes, key=shapes.count)]
 
 
 def by_density(rows: list[dict], title: str):
@@ -62,7 +68,7 @@ def by_density(rows: list[dict], title: str):
     keys = [panels[0].plot([], [], "s", color=colour[kind], label=kind)[0] for kind in kinds]
     keys += [panels[0].plot([], [], mark[name], color=GREY, label=name)[0] for name in backends]
     figure.legend(handles=keys, loc="outside right center", fontsize=8, frameon=False)
-    figure.suptitle(f"{title}, {rows[0]['device']}", fontsize=10)
+    figure.suptitle(f"{title}, {rows[0]['shape']}, {rows[0]['device']}", fontsize=10)
     return figure
 
 
@@ -78,19 +84,15 @@ def ideal_line(panel, densities: list[float]) -> None:
     panel.annotate("ideal", (ends[0], 1 / ends[0]), fontsize=7, color=GREY, ha="left", va="bottom")
 
 
-def series_of(row: dict) -> str:
-    return f"{row['backend']}, {row['shape']}"
-
-
 def by_length(rows: list[dict], title: str):
-    """One line per mask, backend and shape."""
-    lines = sorted({(row["mask"], series_of(row)) for row in rows})
-    lengths = {line: {row["kv_len"] for row in rows if (row["mask"], series_of(row)) == line} for line in lines}
+    """One line per mask and backend."""
+    lines = sorted({(row["mask"], row["backend"]) for row in rows})
+    lengths = {line: {row["kv_len"] for row in rows if (row["mask"], row["backend"]) == line} for line in lines}
     lines = [line for line in lines if len(lengths[line]) > 1] or lines
     figure = new_figure(6.4, 3.4)
     panel = figure.subplots()
     for i, line in enumerate(lines):
-        points = sorted((row["kv_len"], row["speedup"]) for row in rows if (row["mask"], series_of(row)) == line)
+        points = sorted((row["kv_len"], row["speedup"]) for row in rows if (row["mask"], row["backend"]) == line)
         style = f"{MARKERS[i // len(COLOURS) % len(MARKERS)]}-"
         panel.plot(*zip(*points, strict=True), style, color=COLOURS[i % len(COLOURS)], lw=1, ms=4, label=" ".join(line))
     panel.axhline(1, color=GREY, lw=0.6)
@@ -98,7 +100,7 @@ def by_length(rows: list[dict], title: str):
     panel.yaxis.set_major_formatter("{x:g}")
     lengths_on(panel, rows)
     figure.legend(loc="outside right upper", fontsize=6, frameon=False)
-    panel.set_title(f"{title}, {rows[0]['device']}", fontsize=10)
+    panel.set_title(f"{title}, {rows[0]['shape']}, {rows[0]['device']}", fontsize=10)
     quiet_axes(panel)
     return figure
 

@@ -83,6 +83,7 @@ STANDARD = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="+", choices=STANDARD)
+    parser.add_argument("--plan", metavar="DIRECTORY:LAYER;...", help="layers of a saved plan of SmolLM2-135M, measured last")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--budget-ms", type=float, default=100.0)
     parser.add_argument("--warm", type=int, default=0, metavar="PROCESSES")
@@ -93,6 +94,8 @@ def main() -> None:
     # The first line of every suite comes before the second line of any.
     longest = max(len(STANDARD[name]) for name in arguments.suites)
     lines = [STANDARD[name][i] for i in range(longest) for name in arguments.suites if i < len(STANDARD[name])]
+    if arguments.plan:
+        lines.append(("prefill", arguments.plan, "smollm2-135m", "4096,8192", "auto", "cudnn,flash,fa4"))
     if arguments.warm:
         warm(lines, arguments.warm)
         print(f"[{time.monotonic() - start:5.1f} s] warm", flush=True)

@@ -53,3 +53,8 @@ def test_figures_of_what_was_measured(figures, tmp_path, monkeypatch, capsys):
 def test_the_newest_measurement_counts_and_building_does_not(figures):
     found = figures.newest([row(speedup=1.0), row(speedup=2.0), row(speedup=9.0, includes_mask_building=True)])
     assert [one["speedup"] for one in found] == [2.0]
+
+
+def test_speed_is_drawn_for_the_shape_that_was_measured_most(figures):
+    rows = [row(shape="other"), row(), row(kv_len=32768)]
+    assert figures.of_one_shape(rows) == rows[1:]
