@@ -11,18 +11,21 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
 from pareto import join, plans_of
 
 from attnsieve.evaluation.rows import Row, read_rows
+from attnsieve.evaluation.tasks.aligned import MANY
 from attnsieve.show import markdown, percent
 from attnsieve.show.canvas import save
 from attnsieve.show.results import family, result_figure, with_error
 
-METRICS = ("answer_nll", "exact_match")
+# Tasks of the curves; others are in the tables.
+DRAWN = tuple(MANY)
+METRICS = ("answer_nll", "exact_match", "answer_kl")
 # Keys of SnapKV and H2O are counted per decode step, so a density of the prompt says nothing about them.
 CACHES = ("snapkv", "h2o")
 # In the order of their colours.
@@ -30,7 +33,12 @@ SHOWN = (
     "budget", "budget-kv", "keys", "keys-guarded", "minference", "xattention", "streaming-llm",
     "budget-guarded", "dam-robust", "dam-adaptive", "flashprefill", "moa", "bigbird", "longformer", "window",
 )  # fmt: skip
-LEAST_DENSITY, TICKS = 3, (0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5)  # percent; nats
+# Those whose rows that ask, and decode steps, read every key.
+SHOWN_PROMPT = (
+    "budget-prompt", "keys-prompt", "minference-prompt", "xattention-prompt", "streaming-llm-prompt", "flashprefill-prompt",
+)  # fmt: skip
+OURS = ("budget", "keys", "dam", "probed")
+LEAST_DENSITY, TICKS = 3, (0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 1, 2, 5)  # percent; nats
 # What a plan must hold (docs: accuracy target): pairs kept, points of exact match, nats of answer NLL.
 MOST_DENSITY, MOST_POINTS, MOST_NLL = 0.25, 0.02, 0.05
 
@@ -38,7 +46,6 @@ MOST_DENSITY, MOST_POINTS, MOST_NLL = 0.25, 0.02, 0.05
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a folder of pareto.py, or a file of rows")
-    parser.add_argument("--families", default=",".join(SHOWN), help="what is drawn")
     parser.add_argument("--join-only", action="store_true", help="write the rows and the plans' summaries, draw nothing")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--figures", type=Path, help="a folder")
@@ -46,11 +53,12 @@ def main() -> None:
     rows = joined(arguments.source, arguments.out) if arguments.source.is_dir() else read_rows(arguments.source)
     if arguments.join_only:
         return
-    shown, figures = arguments.families.split(","), arguments.figures or arguments.out.parent
-    for model in sorted({row.model for row in rows}):
-        own = [row for row in rows if row.model == model and row.dtype == main_dtype(rows)]
-        for metric in METRICS:
-            print(save(curves(own, shown, metric), figures / f"{arguments.out.name}-{model}-{metric}.png"))
+    figures = arguments.figures or arguments.out.parent
+    for model, metric in product(sorted({row.model for row in rows}), METRICS):
+        own = [row for row in rows if row.model == model and row.dtype == main_dtype(rows) and row.task in DRAWN]
+        for shown, mark in ((SHOWN, ""), (SHOWN_PROMPT, "-prompt")):
+            if any(family(row.plan) in shown for row in own):
+                print(save(curves(own, shown, metric), figures / f"{arguments.out.name}-{model}-{metric}{mark}.png"))
     text = "\n\n".join([targets(rows), caches(rows), table(rows)])
     arguments.out.with_name(f"{arguments.out.name}.md").write_text(text + "\n", encoding="utf-8")
     print(targets(rows))
@@ -72,11 +80,11 @@ def plan_key(summary: dict[str, Any]) -> tuple[str, int, str]:
 
 
 def curves(rows: Sequence[Row], shown: Sequence[str], metric: str) -> Any:
-    """A figure of the `shown` families that there are, in that order; nats on a logarithmic scale."""
+    """A figure of the `shown` families that there are, in that order; nats on a logarithmic scale, dense attention's 0 left out."""
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
     place = {name: number for number, name in enumerate(shown)}
-    drawn = [row for row in rows if row.plan == "dense" or family(row.plan) in place]
+    drawn = [row for row in rows if family(row.plan) in place or (row.plan == "dense" and metric != "answer_kl")]
     drawn.sort(key=lambda row: place.get(family(row.plan), -1))
     figure = result_figure([asdict(row) for row in drawn], metric)
     for axes in figure.axes:
@@ -105,18 +113,32 @@ def runs_of(rows: Sequence[Row]) -> dict[tuple[str, str, int], list[dict[str, Ro
 
 
 def targets(rows: Sequence[Row]) -> str:
-    """Per model, task and length the plan within the density whose answers lose least, and whether that is little enough."""
-    header = [*HEADER, "dense", "difference", "NLL difference", "holds"]
+    """Per model, task and length the plan within the density that holds with the least KL, else that with the least KL: of ours
+    and of the published ones, sparse everywhere or in the prompt alone."""
+    header = [*HEADER, "dense", "difference", "NLL difference", "KL", "holds"]
     cells = []
     for runs in runs_of(rows).values():
         within = [run for run in runs if answers(run) and run["answer_nll"].density <= MOST_DENSITY and not cached(run)]
-        if within:
-            best = min(within, key=lambda run: run["answer_nll"].value)
-            right, nll = best["exact_match"], best["answer_nll"]
-            holds = right.paired_difference >= -MOST_POINTS and nll.paired_difference <= MOST_NLL
-            dense = with_error(right.dense_value)
-            cells.append([*start(best), dense, difference(right), difference(nll), "yes" if holds else "no"])
+        for camp in sorted({camp_of(run) for run in within}):
+            best = min(
+                (run for run in within if camp_of(run) == camp), key=lambda run: (not holds(run), run["answer_kl"].value)
+            )
+            right, kl = best["exact_match"], best["answer_kl"]
+            verdict = "yes" if holds(best) else "no"
+            differences = [difference(right), difference(best["answer_nll"])]
+            cells.append([*start(best), with_error(right.dense_value), *differences, with_error(kl.value, kl.stderr), verdict])
     return markdown(header, cells, left=(0, 1, 4))
+
+
+def camp_of(run: dict[str, Row]) -> tuple[bool, bool]:
+    """Whether it is published, and whether it is sparse in the prompt alone."""
+    name = run["answer_nll"].plan
+    return not name.startswith(OURS), "-prompt" in name
+
+
+def holds(run: dict[str, Row]) -> bool:
+    lost, nll = run["exact_match"].paired_difference, run["answer_nll"].paired_difference
+    return lost is not None and nll is not None and lost >= -MOST_POINTS and nll <= MOST_NLL
 
 
 HEADER = ["model", "task", "length", "items", "plan", "density %", "right"]
