@@ -162,7 +162,9 @@ def time_variants(op: str, name: str, n: int, width: int, variants: list[Tiles])
         row = {"op": op, "mask": name, "n": n, "tiles": str(tiles), "ms": times.p50, "p20": times.p20, "p80": times.p80}
         row |= {"tflops": flops / times.p50 / 1e9, "build_ms": build_ms(call, tiles)}
         row["host_us"] = host_us(lambda tiles=tiles: run(tiles), times.p50)
-        shape = f"{tiles.rows:4} x {tiles.keys:3}, {tiles.warps} warps, {tiles.stages} stages"
+        shape = (
+            f"{tiles.rows:4} x {tiles.keys:3}, {tiles.warps} warps, {tiles.stages} stages, {tiles.registers or 255:3} registers"
+        )
         print(
             "{0:12}{1:8}  {shape}{ms:10.3f}{tflops:9.0f}{build_ms:9.3f}{host_us:8.0f}".format(name, n, shape=shape, **row),
             flush=True,
@@ -179,7 +181,7 @@ def main() -> None:
     parser.add_argument("--n", default="32768", help="lengths separated by commas")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--stretch", type=int, default=tuning.STRETCH_ROWS)
-    parser.add_argument("--tiles", help="rows,keys,warps,stages separated by spaces; of decode see above")
+    parser.add_argument("--tiles", help="rows,keys,warps,stages[,registers] separated by spaces; of decode see above")
     parser.add_argument("--out")
     args = parser.parse_args()
     names, lengths = args.masks.split(","), [int(n) for n in args.n.split(",")]
@@ -194,7 +196,7 @@ def main() -> None:
             print(f"{job[1]} {job[-1]}: {failure}")
     rows = []
     if args.op != "decode":
-        print(f"{'mask':12}{'n':>8}  {'rows x keys':28}{'ms':>10}{'TFLOP/s':>9}{'build ms':>9}{'host us':>8}")
+        print(f"{'mask':12}{'n':>8}  {'rows x keys':43}{'ms':>10}{'TFLOP/s':>9}{'build ms':>9}{'host us':>8}")
     for n in lengths:
         for name in names:
             good = [tiles for tiles in variants if not failures[args.op, name, args.width, args.stretch, tiles]]

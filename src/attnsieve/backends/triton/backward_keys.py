@@ -26,13 +26,7 @@ from attnsieve.backends.triton.common import (
 
 
 @triton.jit
-def _add_dkv(
-    dk,
-    dv,
-    d_bias,
-    k_tile,
-    k_columns,
-    v_tile,
+def _load_rows(
     q,
     d_out,
     columns,
@@ -40,32 +34,26 @@ def _add_dkv(
     head,
     slot,
     row_ok,
-    keep,
-    scale2,
-    BIAS: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     DV: tl.constexpr,
     DVP: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """dk [N, DP] += dS^T Q, dv [N, DVP] += P^T dO, d_bias [N] += column sums of dS, over rows `slot` [R].
-
-    Rows that are not `row_ok` are read as zeros: dO and delta are 0, so they add nothing.
-    """
+    """Rows `slot` [R] of Q, dO and their columns; zeros where not `row_ok`, which add nothing: dO and delta are 0."""
     p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head
     p_d = d_out.p + batch * d_out.s_batch + head.to(tl.int64) * d_out.s_head
     p_c = columns.p + batch * columns.s_batch + head.to(tl.int64) * columns.s_head
     q_tile = load_rows(p_q, slot, q.s_row, row_ok, D, DP, True)
     d_tile = load_rows(p_d, slot, d_out.s_row, row_ok, DV, DVP, True)
-    c_tile = load_rows(p_c, slot, columns.s_row, row_ok, 16, 16, True)
-    s = dot_and_add(k_tile, tl.trans(q_tile), k_columns, tl.trans(c_tile), PRECISION)
+    return q_tile, d_tile, load_rows(p_c, slot, columns.s_row, row_ok, 16, 16, True)
+
+
+@triton.jit
+def _add_dkv(dk, dv, d_bias, s, q_tile, d_tile, c_tile, v_tile, scale2, BIAS: tl.constexpr, PRECISION: tl.constexpr):
+    """dk [N, DP] += dS^T Q, dv [N, DVP] += P^T dO, d_bias [N] += column sums of dS; s [N, R] is S^T less the LSE, over scale."""
     weights = tl.exp2(s * scale2)
-    if MASKED:
-        weights = tl.where(keep, weights, 0.0)
     dv = tl.dot(weights.to(d_tile.dtype), d_tile, dv, input_precision=PRECISION)
-    ones = indicator(DELTA_COLUMN, k_tile.shape[0], c_tile.dtype)
+    ones = indicator(DELTA_COLUMN, s.shape[0], c_tile.dtype)
     dp = dot_and_add(v_tile, tl.trans(d_tile), ones, tl.trans(c_tile), PRECISION)
     ds = weights * dp
     dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
@@ -185,30 +173,9 @@ def dkv_tiles_kernel(
         i = t * M + r % M
         t = tl.load(p_items + x + 1)
         row_ok = (i >= first) & (i < k_len) & (r // M < G)
-        dk, dv, d_bias = _add_dkv(
-            dk,
-            dv,
-            d_bias,
-            k_tile,
-            k_columns,
-            v_tile,
-            q,
-            d_out,
-            columns,
-            batch,
-            head,
-            q_start + i - first,
-            row_ok,
-            row_ok,
-            scale2,
-            BIAS,
-            D,
-            DP,
-            DV,
-            DVP,
-            False,
-            PRECISION,
-        )
+        q_tile, d_tile, c_tile = _load_rows(q, d_out, columns, batch, head, q_start + i - first, row_ok, D, DP, DV, DVP)
+        s = dot_and_add(k_tile, tl.trans(q_tile), k_columns, tl.trans(c_tile), PRECISION)
+        dk, dv, d_bias = _add_dkv(dk, dv, d_bias, s, q_tile, d_tile, c_tile, v_tile, scale2, BIAS, PRECISION)
     low, high = _present(p_items, whole, tl.load(by_key.count + o_list), first, k_len, M)
     t = tl.load(p_items + low)
     for x in tl.range(low, high, num_stages=STAGES):
@@ -217,30 +184,10 @@ def dkv_tiles_kernel(
         t = tl.load(p_items + x + 1)
         row_ok = (i >= first) & (i < k_len) & (r // M < G)
         keep = tile_keep(mask, o_zh, h, i[None, :], j[:, None], b * N, ok[:, None], cut, N, LISTED, BLOCK, False)
-        dk, dv, d_bias = _add_dkv(
-            dk,
-            dv,
-            d_bias,
-            k_tile,
-            k_columns,
-            v_tile,
-            q,
-            d_out,
-            columns,
-            batch,
-            head,
-            q_start + i - first,
-            row_ok,
-            keep,
-            scale2,
-            BIAS,
-            D,
-            DP,
-            DV,
-            DVP,
-            True,
-            PRECISION,
-        )
+        q_tile, d_tile, c_tile = _load_rows(q, d_out, columns, batch, head, q_start + i - first, row_ok, D, DP, DV, DVP)
+        s = dot_and_add(k_tile, tl.trans(q_tile), k_columns, tl.trans(c_tile), PRECISION)
+        s = tl.where(keep, s, -float("inf"))
+        dk, dv, d_bias = _add_dkv(dk, dv, d_bias, s, q_tile, d_tile, c_tile, v_tile, scale2, BIAS, PRECISION)
     _store_dkv(
         d_k,
         d_v,
@@ -326,63 +273,16 @@ def dkv_singles_kernel(
     scale2 = scale * LOG2E
     i0 = tl.maximum(stretch * ROWS, first // M * M)
     i1 = tl.minimum(stretch * ROWS + ROWS, k_len)
-    whole = (chunk + 1) * N <= tl.load(singles.whole + o_list)
-    # One of the two loops runs.
-    for y in tl.range(i0, tl.where(whole, i1, i0), M, num_stages=STAGES):
+    whole = ((chunk + 1) * N <= tl.load(singles.whole + o_list)).to(tl.int32)
+    for y in tl.range(i0, i1, M, num_stages=STAGES):
         i = y + r % M
         row_ok = (i >= first) & (i < k_len) & (r // M < G)
-        dk, dv, d_bias = _add_dkv(
-            dk,
-            dv,
-            d_bias,
-            k_tile,
-            k_columns,
-            v_tile,
-            q,
-            d_out,
-            columns,
-            batch,
-            head,
-            q_start + i - first,
-            row_ok,
-            row_ok,
-            scale2,
-            BIAS,
-            D,
-            DP,
-            DV,
-            DVP,
-            False,
-            PRECISION,
-        )
-    for y in tl.range(tl.where(whole, i1, i0), i1, M, num_stages=STAGES):
-        i = y + r % M
-        row_ok = (i >= first) & (i < k_len) & (r // M < G)
-        cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_zh * mask.tiles + y // M)
-        keep = list_keep(mask, o_zh, i[None, :], j[:, None], j[:, None], cut, ok[:, None], LISTED)
-        dk, dv, d_bias = _add_dkv(
-            dk,
-            dv,
-            d_bias,
-            k_tile,
-            k_columns,
-            v_tile,
-            q,
-            d_out,
-            columns,
-            batch,
-            head,
-            q_start + i - first,
-            row_ok,
-            keep,
-            scale2,
-            BIAS,
-            D,
-            DP,
-            DV,
-            DVP,
-            True,
-            PRECISION,
-        )
+        q_tile, d_tile, c_tile = _load_rows(q, d_out, columns, batch, head, q_start + i - first, row_ok, D, DP, DV, DVP)
+        s = dot_and_add(k_tile, tl.trans(q_tile), k_columns, tl.trans(c_tile), PRECISION)
+        if whole == 0:
+            cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_zh * mask.tiles + y // M)
+            keep = list_keep(mask, o_zh, i[None, :], j[:, None], j[:, None], cut, ok[:, None], LISTED)
+            s = tl.where(keep, s, -float("inf"))
+        dk, dv, d_bias = _add_dkv(dk, dv, d_bias, s, q_tile, d_tile, c_tile, v_tile, scale2, BIAS, PRECISION)
     k_heads = H if GP > 1 else H // G
     _store_dkv(d_k, d_v, p_db, dk, dv, d_bias, batch, kv_head, k_start + j, ok, scale, k_heads, k_slots, D, DP, DV, DVP)

@@ -13,17 +13,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnsieve.backends.triton.bits import tile_keys
+from attnsieve.backends.triton.bits import in_runs, tile_keys
 from attnsieve.backends.triton.common import (
     BIAS_COLUMN,
     DELTA_COLUMN,
     LOG2E,
     LSE_COLUMN,
     NO_CUT,
-    chunk_keys,
     head_base,
     indicator,
-    list_keep,
+    keys_to_read,
+    listed_scores,
     load_rows,
     scores,
     span_of,
@@ -67,36 +67,25 @@ def columns_kernel(p_lse, p_delta, p_columns, scale, rows, STEP: tl.constexpr):
 def _add_dq(
     dq,
     rest,
-    q_tile,
+    s,
+    k_tile,
     d_tile,
     lse2,
     delta,
-    k,
     v,
-    p_k,
     p_v,
-    p_bias,
-    s_bias,
     j,
     ok,
-    keep,
     scale2,
-    one,
-    D: tl.constexpr,
-    DP: tl.constexpr,
     DV: tl.constexpr,
     DVP: tl.constexpr,
-    MASKED: tl.constexpr,
+    GUARD: tl.constexpr,
     REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq [R, DP] += dS K over keys j, and rest [R] += rowsum(dS) with REST."""
-    k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, MASKED)
-    v_tile = load_rows(p_v, j, v.s_row, ok, DV, DVP, MASKED)
-    s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, MASKED, PRECISION)
+    """dq [R, DP] += dS K over keys j with scores s, and rest [R] += rowsum(dS) with REST."""
+    v_tile = load_rows(p_v, j, v.s_row, ok, DV, DVP, GUARD)
     weights = tl.exp2(s * scale2 - lse2[:, None])
-    if MASKED:
-        weights = tl.where(keep, weights, 0.0)
     dp = tl.dot(d_tile, tl.trans(v_tile), input_precision=PRECISION)
     ds = weights * (dp - delta[:, None])
     if REST:
@@ -119,6 +108,7 @@ def dq_kernel(
     mask,
     tiles,
     singles,
+    marks,
     scale,
     q_slots,
     H: tl.constexpr,
@@ -172,121 +162,50 @@ def dq_kernel(
     dq = tl.zeros([M * GP, DP], tl.float32)
     rest = tl.zeros([M * GP], tl.float32)
     scale2 = scale * LOG2E
-    one = scale / scale
     cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_list)
-    n_tiles, whole_tiles, n_singles, whole_singles = 0, 0, 0, 0
-    p_tiles, p_singles = mask.ends, mask.ends
+
     if tiles is not None:
         p_tiles = tiles.items + tl.load(tiles.start + o_list)
-        whole_tiles = tl.load(tiles.whole + o_list)
-        n_tiles = tl.load(tiles.count + o_list) - whole_tiles
-    if singles is not None:
-        p_singles = singles.items + tl.load(singles.start + o_list)
-        whole_singles = tl.load(singles.whole + o_list) // N * N
-        n_singles = tl.load(singles.count + o_list) - whole_singles
-
-    j = chunk_keys(tiles, singles, p_tiles, p_singles, whole_tiles, 0, N)
-    for x in tl.range(0, whole_tiles + whole_singles // N, num_stages=STAGES):
-        next_j = chunk_keys(tiles, singles, p_tiles, p_singles, whole_tiles, x + 1, N)
-        dq, rest = _add_dq(
-            dq,
-            rest,
-            q_tile,
-            d_tile,
-            lse2,
-            delta,
-            k,
-            v,
-            p_k,
-            p_v,
-            p_bias,
-            s_bias,
-            j,
-            j,
-            j,
-            scale2,
-            one,
-            D,
-            DP,
-            DV,
-            DVP,
-            False,
-            CORRECT,
-            PRECISION,
-        )
-        j = next_j
-
-    if tiles is not None:
-        p_tiles += whole_tiles
+        n_whole = tl.load(tiles.whole + o_list)
+        n_tiles = tl.load(tiles.count + o_list)
         b = tl.load(p_tiles)
-        for x in tl.range(0, n_tiles, num_stages=STAGES):
+        for x in tl.range(0, n_whole, num_stages=STAGES):
+            j = b * N + tl.arange(0, N)
+            b = tl.load(p_tiles + x + 1)
+            k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, scale, False, PRECISION)
+            dq, rest = _add_dq(
+                dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, DV, DVP, False, CORRECT, PRECISION
+            )
+        for x in tl.range(n_whole, n_tiles, num_stages=STAGES):
             j0 = b * N
             j = tile_keys(mask, j0, N)
             b = tl.load(p_tiles + x + 1)
             ok = j < k_len
             keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK, True)
+            k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
+            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, scale, True, PRECISION), -float("inf"))
             dq, rest = _add_dq(
-                dq,
-                rest,
-                q_tile,
-                d_tile,
-                lse2,
-                delta,
-                k,
-                v,
-                p_k,
-                p_v,
-                p_bias,
-                s_bias,
-                j,
-                ok,
-                keep,
-                scale2,
-                one,
-                D,
-                DP,
-                DV,
-                DVP,
-                True,
-                CORRECT,
-                PRECISION,
+                dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, ok, scale2, DV, DVP, True, CORRECT, PRECISION
             )
 
     if singles is not None:
-        p_singles += whole_singles + tl.arange(0, N)
-        j = tl.load(p_singles)
-        for x in tl.range(0, n_singles, N, num_stages=STAGES):
-            next_j = tl.load(p_singles + x + N)
-            ok = (x + tl.arange(0, N) < n_singles) & (j < k_len)
-            j_again = tl.load(p_singles + x)
-            keep = list_keep(mask, o_zh, i[:, None], j_again[None, :], j[None, :], cut, ok[None, :], LISTED)
+        o_n = tl.arange(0, N) if marks is None else in_runs(tl.arange(0, N), N)
+        p_singles = singles.items + tl.load(singles.start + o_list)
+        n_whole = tl.load(singles.whole + o_list) // N
+        n_singles = tl.load(singles.count + o_list)
+        listed = tl.load(p_singles + o_n)
+        for x in tl.range(0, tl.cdiv(n_singles, N), num_stages=STAGES):
+            # Nothing is done with the next keys before the next step: it would wait for them.
+            j = keys_to_read(listed, x * N + o_n, n_singles, t * M, k_len)
+            listed = tl.load(p_singles + (x + 1) * N + o_n)
+            k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, scale, False, PRECISION)
+            if x >= n_whole:
+                s = listed_scores(s, mask, marks, o_zh, o_list, i, r % M, p_singles, x, n_whole, n_singles, cut, M, N, LISTED)
             dq, rest = _add_dq(
-                dq,
-                rest,
-                q_tile,
-                d_tile,
-                lse2,
-                delta,
-                k,
-                v,
-                p_k,
-                p_v,
-                p_bias,
-                s_bias,
-                j,
-                ok,
-                keep,
-                scale2,
-                one,
-                D,
-                DP,
-                DV,
-                DVP,
-                True,
-                CORRECT,
-                PRECISION,
+                dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, DV, DVP, False, CORRECT, PRECISION
             )
-            j = next_j
 
     p_dq = d_q.p + batch * d_q.s_batch + head.to(tl.int64) * d_q.s_head + slot * d_q.s_row
     tl.store(p_dq[:, None] + o_d[None, :], (dq * scale).to(d_q.p.dtype.element_ty), mask=row_ok[:, None] & (o_d < D)[None, :])

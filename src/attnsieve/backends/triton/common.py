@@ -95,6 +95,13 @@ class Lists(NamedTuple):
     items: Any
 
 
+class Marks(NamedTuple):
+    """Which rows keep the keys of lists of single keys, see `single_keys.mark_rows`: words int64 [Z, H, tiles, chunks, M]."""
+
+    words: Any
+    chunks: Any
+
+
 def rows_of(tensor: Tensor) -> Rows:
     """The bundle of a tensor, copied first if its last dimension is not contiguous."""
     if tensor.stride(-1) != 1:
@@ -108,6 +115,11 @@ def columns_dtype(call: Call) -> torch.dtype:
 
 
 def bias_of(call: Call) -> Rows | None:
+    """Key bias [B, Hkv, Tk] or None."""
+    return None if call.key_bias is None else Rows(call.key_bias, *call.key_bias.stride())
+
+
+def bias_columns(call: Call) -> Rows | None:
     """Key bias over scale as [B, Hkv, Tk, 16] columns, or None; see BIAS_COLUMN."""
     bias = call.key_bias
     if bias is None:
@@ -156,13 +168,10 @@ def load_rows(p_base, slots, s_row, ok, DIM: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
-def indicator(FIRST: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr, one=1.0):
-    """[SIZE, 16]: ones in the three columns from FIRST on.
-
-    A product with constants makes the matrix unit wait for each instruction; `one` computed at run time avoids that.
-    """
+def indicator(FIRST: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    """[SIZE, 16]: ones in the three columns from FIRST on."""
     column = tl.arange(0, 16)
-    row = tl.where((column >= FIRST) & (column < FIRST + 3), one, 0.0)
+    row = tl.where((column >= FIRST) & (column < FIRST + 3), 1.0, 0.0)
     return tl.broadcast_to(row[None, :], [SIZE, 16]).to(DTYPE)
 
 
@@ -192,24 +201,17 @@ def dot_and_add(a, b, few_a, few_b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def scores(
-    q_tile,
-    k_tile,
-    p_bias,
-    s_bias,
-    j,
-    ok,
-    one,
-    GUARD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """q k^T + bias / scale, [R, N]."""
-    if p_bias is None:
-        return tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-    else:
-        b_tile = load_rows(p_bias, j, s_bias, ok, 16, 16, GUARD)
-        ones = indicator(BIAS_COLUMN, q_tile.shape[0], b_tile.dtype, one)
-        return dot_and_add(q_tile, tl.trans(k_tile), ones, tl.trans(b_tile), PRECISION)
+def scores(q_tile, k_tile, p_bias, s_bias, j, ok, scale, GUARD: tl.constexpr, PRECISION: tl.constexpr):
+    """q k^T + bias / scale, [R, N].
+
+    The bias is a load of the pipeline like K. As columns of the product it would make the matrix unit wait twice.
+    """
+    s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    if p_bias is not None:
+        p_part = p_bias + j.to(tl.int64) * s_bias
+        bias = tl.load(p_part, mask=ok, other=0.0) if GUARD else tl.load(p_part)
+        s += (bias.to(tl.float32) / scale)[None, :]
+    return s
 
 
 @triton.jit
@@ -227,17 +229,9 @@ def bias_columns_kernel(bias, p_out, scale, heads, slots, STEP: tl.constexpr):
 
 
 @triton.jit
-def chunk_keys(tiles, singles, p_tiles, p_singles, n_tiles, x, N: tl.constexpr):
-    """Keys [N] of chunk x of a query tile: its n_tiles key tiles come first, then its listed keys."""
-    if singles is None:
-        return tl.load(p_tiles + x) * N + tl.arange(0, N)
-    elif tiles is None:
-        return tl.load(p_singles + x * N + tl.arange(0, N))
-    else:
-        is_tile = x < n_tiles
-        j0 = tl.load(p_tiles + x, mask=is_tile, other=0) * N
-        listed = tl.load(p_singles + (x - n_tiles) * N + tl.arange(0, N), mask=x >= n_tiles, other=0)
-        return tl.where(is_tile, j0 + tl.arange(0, N), listed)
+def keys_to_read(listed, o, count, own, k_len):
+    """Entries o of a list, as keys that can be read: `own` beyond the list's end, the last key beyond the sequence's."""
+    return tl.minimum(tl.where(o < count, listed, own), k_len - 1)
 
 
 @triton.jit
@@ -323,3 +317,38 @@ def list_keep(mask, o_zh, i, j, j_load, cut, ok, LISTED: tl.constexpr):
     if mask.cut is not None:
         end = tl.where(j_load < cut, end, 0)
     return (j <= i) & (i < end)
+
+
+@triton.jit
+def listed_scores(
+    s,
+    mask,
+    marks,
+    o_zh,
+    o_list,
+    i,
+    row,
+    p_singles,
+    x,
+    n_whole,
+    n_singles,
+    cut,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    LISTED: tl.constexpr,
+):
+    """Scores [R, N] of rows i and chunk x of a list of single keys, -inf where the list does not serve them.
+
+    Chunks of the list from n_whole on need a predicate. row: positions within the tile.
+    """
+    if marks is not None:
+        p_words = marks.words + (o_list * marks.chunks + x - n_whole) * M + row
+        word = tl.load(p_words).to(tl.uint64, bitcast=True)[:, None]
+        return tl.minimum(s, bounds(word, word, N))
+    else:
+        o = x * N + tl.arange(0, N)
+        ok = o < n_singles
+        # Loaded here, so that the predicate is computed in the layout of the scores.
+        j = tl.load(p_singles + o)
+        keep = list_keep(mask, o_zh, i[:, None], j[None, :], j[None, :], cut, ok[None, :], LISTED)
+        return tl.where(keep & ok[None, :], s, -float("inf"))

@@ -9,14 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 from attnsieve.backends.call import Call
-from attnsieve.backends.triton.bits import tile_keys, tile_words
+from attnsieve.backends.triton.bits import in_runs, tile_keys, tile_words
 from attnsieve.backends.triton.common import (
     LN2,
     LOG2E,
     NO_CUT,
     bias_of,
     head_base,
-    list_keep,
+    keys_to_read,
+    listed_scores,
     load_rows,
     masked,
     places_of,
@@ -69,6 +70,7 @@ def forward_kernel(
     mask,
     tiles,
     singles,
+    marks,
     scale,
     q_slots,
     H: tl.constexpr,
@@ -119,11 +121,10 @@ def forward_kernel(
     total = tl.zeros([M * GP], tl.float32)
     peak = tl.full([M * GP], -float("inf"), tl.float32)
     scale2 = scale * LOG2E
-    one = scale / scale
     cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_list)
 
     # The next tile or keys are looked up one step ahead, so that the loads of K and V depend on no load in flight; lists end
-    # with spare entries. Four loops, not fewer: a loop that serves two kinds of chunks needs more registers than there are.
+    # with spare entries. Three loops over tiles, not fewer: one that serves two kinds needs more registers than there are.
     if tiles is not None:
         p_tiles = tiles.items + tl.load(tiles.start + o_list)
         n_whole = tl.load(tiles.whole + o_list)
@@ -133,7 +134,7 @@ def forward_kernel(
             j = b * N + tl.arange(0, N)
             b = tl.load(p_tiles + x + 1)
             k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, one, False, PRECISION)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, scale, False, PRECISION)
             acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)
         n_corner = n_whole
         if mask.corner is not None:
@@ -145,7 +146,7 @@ def forward_kernel(
                 ok = j < k_len
                 keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK, True)
                 k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-                s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION), -float("inf"))
+                s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, scale, True, PRECISION), -float("inf"))
                 acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
         word, far = tile_words(mask, o_zh, i[:, None], b * N, cut, N, BLOCK)
         for x in tl.range(n_corner, n_tiles, num_stages=STAGES):
@@ -154,35 +155,28 @@ def forward_kernel(
             b = tl.load(p_tiles + x + 1)
             ok = j < k_len
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, scale, True, PRECISION)
             s = masked(s, word, far, mask, o_zh, i, j, j0, ok, cut, N, LISTED, BLOCK)
             # The entry after the last one may be any tile's: the words of a later one than these rows' are not there to be read.
             word, far = tile_words(mask, o_zh, i[:, None], tl.minimum(b * N, t * M + M), cut, N, BLOCK)
             acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
 
     if singles is not None:
-        p_singles = singles.items + tl.load(singles.start + o_list) + tl.arange(0, N)
+        # One loop for whole and partial chunks: lists are short, and starting a second loop costs as much as several chunks.
+        o_n = tl.arange(0, N) if marks is None else in_runs(tl.arange(0, N), N)
+        p_singles = singles.items + tl.load(singles.start + o_list)
         n_whole = tl.load(singles.whole + o_list) // N
-        n_rest = tl.load(singles.count + o_list) - n_whole * N
-        j = tl.load(p_singles)
-        for x in tl.range(0, n_whole, num_stages=STAGES):
-            next_j = tl.load(p_singles + (x + 1) * N)
+        n_singles = tl.load(singles.count + o_list)
+        listed = tl.load(p_singles + o_n)
+        for x in tl.range(0, tl.cdiv(n_singles, N), num_stages=STAGES):
+            # Nothing is done with the next keys before the next step: it would wait for them.
+            j = keys_to_read(listed, x * N + o_n, n_singles, t * M, k_len)
+            listed = tl.load(p_singles + (x + 1) * N + o_n)
             k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, one, False, PRECISION)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, scale, False, PRECISION)
+            if x >= n_whole:
+                s = listed_scores(s, mask, marks, o_zh, o_list, i, r % M, p_singles, x, n_whole, n_singles, cut, M, N, LISTED)
             acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)
-            j = next_j
-        p_singles += n_whole * N
-        j = tl.load(p_singles)
-        for x in tl.range(0, n_rest, N, num_stages=STAGES):
-            next_j = tl.load(p_singles + x + N)
-            ok = (x + tl.arange(0, N) < n_rest) & (j < k_len)
-            # Loaded again, so that the predicate is computed in the layout of the scores.
-            j_again = tl.load(p_singles + x)
-            keep = list_keep(mask, o_zh, i[:, None], j_again[None, :], j[None, :], cut, ok[None, :], LISTED)
-            k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION), -float("inf"))
-            acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
-            j = next_j
 
     if is_finite(acc) == 0:
         acc = sums_of_finite(
@@ -203,8 +197,7 @@ def forward_kernel(
             i,
             k_len,
             cut,
-            scale2,
-            one,
+            scale,
             N,
             D,
             DP,
@@ -288,6 +281,7 @@ def forward(call: Call, tiles: Tiles) -> tuple[Tensor, Tensor]:
         built.mask,
         built.tiles,
         built.singles,
+        built.marks,
         call.scale,
         call.q.shape[2],
         **geometry.constants(),
@@ -295,6 +289,7 @@ def forward(call: Call, tiles: Tiles) -> tuple[Tensor, Tensor]:
         BLOCK=built.block,
         STAGES=tiles.stages,
         num_warps=tiles.warps,
+        maxnreg=tiles.registers,
     )
     return out, lse
 

@@ -13,12 +13,16 @@ from attnsieve.backends.call import Call
 
 @dataclass(frozen=True)
 class Tiles:
-    """rows x keys scores per program, in `warps` warps and with `stages` tiles of keys in flight."""
+    """rows x keys scores per program, in `warps` warps and with `stages` tiles of keys in flight.
+
+    registers: the most a thread may use, so that more programs fit on a multiprocessor; None leaves it to the compiler.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True)

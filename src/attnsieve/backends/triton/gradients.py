@@ -11,7 +11,7 @@ from torch import Tensor
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton.backward_keys import dkv_singles_kernel, dkv_tiles_kernel
 from attnsieve.backends.triton.backward_queries import columns_kernel, delta_kernel, dq_kernel
-from attnsieve.backends.triton.common import Rows, bias_of, columns_dtype, places_of, rows_of
+from attnsieve.backends.triton.common import Rows, bias_columns, bias_of, columns_dtype, places_of, rows_of
 from attnsieve.backends.triton.forward import clear_uncovered
 from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
 from attnsieve.backends.triton.schedule import schedule, stretches, tiles_by_key
@@ -63,6 +63,7 @@ def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, d_lse:
     clear_uncovered(call, d_q, None)
     dq_kernel[(geometry.query_tiles, call.layout.heads, len(call.spans))](
         *_inputs(call),
+        bias_of(call),
         rows_of(d_out),
         lse,
         delta,
@@ -72,6 +73,7 @@ def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, d_lse:
         built.mask,
         built.tiles,
         built.singles,
+        built.marks,
         call.scale,
         call.q.shape[2],
         **geometry.constants(),
@@ -80,6 +82,7 @@ def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, d_lse:
         STAGES=tiles.stages,
         CORRECT=call.key_bias is not None,
         num_warps=tiles.warps,
+        maxnreg=tiles.registers,
     )
     return d_q
 
@@ -93,19 +96,21 @@ def key_gradients(call: Call, d_out: Tensor, columns: Tensor, tiles: Tiles) -> t
     d_k, d_v = zeros(call.k), zeros(call.v)
     d_bias = None if call.key_bias is None else zeros(call.key_bias)
     outputs = (rows_of(d_k), rows_of(d_v), d_bias)
-    common = (*_inputs(call), rows_of(d_out), rows_of(columns), *outputs, places_of(call.spans), built.mask)
+    common = (*_inputs(call), bias_columns(call), rows_of(d_out), rows_of(columns), *outputs, places_of(call.spans), built.mask)
     sizes = (call.scale, call.q.shape[2], call.k.shape[2])
     options = {**geometry.constants(), "LISTED": built.listed, "BLOCK": built.block, "STAGES": tiles.stages}
     if built.tiles is not None:
         grid = (triton.cdiv(call.k.shape[2], tiles.keys), call.layout.heads, len(call.spans))
         by_key = tiles_by_key(call.layout, built)
-        dkv_tiles_kernel[grid](*common, by_key, *sizes, _deterministic(), **options, num_warps=tiles.warps)
+        dkv_tiles_kernel[grid](
+            *common, by_key, *sizes, _deterministic(), **options, num_warps=tiles.warps, maxnreg=tiles.registers
+        )
     if built.singles is not None:
         rows = max(STRETCH_ROWS, geometry.positions)
         lists, longest = stretches(call.layout, built, rows)
         per_head = triton.cdiv(call.q.shape[2], rows) + 1
         grid = (triton.cdiv(longest, tiles.keys), per_head * call.layout.heads, len(call.spans))
-        dkv_singles_kernel[grid](*common, lists, *sizes, rows, **options, num_warps=tiles.warps)
+        dkv_singles_kernel[grid](*common, lists, *sizes, rows, **options, num_warps=tiles.warps, maxnreg=tiles.registers)
     bias_gradient = None if d_bias is None or call.key_bias is None else _sum_heads(d_bias, call.key_bias)
     return _sum_heads(d_k, call.k), _sum_heads(d_v, call.v), bias_gradient
 
@@ -116,7 +121,7 @@ def _sum_heads(grad: Tensor, like: Tensor) -> Tensor:
 
 
 def _inputs(call: Call) -> tuple[object, ...]:
-    return rows_of(call.q), rows_of(call.k), rows_of(call.v), bias_of(call)
+    return rows_of(call.q), rows_of(call.k), rows_of(call.v)
 
 
 def _of_rows(values: Tensor | None) -> Rows | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnsieve.backends.triton.common import list_keep, load_rows, scores, tile_keep
+from attnsieve.backends.triton.common import LOG2E, list_keep, load_rows, scores, tile_keep
 
 
 @triton.jit
@@ -53,7 +53,6 @@ def sums_of_finite(
     k_len,
     cut,
     scale,
-    one,
     N: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -76,8 +75,10 @@ def sums_of_finite(
             ok = j < k_len
             keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, STEP, LISTED, BLOCK, False)
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION)
-            acc, spoilt = _absorb_finite(acc, spoilt, s, base, scale, keep & ok[None, :], v, p_v, j, ok, DV, DVP, PRECISION)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, scale, True, PRECISION)
+            acc, spoilt = _absorb_finite(
+                acc, spoilt, s, base, scale * LOG2E, keep & ok[None, :], v, p_v, j, ok, DV, DVP, PRECISION
+            )
     if singles is not None:
         p_singles = singles.items + tl.load(singles.start + o_list)
         n_singles = tl.load(singles.count + o_list)
@@ -87,6 +88,8 @@ def sums_of_finite(
             ok = (o_x < n_singles) & (j < k_len)
             keep = list_keep(mask, o_zh, i[:, None], j[None, :], j[None, :], cut, ok[None, :], LISTED)
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION)
-            acc, spoilt = _absorb_finite(acc, spoilt, s, base, scale, keep & ok[None, :], v, p_v, j, ok, DV, DVP, PRECISION)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, scale, True, PRECISION)
+            acc, spoilt = _absorb_finite(
+                acc, spoilt, s, base, scale * LOG2E, keep & ok[None, :], v, p_v, j, ok, DV, DVP, PRECISION
+            )
     return tl.where((spoilt != 0)[:, None], float("nan"), acc)

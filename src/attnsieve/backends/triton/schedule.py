@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attnsieve.backends.triton.common import LISTED_ALL, LISTED_BLOCKS, LISTED_FLAGGED, LISTED_NOTHING, Lists, Mask
+from attnsieve.backends.triton.common import LISTED_ALL, LISTED_BLOCKS, LISTED_FLAGGED, LISTED_NOTHING, Lists, Marks, Mask
 from attnsieve.backends.triton.lists import Summary, count_tiles, fill_tiles
-from attnsieve.backends.triton.single_keys import BlockKeys, list_block_keys, list_keys
+from attnsieve.backends.triton.single_keys import BlockKeys, list_block_keys, list_keys, mark_rows
 from attnsieve.backends.triton.survey import BY_LIST, BY_TILE, FLAGGED, SLACK, WINDOW, Survey, survey
 from attnsieve.backends.triton.vectors import (
     Before,
@@ -43,6 +43,8 @@ _LISTING_SHARE = 0.25
 _ROOT = 1024
 # Kernels read the next entries of a list before they know that there are any.
 _SPARE = 4 * 64
+# Keys that a word of `Marks` tells of.
+_WORD = 64
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Schedule:
     """What the kernels read for query tiles of `positions` and key tiles of `keys` tokens.
 
     tiles: key tiles of each query tile, or None where key lists serve everything. singles: keys of each query tile, or None.
+    marks: which rows keep the listed keys, where every key that `end` keeps is listed, or None.
     listed: one of the LISTED constants; most: the most keys in a list. block: side of the layout's whole blocks (1 without).
     summary: what tells tiles apart, or None where there are none.
     """
@@ -59,6 +62,7 @@ class Schedule:
     mask: Mask
     tiles: Lists | None
     singles: Lists | None
+    marks: Marks | None
     listed: int
     most: int
     block: int
@@ -100,9 +104,10 @@ def _build(layout: Layout, positions: int, keys: int, listing: bool) -> Schedule
     block = 1 if layout.blocks is None else layout.blocks.rows
     by_bits = choice.windows and (block == 1 or block % keys == 0)
     mask = _mask(layout, choice, found, positions, by_bits)
-    built = Schedule(positions, keys, mask, None, None, choice.listed, choice.most, block, None)
+    built = Schedule(positions, keys, mask, None, None, None, choice.listed, choice.most, block, None)
     if choice.listed == LISTED_ALL.value:
-        built = replace(built, singles=_key_lists(layout, built, positions, choice.most, sort=True, drop=True))
+        lists = _key_lists(layout, built, positions, choice.most, sort=True, drop=True)
+        built = replace(built, singles=lists, marks=_marks(layout, built, lists) if keys <= _WORD else None)
         found = survey(layout, positions, keys, choice.listed) if _beyond_end(layout) else None
     return built if found is None else _with_tiles(layout, built, found)
 
@@ -262,6 +267,16 @@ def _key_lists(layout: Layout, built: Schedule, positions: int, most: int, sort:
         built.mask, parent, lists, room, layout.heads, positions, _ROOT // positions, sort, drop, STEP=1024
     )
     return lists
+
+
+def _marks(layout: Layout, built: Schedule, lists: Lists) -> Marks:
+    room = (lists.items.numel() - _SPARE) // lists.count.numel()
+    chunks = -(-room // built.keys)
+    words = torch.empty(lists.count.numel(), chunks, built.positions, dtype=torch.int64, device=layout.device)
+    marks = Marks(words, chunks)
+    grid = (lists.count.shape[-1], layout.sequences * layout.heads)
+    mark_rows[grid](built.mask, lists, marks, built.positions, built.keys)
+    return marks
 
 
 def _stretches(layout: Layout, built: Schedule, positions: int) -> tuple[Lists, int]:

@@ -81,6 +81,26 @@ def list_keys(
 
 
 @triton.jit
+def mark_rows(mask, lists, marks, M: tl.constexpr, N: tl.constexpr):
+    """Words int64 [Z, H, tiles, chunks, M] for the chunks of N keys of a tile's list that not all rows keep: bit c of row r says
+    whether the row keeps the chunk's key c."""
+    t, o_zh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_list = o_zh * tl.num_programs(0) + t
+    low = tl.load(lists.whole + o_list) // N * N
+    high = tl.load(lists.count + o_list)
+    p_items = lists.items + tl.load(lists.start + o_list)
+    i = t * M + tl.arange(0, M)[:, None]
+    c = tl.arange(0, N)[None, :]
+    for x in range(low, high, N):
+        listed = x + c < high
+        j = tl.load(p_items + x + c, mask=listed, other=0)
+        end = tl.load(mask.ends + o_zh * mask.n + j, mask=listed, other=0)
+        keep = (j <= i) & (i < end)
+        words = tl.sum(keep.to(tl.int64) << c.to(tl.int64), 1)
+        tl.store(marks.words + (o_list * marks.chunks + (x - low) // N) * M + tl.arange(0, M), words)
+
+
+@triton.jit
 def list_block_keys(
     blocks,
     p_ends,

@@ -10,12 +10,14 @@ from attnsieve.backends.call import Call
 from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
 from attnsieve.backends.triton.shares import Tuning
 
-# Prefill in half precision, heads up to 128 wide: square blocks; masks with single keys or partial tiles; DMA's lists of keys.
+# Prefill in half precision, heads up to 128 wide: square blocks; columns and windows; masks with diagonals or lists of keys for
+# blocks of queries; DMA's lists of keys. Half the registers let two programs share a multiprocessor, which hides their waiting.
 BLOCKS = Tiles(128, 64, 8, 3)
-TOKENS = Tiles(64, 64, 4, 3)
-SELECTED = Tiles(128, 64, 8, 3)
+COLUMNS = Tiles(128, 64, 8, 2, registers=128)
+TOKENS = Tiles(64, 64, 4, 2)
+SELECTED = Tiles(128, 64, 8, 2, registers=128)
 # Rows over which the gradients of listed keys are summed before they are added to memory.
-STRETCH_ROWS = 256
+STRETCH_ROWS = 512
 
 
 def forward_tiles(call: Call) -> Tiles:
@@ -35,14 +37,16 @@ def _any_forward_tiles(call: Call) -> Tiles:
     if call.layout.most_keys is not None:
         return SELECTED
     blocks = call.layout.blocks
-    return BLOCKS if blocks is not None and blocks.keys == blocks.rows else TOKENS
+    if blocks is not None:
+        return BLOCKS if blocks.keys == blocks.rows else TOKENS
+    return COLUMNS if call.layout.offset is None else TOKENS
 
 
 def query_tiles(call: Call) -> Tiles:
     """Tiles of the dQ kernel."""
     if call.q.element_size() == 4:
         return Tiles(32, 32, 4, 1) if _widest(call) <= 128 else Tiles(32, 16, 4, 1)
-    return Tiles(128, 64, 8, 2) if _widest(call) <= 128 else Tiles(64, 32, 4, 1)
+    return Tiles(64, 64, 4, 2) if _widest(call) <= 128 else Tiles(64, 32, 4, 1)
 
 
 def key_tiles(call: Call) -> Tiles:
