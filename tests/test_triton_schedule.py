@@ -201,6 +201,25 @@ def test_rules_beside_a_choice_may_have_ends_of_any_kind(rule, windows):
     assert relative_error(attend(q, k, v, layout, backend="triton"), attend(q, k, v, layout, backend="reference")) < 1e-5
 
 
+@needs_interpreter
+def test_words_say_which_rows_keep_the_listed_keys_that_not_all_keep():
+    n, rows, keys = 300, 32, 16
+    from attnsieve.backends.triton.schedule import schedule
+
+    layout = selected(n, 2, "cpu", 70)
+    built = schedule(layout, rows, keys)
+    kept = layout.dense(torch.arange(n), torch.arange(n))[0]
+    words = built.marks.words.view(2, -1, built.marks.chunks, rows)
+    start, whole, count, items = built.singles
+    for head, tile in torch.cartesian_prod(torch.arange(2), torch.arange(-(-n // rows))).tolist():
+        first = int(whole[0, head, tile]) // keys * keys
+        listed = items[start.view(2, -1)[head, tile] + torch.arange(first, int(count[0, head, tile]))].long()
+        place = torch.arange(len(listed))
+        bits = (words[head, tile, place // keys] >> (place % keys)[:, None]) & 1
+        expected = kept[head, tile * rows : (tile + 1) * rows, listed].T
+        assert torch.equal(bits[:, : expected.shape[1]].bool(), expected)
+
+
 PROGRAM = """
 from dataclasses import replace
 import torch
@@ -221,4 +240,4 @@ schedule(replace(layout, blocks=keys, schedules={}), 128, 64)
 
 def test_kernels_compile_for_a_gpu():
     expected = {"_survey_kernel", "_distances_kernel", "_count_kernel", "_blocks_kernel"}
-    assert set(compiled(PROGRAM)) == expected | {"count_tiles", "fill_tiles", "list_keys", "list_block_keys"}
+    assert set(compiled(PROGRAM)) == expected | {"count_tiles", "fill_tiles", "list_keys", "list_block_keys", "mark_rows"}

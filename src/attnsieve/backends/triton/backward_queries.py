@@ -15,19 +15,15 @@ import triton.language as tl
 
 from attnsieve.backends.triton.bits import in_runs, tile_keys
 from attnsieve.backends.triton.common import (
-    BIAS_COLUMN,
-    DELTA_COLUMN,
+    FEW,
     LOG2E,
-    LSE_COLUMN,
     NO_CUT,
     head_base,
-    indicator,
     keys_to_read,
     listed_scores,
     load_rows,
     scores,
     span_of,
-    split,
     tile_keep,
 )
 
@@ -49,18 +45,21 @@ def delta_kernel(out, d_out, p_lse, d_lse, p_delta, heads, q_slots, DV: tl.const
 
 
 @triton.jit
-def columns_kernel(p_lse, p_delta, p_columns, scale, rows, STEP: tl.constexpr):
-    """Columns [B, Hq, Tq, 16] of -LSE / scale, ones and -delta, as the kernels of dK and dV read them."""
+def stats_kernel(p_lse, p_delta, p_stats, rows, STEP: tl.constexpr):
+    """[B, Hq, Tq, 4] of the LSE in base 2 and delta, as the kernels of dK and dV read them."""
     row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
     ok = row < rows
     lse = tl.load(p_lse + row, mask=ok, other=0.0)
-    # Rows that keep nothing: exp2 of a score less this is 0.
-    lse = tl.where(lse == -float("inf"), 1e30, lse)
-    DTYPE: tl.constexpr = p_columns.dtype.element_ty
     delta = tl.load(p_delta + row, mask=ok, other=0.0)
-    columns = split(-lse / scale, LSE_COLUMN, DTYPE) + split(-delta, DELTA_COLUMN, DTYPE)
-    columns += indicator(BIAS_COLUMN, STEP, tl.float32)
-    tl.store(p_columns + row[:, None] * 16 + tl.arange(0, 16)[None, :], columns.to(DTYPE), mask=ok[:, None])
+    o = tl.arange(0, FEW)[None, :]
+    stats = tl.where(o == 0, base2(lse)[:, None], tl.where(o == 1, delta[:, None], 0.0))
+    tl.store(p_stats + row[:, None] * FEW + o, stats, mask=ok[:, None])
+
+
+@triton.jit
+def base2(lse):
+    """The LSE in base 2; of rows that keep nothing inf, so that exp2 of a score less this is 0."""
+    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
 
 
 @triton.jit
@@ -150,8 +149,7 @@ def dq_kernel(
     o_row = (batch * heads + head) * q_slots + slot
     lse = tl.load(p_lse + o_row, mask=row_ok, other=-float("inf"))
     delta = tl.load(p_delta + o_row, mask=row_ok, other=0.0)
-    # exp2(score - inf) = 0: rows that keep nothing and rows of no query take no part.
-    lse2 = tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
+    lse2 = base2(lse)
     p_k = head_base(k, batch, kv_head) + k_start * k.s_row
     p_v = head_base(v, batch, kv_head) + k_start * v.s_row
     p_bias, s_bias = None, 0
@@ -173,7 +171,7 @@ def dq_kernel(
             j = b * N + tl.arange(0, N)
             b = tl.load(p_tiles + x + 1)
             k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, scale, False, PRECISION)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, False, PRECISION)
             dq, rest = _add_dq(
                 dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, DV, DVP, False, CORRECT, PRECISION
             )
@@ -184,7 +182,7 @@ def dq_kernel(
             ok = j < k_len
             keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK, True)
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, scale, True, PRECISION), -float("inf"))
+            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION), -float("inf"))
             dq, rest = _add_dq(
                 dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, ok, scale2, DV, DVP, True, CORRECT, PRECISION
             )
@@ -200,7 +198,7 @@ def dq_kernel(
             j = keys_to_read(listed, x * N + o_n, n_singles, t * M, k_len)
             listed = tl.load(p_singles + (x + 1) * N + o_n)
             k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, scale, False, PRECISION)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, False, PRECISION)
             if x >= n_whole:
                 s = listed_scores(s, mask, marks, o_zh, o_list, i, r % M, p_singles, x, n_whole, n_singles, cut, M, N, LISTED)
             dq, rest = _add_dq(

@@ -26,11 +26,9 @@ LISTED_ALL = tl.constexpr(2)
 LISTED_BLOCKS = tl.constexpr(3)
 # A cut above every position: lists serve all that they may.
 NO_CUT = tl.constexpr(2**31 - 1)
-# Vectors that are added to every row or column of scores are added by the matrix unit instead, as products with ones over 16
-# more columns: a vector in the layout of the scores costs each thread many loads. Three columns hold one vector (see `split`).
-LSE_COLUMN = tl.constexpr(0)
-BIAS_COLUMN = tl.constexpr(3)
-DELTA_COLUMN = tl.constexpr(6)
+# Vectors beside tiles of K or Q (a bias of keys, LSE and delta of rows) are read as tiles of 4 columns, 16 bytes a key or row: the
+# compiler sends those through shared memory with the others. A vector it loads in the layout of the scores, 16 times over.
+FEW = tl.constexpr(4)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -109,26 +107,11 @@ def rows_of(tensor: Tensor) -> Rows:
     return Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
 
 
-def columns_dtype(call: Call) -> torch.dtype:
-    """bfloat16 beside half-precision inputs, whatever their range; the interpreter cannot multiply it."""
-    return torch.bfloat16 if call.q.is_cuda and call.q.dtype != torch.float32 else torch.float32
-
-
 def bias_of(call: Call) -> Rows | None:
-    """Key bias [B, Hkv, Tk] or None."""
-    return None if call.key_bias is None else Rows(call.key_bias, *call.key_bias.stride())
-
-
-def bias_columns(call: Call) -> Rows | None:
-    """Key bias over scale as [B, Hkv, Tk, 16] columns, or None; see BIAS_COLUMN."""
-    bias = call.key_bias
-    if bias is None:
+    """Key bias over scale as [B, Hkv, Tk, 4], the first column, or None."""
+    if call.key_bias is None:
         return None
-    batch, heads, slots = bias.shape
-    columns = bias.new_empty(batch, heads, slots, 16, dtype=columns_dtype(call))
-    grid = (triton.cdiv(slots, 128), batch * heads)
-    bias_columns_kernel[grid](Rows(bias, *bias.stride()), columns, call.scale, heads, slots, STEP=128)
-    return rows_of(columns)
+    return rows_of(torch.nn.functional.pad(call.key_bias.float()[..., None] / call.scale, (0, FEW.value - 1)))
 
 
 def places_of(spans: Spans) -> Places:
@@ -168,64 +151,18 @@ def load_rows(p_base, slots, s_row, ok, DIM: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
-def indicator(FIRST: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """[SIZE, 16]: ones in the three columns from FIRST on."""
-    column = tl.arange(0, 16)
-    row = tl.where((column >= FIRST) & (column < FIRST + 3), 1.0, 0.0)
-    return tl.broadcast_to(row[None, :], [SIZE, 16]).to(DTYPE)
+def column(few, WHICH: tl.constexpr):
+    """Column WHICH of a tile of few."""
+    return tl.sum(tl.where((tl.arange(0, FEW) == WHICH)[None, :], few, 0.0), 1)
 
 
 @triton.jit
-def split(value, FIRST: tl.constexpr, DTYPE: tl.constexpr):
-    """[T, 16] of a float32 vector [T]: three columns from FIRST on whose sum it is, as three bfloat16 hold a float32."""
-    column = tl.arange(0, 16)
-    parts = tl.zeros([value.shape[0], 16], tl.float32)
-    for x in tl.static_range(3):
-        part = value.to(DTYPE).to(tl.float32)
-        parts += tl.where((column == FIRST + x)[None, :], part[:, None], 0.0)
-        # Of an infinity nothing is left, inf - inf would be NaN.
-        value = tl.where(value == part, 0.0, value - part)
-    return parts
-
-
-@triton.jit
-def dot_and_add(a, b, few_a, few_b, PRECISION: tl.constexpr):
-    """a b + few_a few_b. In float32 the few come last: they can be large and would cost the products their low bits.
-
-    In half precision that does not show, and first they let the matrix unit run on (else it waits for each instruction).
-    """
-    if PRECISION == "ieee":
-        return tl.dot(few_a, few_b, tl.dot(a, b, input_precision=PRECISION), input_precision=PRECISION)
-    else:
-        return tl.dot(a, b, tl.dot(few_a, few_b))
-
-
-@triton.jit
-def scores(q_tile, k_tile, p_bias, s_bias, j, ok, scale, GUARD: tl.constexpr, PRECISION: tl.constexpr):
-    """q k^T + bias / scale, [R, N].
-
-    The bias is a load of the pipeline like K. As columns of the product it would make the matrix unit wait twice.
-    """
+def scores(q_tile, k_tile, p_bias, s_bias, j, ok, GUARD: tl.constexpr, PRECISION: tl.constexpr):
+    """q k^T + bias / scale, [R, N]."""
     s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     if p_bias is not None:
-        p_part = p_bias + j.to(tl.int64) * s_bias
-        bias = tl.load(p_part, mask=ok, other=0.0) if GUARD else tl.load(p_part)
-        s += (bias.to(tl.float32) / scale)[None, :]
+        s += column(load_rows(p_bias, j, s_bias, ok, FEW, FEW, GUARD), 0)[None, :]
     return s
-
-
-@triton.jit
-def bias_columns_kernel(bias, p_out, scale, heads, slots, STEP: tl.constexpr):
-    """bias / scale [B, H, T] as columns [B, H, T, 16], beside ones for the LSE."""
-    o_bh = tl.program_id(1).to(tl.int64)
-    slot = tl.program_id(0) * STEP + tl.arange(0, STEP)
-    ok = slot < slots
-    p_bias = bias.p + (o_bh // heads) * bias.s_batch + (o_bh % heads) * bias.s_head + slot * bias.s_row
-    DTYPE: tl.constexpr = p_out.dtype.element_ty
-    columns = split(tl.load(p_bias, mask=ok, other=0.0).to(tl.float32) / scale, BIAS_COLUMN, DTYPE)
-    columns += indicator(LSE_COLUMN, STEP, tl.float32)
-    p_part = p_out + (o_bh * slots + slot)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    tl.store(p_part, columns.to(DTYPE), mask=ok[:, None])
 
 
 @triton.jit

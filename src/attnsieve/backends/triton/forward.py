@@ -134,7 +134,7 @@ def forward_kernel(
             j = b * N + tl.arange(0, N)
             b = tl.load(p_tiles + x + 1)
             k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, scale, False, PRECISION)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, False, PRECISION)
             acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)
         n_corner = n_whole
         if mask.corner is not None:
@@ -146,7 +146,7 @@ def forward_kernel(
                 ok = j < k_len
                 keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK, True)
                 k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-                s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, scale, True, PRECISION), -float("inf"))
+                s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION), -float("inf"))
                 acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
         word, far = tile_words(mask, o_zh, i[:, None], b * N, cut, N, BLOCK)
         for x in tl.range(n_corner, n_tiles, num_stages=STAGES):
@@ -155,7 +155,7 @@ def forward_kernel(
             b = tl.load(p_tiles + x + 1)
             ok = j < k_len
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, scale, True, PRECISION)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION)
             s = masked(s, word, far, mask, o_zh, i, j, j0, ok, cut, N, LISTED, BLOCK)
             # The entry after the last one may be any tile's: the words of a later one than these rows' are not there to be read.
             word, far = tile_words(mask, o_zh, i[:, None], tl.minimum(b * N, t * M + M), cut, N, BLOCK)
@@ -173,7 +173,7 @@ def forward_kernel(
             j = keys_to_read(listed, x * N + o_n, n_singles, t * M, k_len)
             listed = tl.load(p_singles + (x + 1) * N + o_n)
             k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, scale, False, PRECISION)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, False, PRECISION)
             if x >= n_whole:
                 s = listed_scores(s, mask, marks, o_zh, o_list, i, r % M, p_singles, x, n_whole, n_singles, cut, M, N, LISTED)
             acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)

@@ -75,7 +75,7 @@ def sums_of_finite(
             ok = j < k_len
             keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, STEP, LISTED, BLOCK, False)
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, scale, True, PRECISION)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION)
             acc, spoilt = _absorb_finite(
                 acc, spoilt, s, base, scale * LOG2E, keep & ok[None, :], v, p_v, j, ok, DV, DVP, PRECISION
             )
@@ -88,7 +88,7 @@ def sums_of_finite(
             ok = (o_x < n_singles) & (j < k_len)
             keep = list_keep(mask, o_zh, i[:, None], j[None, :], j[None, :], cut, ok[None, :], LISTED)
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, scale, True, PRECISION)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION)
             acc, spoilt = _absorb_finite(
                 acc, spoilt, s, base, scale * LOG2E, keep & ok[None, :], v, p_v, j, ok, DV, DVP, PRECISION
             )
