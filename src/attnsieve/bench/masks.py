@@ -126,6 +126,12 @@ def reselected(name: str, layout: Layout) -> Layout:
     return selected(layout.length, layout.heads, layout.device, _SELECTED[name])
 
 
+def selection(name: str, layout: Layout) -> Callable[[], Tensor]:
+    """DMA's selection alone, given its scores: the ends of all keys."""
+    rule, scores = SelectionRule(_SELECTED[name]), _selection_scores(layout.length, layout.heads, layout.device)
+    return lambda: rule.ends(scores)
+
+
 def _generator(device: torch.device | str, seed: int = 0) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(seed)
 
