@@ -14,7 +14,7 @@ from attnsieve.backends.triton.backward_queries import delta_kernel, dq_kernel, 
 from attnsieve.backends.triton.common import FEW, Rows, bias_of, places_of, rows_of
 from attnsieve.backends.triton.forward import clear_uncovered
 from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
-from attnsieve.backends.triton.schedule import schedule, stretches, tiles_by_key
+from attnsieve.backends.triton.schedule import only_lists, schedule, stretches, tiles_by_key
 from attnsieve.backends.triton.tuning import STRETCH_ROWS, key_tiles, query_tiles
 
 
@@ -89,7 +89,9 @@ def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, d_lse:
 def key_gradients(call: Call, d_out: Tensor, stats: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None]:
     """dK, dV and d key_bias in their inputs' dtypes."""
     geometry = Geometry(call, tiles)
-    built = schedule(call.layout, geometry.positions, tiles.keys, listing=_listing())
+    # Lists of stretches are all that is read where there are no tiles: they are made of the lists that dQ has used.
+    others = Geometry(call, query_tiles(call)) if only_lists(call.layout) and _listing() else geometry
+    built = schedule(call.layout, others.positions, others.tiles.keys, listing=_listing())
     heads = call.layout.heads if _deterministic() else call.k.shape[1]
     zeros = lambda like: like.new_zeros(like.shape[0], heads, *like.shape[2:], dtype=torch.float32)  # noqa: E731
     d_k, d_v = zeros(call.k), zeros(call.v)
@@ -105,7 +107,7 @@ def key_gradients(call: Call, d_out: Tensor, stats: Tensor, tiles: Tiles) -> tup
             *common, by_key, *sizes, _deterministic(), **options, num_warps=tiles.warps, maxnreg=tiles.registers
         )
     if built.singles is not None:
-        rows = max(STRETCH_ROWS, geometry.positions)
+        rows = max(STRETCH_ROWS, geometry.positions, built.positions)
         lists, longest = stretches(call.layout, built, rows)
         per_head = triton.cdiv(call.q.shape[2], rows) + 1
         grid = (triton.cdiv(longest, tiles.keys), per_head * call.layout.heads, len(call.spans))

@@ -83,6 +83,11 @@ def schedule(layout: Layout, positions: int, keys: int, *, listing: bool = True)
     return layout.schedule(("triton", positions, keys, listing), lambda: _build(layout, positions, keys, listing))
 
 
+def only_lists(layout: Layout) -> bool:
+    """Whether lists of single keys serve every pair (unless `listing=False`), which no longer depends on tile shapes."""
+    return layout.most_keys is not None and not _beyond_end(layout)
+
+
 def tiles_by_key(layout: Layout, built: Schedule) -> Lists:
     """The reverse of `built.tiles`: for each key tile the query tiles that visit it."""
     key = ("triton by key", built.positions, built.keys, built.listed)
