@@ -67,13 +67,13 @@ class Pass:
         self.out, self.lse = forward(call, tuning.forward_tiles(call))
         self.d_out = torch.randn_like(self.out)
         self.delta = gradients.row_sums(call, self.out, self.lse, self.d_out, None)
-        self.stats = gradients.row_stats(self.lse, self.delta)
+        self.columns = gradients.row_columns(call, self.lse, self.delta)
 
     def dq(self, tiles: Tiles) -> Tensor:
         return gradients.query_gradient(self.call, self.d_out, self.lse, self.delta.clone(), None, tiles)
 
     def dkv(self, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None]:
-        return gradients.key_gradients(self.call, self.d_out, self.stats, tiles)
+        return gradients.key_gradients(self.call, self.d_out, self.columns, tiles)
 
 
 def compile_variant(job: tuple[str, str, int, int, Tiles | Tuning]) -> str | None:

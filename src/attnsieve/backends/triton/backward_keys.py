@@ -10,11 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnsieve.backends.triton.columns import DELTA_COLUMN, LSE_COLUMN, dot_and_add, indicator
 from attnsieve.backends.triton.common import (
-    FEW,
     LOG2E,
     NO_CUT,
-    column,
     head_base,
     list_keep,
     load_rows,
@@ -27,7 +26,7 @@ from attnsieve.backends.triton.common import (
 def _load_rows(
     q,
     d_out,
-    stats,
+    columns,
     batch,
     head,
     slot,
@@ -37,30 +36,23 @@ def _load_rows(
     DV: tl.constexpr,
     DVP: tl.constexpr,
 ):
-    """Rows `slot` [R] of Q, dO, LSE in base 2 and delta; zeros where not `row_ok`, which add nothing: dO and delta are 0."""
+    """Rows `slot` [R] of Q, dO and their columns; zeros where not `row_ok`, which add nothing: dO and delta are 0."""
     p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head
     p_d = d_out.p + batch * d_out.s_batch + head.to(tl.int64) * d_out.s_head
-    p_s = stats.p + batch * stats.s_batch + head.to(tl.int64) * stats.s_head
+    p_c = columns.p + batch * columns.s_batch + head.to(tl.int64) * columns.s_head
     q_tile = load_rows(p_q, slot, q.s_row, row_ok, D, DP, True)
     d_tile = load_rows(p_d, slot, d_out.s_row, row_ok, DV, DVP, True)
-    few = load_rows(p_s, slot, stats.s_row, row_ok, FEW, FEW, True)
-    return q_tile, d_tile, few
+    return q_tile, d_tile, load_rows(p_c, slot, columns.s_row, row_ok, 16, 16, True)
 
 
 @triton.jit
-def _transposed(k_tile, q_tile, bias, PRECISION: tl.constexpr):
-    """S^T = k q^T + bias / scale, [N, R]."""
-    s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-    return s if bias is None else s + bias[:, None]
-
-
-@triton.jit
-def _add_dkv(dk, dv, d_bias, s, q_tile, d_tile, few, v_tile, scale2, BIAS: tl.constexpr, PRECISION: tl.constexpr):
-    """dk [N, DP] += dS^T Q, dv [N, DVP] += P^T dO, d_bias [N] += column sums of dS; s [N, R] is S^T."""
-    weights = tl.exp2(s * scale2 - column(few, 0)[None, :])
+def _add_dkv(dk, dv, d_bias, s, q_tile, d_tile, c_tile, v_tile, scale2, BIAS: tl.constexpr, PRECISION: tl.constexpr):
+    """dk [N, DP] += dS^T Q, dv [N, DVP] += P^T dO, d_bias [N] += column sums of dS; s [N, R] is S^T less the LSE, over scale."""
+    weights = tl.exp2(s * scale2)
     dv = tl.dot(weights.to(d_tile.dtype), d_tile, dv, input_precision=PRECISION)
-    dp = tl.dot(v_tile, tl.trans(d_tile), input_precision=PRECISION)
-    ds = weights * (dp - column(few, 1)[None, :])
+    ones = indicator(DELTA_COLUMN, s.shape[0], c_tile.dtype)
+    dp = dot_and_add(v_tile, tl.trans(d_tile), ones, tl.trans(c_tile), PRECISION)
+    ds = weights * dp
     dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     if BIAS:
         d_bias += tl.sum(ds, 1)
@@ -117,7 +109,7 @@ def dkv_tiles_kernel(
     v,
     bias,
     d_out,
-    stats,
+    columns,
     d_k,
     d_v,
     p_db,
@@ -160,12 +152,11 @@ def dkv_tiles_kernel(
     ok = j < k_len
     k_tile = load_rows(head_base(k, batch, kv_head) + k_start * k.s_row, j, k.s_row, ok, D, DP, True)
     v_tile = load_rows(head_base(v, batch, kv_head) + k_start * v.s_row, j, v.s_row, ok, DV, DVP, True)
+    if bias is None:
+        k_columns = indicator(LSE_COLUMN, N, columns.p.dtype.element_ty)
+    else:
+        k_columns = load_rows(head_base(bias, batch, kv_head) + k_start * bias.s_row, j, bias.s_row, ok, 16, 16, True)
     BIAS: tl.constexpr = bias is not None
-    key_bias = None
-    if BIAS:
-        key_bias = column(
-            load_rows(head_base(bias, batch, kv_head) + k_start * bias.s_row, j, bias.s_row, ok, FEW, FEW, True), 0
-        )
 
     dk = tl.zeros([N, DP], tl.float32)
     dv = tl.zeros([N, DVP], tl.float32)
@@ -179,9 +170,9 @@ def dkv_tiles_kernel(
         i = t * M + r % M
         t = tl.load(p_items + x + 1)
         row_ok = (i >= first) & (i < k_len) & (r // M < G)
-        q_tile, d_tile, few = _load_rows(q, d_out, stats, batch, head, q_start + i - first, row_ok, D, DP, DV, DVP)
-        s = _transposed(k_tile, q_tile, key_bias, PRECISION)
-        dk, dv, d_bias = _add_dkv(dk, dv, d_bias, s, q_tile, d_tile, few, v_tile, scale2, BIAS, PRECISION)
+        q_tile, d_tile, c_tile = _load_rows(q, d_out, columns, batch, head, q_start + i - first, row_ok, D, DP, DV, DVP)
+        s = dot_and_add(k_tile, tl.trans(q_tile), k_columns, tl.trans(c_tile), PRECISION)
+        dk, dv, d_bias = _add_dkv(dk, dv, d_bias, s, q_tile, d_tile, c_tile, v_tile, scale2, BIAS, PRECISION)
     low, high = _present(p_items, whole, tl.load(by_key.count + o_list), first, k_len, M)
     t = tl.load(p_items + low)
     for x in tl.range(low, high, num_stages=STAGES):
@@ -190,10 +181,10 @@ def dkv_tiles_kernel(
         t = tl.load(p_items + x + 1)
         row_ok = (i >= first) & (i < k_len) & (r // M < G)
         keep = tile_keep(mask, o_zh, h, i[None, :], j[:, None], b * N, ok[:, None], cut, N, LISTED, BLOCK, False)
-        q_tile, d_tile, few = _load_rows(q, d_out, stats, batch, head, q_start + i - first, row_ok, D, DP, DV, DVP)
-        s = _transposed(k_tile, q_tile, key_bias, PRECISION)
+        q_tile, d_tile, c_tile = _load_rows(q, d_out, columns, batch, head, q_start + i - first, row_ok, D, DP, DV, DVP)
+        s = dot_and_add(k_tile, tl.trans(q_tile), k_columns, tl.trans(c_tile), PRECISION)
         s = tl.where(keep, s, -float("inf"))
-        dk, dv, d_bias = _add_dkv(dk, dv, d_bias, s, q_tile, d_tile, few, v_tile, scale2, BIAS, PRECISION)
+        dk, dv, d_bias = _add_dkv(dk, dv, d_bias, s, q_tile, d_tile, c_tile, v_tile, scale2, BIAS, PRECISION)
     _store_dkv(
         d_k,
         d_v,
@@ -222,7 +213,7 @@ def dkv_singles_kernel(
     v,
     bias,
     d_out,
-    stats,
+    columns,
     d_k,
     d_v,
     p_db,
@@ -267,12 +258,11 @@ def dkv_singles_kernel(
     ok = (o_x < count) & (j < k_len)
     k_tile = load_rows(head_base(k, batch, kv_head) + k_start * k.s_row, j, k.s_row, ok, D, DP, True)
     v_tile = load_rows(head_base(v, batch, kv_head) + k_start * v.s_row, j, v.s_row, ok, DV, DVP, True)
+    if bias is None:
+        k_columns = indicator(LSE_COLUMN, N, columns.p.dtype.element_ty)
+    else:
+        k_columns = load_rows(head_base(bias, batch, kv_head) + k_start * bias.s_row, j, bias.s_row, ok, 16, 16, True)
     BIAS: tl.constexpr = bias is not None
-    key_bias = None
-    if BIAS:
-        key_bias = column(
-            load_rows(head_base(bias, batch, kv_head) + k_start * bias.s_row, j, bias.s_row, ok, FEW, FEW, True), 0
-        )
 
     dk = tl.zeros([N, DP], tl.float32)
     dv = tl.zeros([N, DVP], tl.float32)
@@ -284,12 +274,12 @@ def dkv_singles_kernel(
     for y in tl.range(i0, i1, M, num_stages=STAGES):
         i = y + r % M
         row_ok = (i >= first) & (i < k_len) & (r // M < G)
-        q_tile, d_tile, few = _load_rows(q, d_out, stats, batch, head, q_start + i - first, row_ok, D, DP, DV, DVP)
-        s = _transposed(k_tile, q_tile, key_bias, PRECISION)
+        q_tile, d_tile, c_tile = _load_rows(q, d_out, columns, batch, head, q_start + i - first, row_ok, D, DP, DV, DVP)
+        s = dot_and_add(k_tile, tl.trans(q_tile), k_columns, tl.trans(c_tile), PRECISION)
         if whole == 0:
             cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_zh * mask.tiles + y // M)
             keep = list_keep(mask, o_zh, i[None, :], j[:, None], j[:, None], cut, ok[:, None], LISTED)
             s = tl.where(keep, s, -float("inf"))
-        dk, dv, d_bias = _add_dkv(dk, dv, d_bias, s, q_tile, d_tile, few, v_tile, scale2, BIAS, PRECISION)
+        dk, dv, d_bias = _add_dkv(dk, dv, d_bias, s, q_tile, d_tile, c_tile, v_tile, scale2, BIAS, PRECISION)
     k_heads = H if GP > 1 else H // G
     _store_dkv(d_k, d_v, p_db, dk, dv, d_bias, batch, kv_head, k_start + j, ok, scale, k_heads, k_slots, D, DP, DV, DVP)

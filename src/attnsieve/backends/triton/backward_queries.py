@@ -14,15 +14,14 @@ import triton
 import triton.language as tl
 
 from attnsieve.backends.triton.bits import in_runs, tile_keys
+from attnsieve.backends.triton.columns import biased
 from attnsieve.backends.triton.common import (
-    FEW,
     LOG2E,
     NO_CUT,
     head_base,
     keys_to_read,
     listed_scores,
     load_rows,
-    scores,
     span_of,
     tile_keep,
 )
@@ -42,24 +41,6 @@ def delta_kernel(out, d_out, p_lse, d_lse, p_delta, heads, q_slots, DV: tl.const
         delta -= tl.load(head_base(d_lse, batch, head) + slot * d_lse.s_row, mask=ok, other=0.0)
     lse = tl.load(p_lse + o_bh * q_slots + slot, mask=ok, other=0.0)
     tl.store(p_delta + o_bh * q_slots + slot, tl.where(lse == -float("inf"), 0.0, delta), mask=ok)
-
-
-@triton.jit
-def stats_kernel(p_lse, p_delta, p_stats, rows, STEP: tl.constexpr):
-    """[B, Hq, Tq, 4] of the LSE in base 2 and delta, as the kernels of dK and dV read them."""
-    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
-    ok = row < rows
-    lse = tl.load(p_lse + row, mask=ok, other=0.0)
-    delta = tl.load(p_delta + row, mask=ok, other=0.0)
-    o = tl.arange(0, FEW)[None, :]
-    stats = tl.where(o == 0, base2(lse)[:, None], tl.where(o == 1, delta[:, None], 0.0))
-    tl.store(p_stats + row[:, None] * FEW + o, stats, mask=ok[:, None])
-
-
-@triton.jit
-def base2(lse):
-    """The LSE in base 2; of rows that keep nothing inf, so that exp2 of a score less this is 0."""
-    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
 
 
 @triton.jit
@@ -149,7 +130,8 @@ def dq_kernel(
     o_row = (batch * heads + head) * q_slots + slot
     lse = tl.load(p_lse + o_row, mask=row_ok, other=-float("inf"))
     delta = tl.load(p_delta + o_row, mask=row_ok, other=0.0)
-    lse2 = base2(lse)
+    # exp2(score - inf) = 0: rows that keep nothing and rows of no query take no part.
+    lse2 = tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
     p_k = head_base(k, batch, kv_head) + k_start * k.s_row
     p_v = head_base(v, batch, kv_head) + k_start * v.s_row
     p_bias, s_bias = None, 0
@@ -160,6 +142,7 @@ def dq_kernel(
     dq = tl.zeros([M * GP, DP], tl.float32)
     rest = tl.zeros([M * GP], tl.float32)
     scale2 = scale * LOG2E
+    one = scale / scale
     cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_list)
 
     if tiles is not None:
@@ -171,7 +154,7 @@ def dq_kernel(
             j = b * N + tl.arange(0, N)
             b = tl.load(p_tiles + x + 1)
             k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, False, PRECISION)
+            s = biased(q_tile, k_tile, p_bias, s_bias, j, j, one, False, PRECISION)
             dq, rest = _add_dq(
                 dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, DV, DVP, False, CORRECT, PRECISION
             )
@@ -182,7 +165,7 @@ def dq_kernel(
             ok = j < k_len
             keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK, True)
             k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION), -float("inf"))
+            s = tl.where(keep, biased(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION), -float("inf"))
             dq, rest = _add_dq(
                 dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, ok, scale2, DV, DVP, True, CORRECT, PRECISION
             )
@@ -198,7 +181,7 @@ def dq_kernel(
             j = keys_to_read(listed, x * N + o_n, n_singles, t * M, k_len)
             listed = tl.load(p_singles + (x + 1) * N + o_n)
             k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, False, PRECISION)
+            s = biased(q_tile, k_tile, p_bias, s_bias, j, j, one, False, PRECISION)
             if x >= n_whole:
                 s = listed_scores(s, mask, marks, o_zh, o_list, i, r % M, p_singles, x, n_whole, n_singles, cut, M, N, LISTED)
             dq, rest = _add_dq(

@@ -26,9 +26,6 @@ LISTED_ALL = tl.constexpr(2)
 LISTED_BLOCKS = tl.constexpr(3)
 # A cut above every position: lists serve all that they may.
 NO_CUT = tl.constexpr(2**31 - 1)
-# Vectors beside tiles of K or Q (a bias of keys, LSE and delta of rows) are read as tiles of 4 columns, 16 bytes a key or row: the
-# compiler sends those through shared memory with the others. A vector it loads in the layout of the scores, 16 times over.
-FEW = tl.constexpr(4)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -108,10 +105,10 @@ def rows_of(tensor: Tensor) -> Rows:
 
 
 def bias_of(call: Call) -> Rows | None:
-    """Key bias over scale as [B, Hkv, Tk, 4], the first column, or None."""
+    """Key bias over scale as [B, Hkv, Tk, 4] with zeros behind it, or None; see `scores`."""
     if call.key_bias is None:
         return None
-    return rows_of(torch.nn.functional.pad(call.key_bias.float()[..., None] / call.scale, (0, FEW.value - 1)))
+    return rows_of(torch.nn.functional.pad(call.key_bias.float()[..., None] / call.scale, (0, 3)))
 
 
 def places_of(spans: Spans) -> Places:
@@ -151,17 +148,15 @@ def load_rows(p_base, slots, s_row, ok, DIM: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
-def column(few, WHICH: tl.constexpr):
-    """Column WHICH of a tile of few."""
-    return tl.sum(tl.where((tl.arange(0, FEW) == WHICH)[None, :], few, 0.0), 1)
-
-
-@triton.jit
 def scores(q_tile, k_tile, p_bias, s_bias, j, ok, GUARD: tl.constexpr, PRECISION: tl.constexpr):
-    """q k^T + bias / scale, [R, N]."""
+    """q k^T + bias / scale, [R, N].
+
+    The bias of a key takes 16 bytes, so that the compiler sends it through shared memory with K; a vector it loads in the layout
+    of the scores, 16 times over.
+    """
     s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     if p_bias is not None:
-        s += column(load_rows(p_bias, j, s_bias, ok, FEW, FEW, GUARD), 0)[None, :]
+        s += tl.sum(load_rows(p_bias, j, s_bias, ok, 4, 4, GUARD), 1)[None, :]
     return s
 
 

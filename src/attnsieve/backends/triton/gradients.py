@@ -10,8 +10,9 @@ from torch import Tensor
 
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton.backward_keys import dkv_singles_kernel, dkv_tiles_kernel
-from attnsieve.backends.triton.backward_queries import delta_kernel, dq_kernel, stats_kernel
-from attnsieve.backends.triton.common import FEW, Rows, bias_of, places_of, rows_of
+from attnsieve.backends.triton.backward_queries import delta_kernel, dq_kernel
+from attnsieve.backends.triton.columns import bias_columns, row_columns
+from attnsieve.backends.triton.common import Rows, places_of, rows_of
 from attnsieve.backends.triton.forward import clear_uncovered
 from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
 from attnsieve.backends.triton.schedule import only_lists, schedule, stretches, tiles_by_key
@@ -36,7 +37,7 @@ def gradients(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor
     """
     delta = row_sums(call, out, lse, d_out, d_lse)
     d_q = query_gradient(call, d_out, lse, delta, d_lse, query_tiles(call))
-    return Gradients(d_q, *key_gradients(call, d_out, row_stats(lse, delta), key_tiles(call)))
+    return Gradients(d_q, *key_gradients(call, d_out, row_columns(call, lse, delta), key_tiles(call)))
 
 
 def row_sums(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
@@ -46,13 +47,6 @@ def row_sums(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor 
     grid = (triton.cdiv(slots, 64), call.q.shape[0] * heads)
     delta_kernel[grid](rows_of(out), rows_of(d_out), lse, _of_rows(d_lse), delta, heads, slots, width, padded(width), STEP=64)
     return delta
-
-
-def row_stats(lse: Tensor, delta: Tensor) -> Tensor:
-    """float32 [B, Hq, Tq, 4]: what the kernels of dK and dV read of a row."""
-    stats = lse.new_empty(*lse.shape, FEW.value)
-    stats_kernel[(triton.cdiv(lse.numel(), 64),)](lse, delta, stats, lse.numel(), STEP=64)
-    return stats
 
 
 def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, d_lse: Tensor | None, tiles: Tiles) -> Tensor:
@@ -86,7 +80,7 @@ def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, d_lse:
     return d_q
 
 
-def key_gradients(call: Call, d_out: Tensor, stats: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None]:
+def key_gradients(call: Call, d_out: Tensor, columns: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None]:
     """dK, dV and d key_bias in their inputs' dtypes."""
     geometry = Geometry(call, tiles)
     # Lists of stretches are all that is read where there are no tiles: they are made of the lists that dQ has used.
@@ -97,7 +91,7 @@ def key_gradients(call: Call, d_out: Tensor, stats: Tensor, tiles: Tiles) -> tup
     d_k, d_v = zeros(call.k), zeros(call.v)
     d_bias = None if call.key_bias is None else zeros(call.key_bias)
     outputs = (rows_of(d_k), rows_of(d_v), d_bias)
-    common = (*_inputs(call), rows_of(d_out), rows_of(stats), *outputs, places_of(call.spans), built.mask)
+    common = (*_inputs(call), rows_of(d_out), rows_of(columns), *outputs, places_of(call.spans), built.mask)
     sizes = (call.scale, call.q.shape[2], call.k.shape[2])
     options = {**geometry.constants(), "LISTED": built.listed, "BLOCK": built.block, "STAGES": tiles.stages}
     if built.tiles is not None:
@@ -122,7 +116,7 @@ def _sum_heads(grad: Tensor, like: Tensor) -> Tensor:
 
 
 def _inputs(call: Call) -> tuple[object, ...]:
-    return rows_of(call.q), rows_of(call.k), rows_of(call.v), bias_of(call)
+    return rows_of(call.q), rows_of(call.k), rows_of(call.v), bias_columns(call)
 
 
 def _of_rows(values: Tensor | None) -> Rows | None:

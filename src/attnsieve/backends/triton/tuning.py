@@ -12,7 +12,7 @@ from attnsieve.backends.triton.shares import Tuning
 
 # Prefill in half precision, heads up to 128 wide: square blocks; columns and windows; masks with diagonals or lists of keys for
 # blocks of queries; DMA's lists of keys. Half the registers let two programs share a multiprocessor, which hides their waiting.
-BLOCKS = Tiles(128, 64, 8, 3)
+BLOCKS = Tiles(128, 64, 8, 2, registers=128)
 COLUMNS = Tiles(128, 64, 8, 2, registers=128)
 TOKENS = Tiles(64, 64, 4, 2)
 SELECTED = Tiles(128, 64, 8, 2, registers=128)
