@@ -30,7 +30,7 @@ from attnsieve.patterns import dense
 from attnsieve.show import markdown, percent
 from attnsieve.show.results import with_error
 
-WORST_HEADS = 20
+WORST_HEADS, LEAST_LOST = 20, 1e-4
 
 
 def main() -> None:
@@ -127,21 +127,33 @@ def kept_by_questions(model: Any, tokenizer: Any, plan: Plan, cell: Cell) -> dic
 
 
 def report(rows: list[Row], plan: Plan, kept: dict[str, torch.Tensor]) -> str:
-    """Layers and heads by what they give back, then the heads that lose most of a question's attention."""
-    nll = {row.plan: row for row in rows if row.metric == "answer_nll"}
-    right = {row.plan: row for row in rows if row.metric == "exact_match"}
-    order = sorted(nll, key=lambda name: nll[name].value)
-    runs = [
-        [
-            name,
-            percent(nll[name].density),
-            with_error(right[name].value, right[name].stderr),
-            with_error(nll[name].value, nll[name].stderr),
-        ]
-        for name in order
-    ]
-    lost = (1 - kept["retained"]).flatten()
-    heads = plan.fingerprint.heads
+    """Runs by what they give back, then the heads that lose most of a question's attention."""
+    return f"{restored(rows)}\n\n{losing(plan, kept)}\n"
+
+
+def restored(rows: list[Row]) -> str:
+    """Runs by NLL; differences and KL are to dense attention."""
+    runs = {(row.plan, row.metric): row for row in rows}
+    nll = {name: row for (name, metric), row in runs.items() if metric == "answer_nll"}
+    cells = []
+    for name in sorted(nll, key=lambda name: nll[name].value):
+        right, kl, lost = runs[name, "exact_match"], runs[name, "answer_kl"], nll[name]
+        cells.append(
+            [
+                name,
+                percent(lost.density),
+                with_error(right.value, right.stderr),
+                with_error(lost.value, lost.stderr),
+                "-" if lost.paired_difference is None else with_error(lost.paired_difference, lost.paired_stderr, sign=True),
+                with_error(kl.value, kl.stderr),
+            ]
+        )
+    return markdown(["run", "density %", "right", "NLL", "NLL difference", "KL"], cells)
+
+
+def losing(plan: Plan, kept: dict[str, torch.Tensor]) -> str:
+    """The heads that lose most of a question's attention; none where all its rows read every key."""
+    lost, heads = (1 - kept["retained"]).flatten(), plan.fingerprint.heads
     worst = [
         [
             f"L{place // heads} H{place % heads}",
@@ -149,10 +161,9 @@ def report(rows: list[Row], plan: Plan, kept: dict[str, torch.Tensor]) -> str:
             *(percent(float(kept[name].flatten()[place])) for name in ("density", "retained", "error")),
         ]
         for place in lost.topk(min(WORST_HEADS, len(lost))).indices.tolist()
+        if lost[place] > LEAST_LOST
     ]
-    first = markdown(["run", "density %", "right", "NLL"], runs)
-    second = markdown(["head", "rule", "density %", "kept by a question's rows %", "error %"], worst, left=(0, 1))
-    return f"{first}\n\n{second}\n"
+    return markdown(["head", "rule", "density %", "kept by a question's rows %", "error %"], worst, left=(0, 1))
 
 
 if __name__ == "__main__":
