@@ -291,7 +291,8 @@ def measured(losses: Tensor) -> dict[str, Any]:
 def report(path: Path, rows: list[dict[str, Any]]) -> None:
     """A line per layer; held-out loss by position of those that trained to the end; loss in training at equal steps."""
     found: dict[str, list[dict[str, Any]]] = {}
-    rows = latest(rows)
+    notes = notes_of(latest(rows))
+    rows = comparable(latest(rows))
     for row in rows:
         found.setdefault(row["layer"], []).append(row)
     compared = min(len(row["curve"]) for row in rows) - 1  # the last look that all models had
@@ -311,7 +312,7 @@ def report(path: Path, rows: list[dict[str, Any]]) -> None:
             positions[layer] = [(float(last), *mean_and_error(values)) for last, values in points.items()]
     step = round(looked(rows[0], compared))
     header = ["attention", "M parameters", "M tokens", f"training batch at step {step}", "held-out", "perplexity"]
-    publish(path, "Language models by attention", header, body, notes_of(rows))
+    publish(path, "Language models by attention", header, body, notes)
     draw(path, {"held-out loss by position": positions}, "tokens up to", "nats per token")
     target = path.with_name(f"{path.stem}-training")
     draw(target, {"loss of one training batch": training}, "steps", "nats per token", log=False)
@@ -322,6 +323,12 @@ def latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({(row["layer"], row["seed"]): row for row in rows}.values())
 
 
+def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Models that trained to the end; of a layer without one, those that were cut."""
+    ended = {row["layer"] for row in rows if row["finished"]}
+    return [row for row in rows if row["finished"] or row["layer"] not in ended]
+
+
 def looked(row: dict[str, Any], look: int) -> float:
     """The step after which the loss of this place of the curve was seen."""
     return float((look + 1) * max(1, row["steps"] // LOOKS))
@@ -329,13 +336,15 @@ def looked(row: dict[str, Any], look: int) -> float:
 
 def notes_of(rows: list[dict[str, Any]]) -> str:
     notes = f"{rows[0]['length']} tokens a sequence, w = {rows[0]['keep']}, losses in nats per token. Mean and standard error"
-    notes += f" over seeds: {len({row['seed'] for row in rows})}. Models of a seed train on the same batches, compare them at"
-    notes += " equal steps."
-    cut = {row["layer"]: row for row in rows if not row["finished"]}
-    told = (f"{layer} after {row['trained_tokens'] // row['batch'] // row['length']}" for layer, row in cut.items())
     notes += (
-        f" Out of time before the last of {rows[0]['steps']} steps, at a high learning rate: {', '.join(told)}." if cut else ""
+        f" over seeds: {len({row['seed'] for row in comparable(rows)})}. Models of a seed train on the same batches, compare"
     )
+    notes += " them at equal steps."
+    cut = (row for row in rows if not row["finished"])
+    told = [f"{row['layer']} seed {row['seed']} after {row['trained_tokens'] // row['batch'] // row['length']}" for row in cut]
+    if told:
+        notes += f" Out of time before the last of {rows[0]['steps']} steps, at a high learning rate: {', '.join(told)};"
+        notes += " left out where the layer has another seed."
     return notes
 
 

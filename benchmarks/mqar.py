@@ -252,6 +252,7 @@ def report(path: Path, rows: list[dict[str, Any]]) -> None:
             name = f"{length} tokens, d {width}, {part}{', noise' if noise else ''}"
             some = {layer: seeds for layer, seeds in found.items() if layer.partition(", ")[2] in ("", part)}
             panels[name] = {layer.partition(",")[0]: curve(seeds, pairs_of(found)) for layer, seeds in some.items()}
+            panels[name]["any value of the row"] = [(float(pairs), 1 / pairs, 0.0) for pairs in pairs_of(found)]
             keep = length // int(part.partition("/")[2])
             marks |= {name: keep} if keep <= max(pairs_of(found)) else {}
     notes = "Share of asked values that are the most likely token; w of the n tokens a row; best of the learning rates."

@@ -104,7 +104,8 @@ def report(path: Path, rows: list[dict[str, Any]]) -> None:
     trained = rows[0]["trained_length"]
     notes = f"Trained at {trained} tokens. Mean and standard error over {len(depths)} depths, and seeds."
     notes += " Nats saved: by how much the needle lowers the loss of an answer token."
-    notes += f" Left out, not trained to the end: {', '.join(sorted({layer for layer, _ in cut}))}." if cut else ""
+    told = ", ".join(f"{layer} seed {seed}" for layer, seed in sorted(cut))
+    notes += f" Left out, not trained to the end: {told}." if cut else ""
     header = ["attention", "tokens", "answer tokens exact", "nats saved", "text, nats per token"]
     publish(path, "Needles beyond the trained length", header, body, notes)
     saved = {f"depth {depth:g}": curves("saved", lambda _, depth=depth: [depth]) for depth in depths}

@@ -92,8 +92,12 @@ def test_language_models(command, tmp_path, monkeypatch):
     table = out.with_suffix(".md").read_text()
     assert f"| nsa (cut) | {cut['parameters'] / 1e6:.2f} | 0.0 | 4.50 |" in re.sub(" +", " ", table)
     assert "training batch at step 2" in table
-    assert "nsa after 2" in table
+    assert "nsa seed 0 after 2" in table
     assert "dma (cut)" not in table
+    language.report(out, [*rows, rows[0] | {"seed": 1, "finished": False, "nll": 99.0}])
+    assert "mha (cut)" not in (table := out.with_suffix(".md").read_text())
+    assert "99.0" not in table
+    assert "mha seed 1 after" in table
     out.write_text("".join(json.dumps(row | {"finished": row["layer"] != "dma"}) + "\n" for row in rows))
     command("language", "train", *tokens, *sizes, *options)
     assert [row["layer"] for row in rows_of(out)[4:]] == ["dma"]
@@ -123,7 +127,7 @@ def test_needles(command, tmp_path):
     table = (tmp_path / "needle.md").read_text()
     assert "| gqa " in table
     assert "| dma " not in table
-    assert "not trained to the end: dma" in table
+    assert "not trained to the end: dma seed 0" in table
     assert (tmp_path / "needle-text.png").exists()
     (tmp_path / "needle-text.png").unlink()
     command("needle", "--tokens", "nowhere", "--minutes", 0, "--out", out)
