@@ -94,6 +94,12 @@ def test_measure_and_fit_within_a_budget(work, tmp_path):
     plan = Plan.from_pretrained(tmp_path / "plan")
     assert plan.provenance["budget"] == {"density": 0.5}
     assert float(plan.density.mean()) <= 0.5
+    guards = ["--share", "kv", "--last-rows", 8, "--dense-decode", "--out", tmp_path / "guarded"]
+    done = attnsieve("fit", tmp_path / "measured", tmp_path / "measured", "--density", 1, *guards)
+    assert done.exit_code == 0, done.output
+    about = Plan.from_pretrained(tmp_path / "guarded").provenance
+    assert about["guards"] == {"dense_layers": 0, "last_rows": 8, "dense_decode": True}
+    assert len(about["measurement"]["worst_of"]) == 2
     assert "the least they reach is" in refused(
         "fit", tmp_path / "measured", "--density", 0.01, "--share", "kv", "--out", tmp_path / "x"
     )
@@ -223,7 +229,7 @@ def test_eval_writes_rows_that_show_reads(work, tmp_path):
         (["fit", "{}/profile", "--set", "tau", "--out", "{}/x"], "NAME=VALUE"),
         (["fit", "{}/profile", "--preset", "paper", "--tau", "9", "--out", "{}/x"], "keep no key in any row"),
         (["fit", "{}/profile", "--density", ".5", "--out", "{}/x"], "expected a saved measurement"),
-        (["fit", "{}/profile", "{}/profile", "--mass", ".5", "--out", "{}/x"], "fitted to one measurement, got 2 paths"),
+        (["fit", "{}/profile", "{}/profile", "--mass", ".5", "--out", "{}/x"], "expected a saved measurement"),
         (["measure", "{}/model", "--out", "{}/x"], "say what to measure on"),
         (["measure", "{}/model", "--data", "synthetic", "--candidates", "windw(3)", "--out", "{}/x"], "did you mean window?"),
         (["show", "{}/nowhere"], "is not there: give the directory"),

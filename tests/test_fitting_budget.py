@@ -175,7 +175,7 @@ def test_guard_rails_are_paid_from_the_budget():
     assert plan.density[0].min() == 1
     assert float(plan.density.mean()) <= 0.7 + 1e-6
     assert float(plan.density[1].mean()) < float(plain.density[1].mean())
-    assert plan.provenance["guards"] == {"dense_layers": 1, "last_rows": 0}
+    assert plan.provenance["guards"] == {"dense_layers": 1, "last_rows": 0, "dense_decode": False}
     assert plan.provenance["heads"]["dense()"] >= 6
     with pytest.raises(UserError, match=r"no choice of candidates has a density of 0\.4; the least they reach is 0\.5"):
         fit_budget(found, density=0.4, dense_layers=1)
@@ -187,6 +187,21 @@ def test_guard_rails_are_paid_from_the_budget():
         for head, pattern in enumerate(row):
             true = again.density[:, again.candidates.index(str(pattern)), layer, head].max()
             assert true <= last.density[layer, head] + 1e-6
+
+
+def test_decode_steps_that_read_everything_cost_a_prompt_nothing():
+    model = tiny()
+    found = measure(model, [torch.randint(2, VOCAB, (200,))], CANDIDATES, progress=False)
+    plain, plan = fit_budget(found, density=0.4), fit_budget(found, density=0.4, dense_decode=True)
+    pairs = [(a, b) for one, two in zip(plain.patterns, plan.patterns, strict=True) for a, b in zip(one, two, strict=True)]
+    assert {str(a) for a, _ in pairs} - {"dense()"}
+    assert all(b == (a if str(a) == "dense()" else a | Pattern.parse("dense_decode()")) for a, b in pairs)
+    assert torch.equal(plan.density, plain.density)
+    assert plan.provenance["guards"] == {"dense_layers": 0, "last_rows": 0, "dense_decode": True}
+    rails = fit_budget(found, density=0.8, dense_decode=True, last_rows=5)
+    kinds = {str(pattern) for row in rails.patterns for pattern in row} - {"dense()"}
+    assert kinds
+    assert all("dense_decode()" in kind and "last_queries(5, block=64)" in kind for kind in kinds)
 
 
 def test_the_worst_kind_of_text_decides():
@@ -201,9 +216,15 @@ def test_the_worst_kind_of_text_decides():
     expected = within_density(worst["density"].flatten(1), worst["error"].flatten(1), 0.6)
     assert plan.provenance["expected"]["error_per_layer"] == pytest.approx(expected.error / len(plan.patterns))
     assert len(plan.provenance["measurement"]["worst_of"]) == 2
-    longer = measure(model, [torch.randint(2, VOCAB, (65,))], CANDIDATES, progress=False)
+    longer = measure(model, [torch.randint(2, VOCAB, (n,)) for n in (64, 65)], CANDIDATES, progress=False)
+    plan = fit_budget([kinds[0], longer], density=0.6)
+    every = torch.cat([kinds[0].density, longer.density]).amax(0)
+    places = torch.tensor([[kinds[0].candidates.index(str(p)) for p in row] for row in plan.patterns])
+    assert plan.density == pytest.approx(every.gather(0, places[None])[0])
+    assert plan.provenance["lengths"] == [64, 65]
+    other = measure(model, [torch.randint(2, VOCAB, (64,))], CANDIDATES[:1], progress=False)
     with pytest.raises(UserError, match="same ones"):
-        fit_budget([kinds[0], longer], density=0.6)
+        fit_budget([kinds[0], other], density=0.6)
     with pytest.raises(UserError, match="at least one"):
         fit_budget([], density=0.6)
 

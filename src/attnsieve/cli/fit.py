@@ -18,7 +18,9 @@ WORDS = {"true": True, "false": False, "none": None}
 def fit(
     sources: Annotated[
         list[str],
-        typer.Argument(help="Saved profiles, one per kind of text, or one measurement: directories or hub ids."),
+        typer.Argument(
+            help="Saved profiles or measurements, one per kind of text, of which the worst kind decides: directories or hub ids."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Directory for the plan.")],
     preset: Annotated[
@@ -45,18 +47,23 @@ def fit(
     ] = None,
     dense_layers: Annotated[int | None, typer.Option(help="Guard rail: the first layers that stay dense.")] = None,
     last_rows: Annotated[
-        int | None, typer.Option(help="Guard rail, with a budget: last queries of a prompt that keep every key, such as 64.")
+        int | None,
+        typer.Option(help="Guard rail, with a budget: last queries of a prompt that keep every key, such as 32 for questions."),
     ] = None,
+    dense_decode: Annotated[
+        bool, typer.Option("--dense-decode", help="Guard rail, with a budget: decode steps read every key.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Choose one pattern per layer and head, and save the plan.
 
-    From profiles by a preset, of which the worst kind of text decides; settings that are not given come from the preset. Or
-    from a measurement (attnsieve measure) within exactly one budget: --density, --mass or --max-error.
+    From profiles by a preset; settings that are not given come from the preset. Or from measurements (attnsieve measure) within
+    exactly one budget: --density, --mass or --max-error. Plans that must answer questions about a prompt need the guard rails
+    of the second example.
 
     Example: attnsieve fit profiles/book --preset robust --floor 0.95 --out plans/book
 
-    Example: attnsieve fit measured/book --density 0.25 --out plans/quarter
+    Example: attnsieve fit measured/book measured/kv --density 0.25 --last-rows 32 --dense-decode --out plans/quarter
     """
     from attnsieve.show import plan_summary
 
@@ -64,12 +71,14 @@ def fit(
     budgets = _given(density=density, mass=mass, max_error=max_error)
     overrides = _given(tau=tau, mu=mu, floor=floor) | named_values(settings or [])
     guards = _given(dense_layers=dense_layers)
-    if budgets or share is not None or last_rows is not None:
+    if budgets or share is not None or last_rows is not None or dense_decode:
         _refuse(
             sorted(overrides) + ([] if preset is None else ["preset"]),
             "choose by a preset; a budget chooses among measured candidates",
         )
-        plan = _within_budget(sources, budgets | guards | _given(share=share, last_rows=last_rows))
+        plan = _within_budget(
+            sources, budgets | guards | _given(share=share, last_rows=last_rows, dense_decode=dense_decode or None)
+        )
     else:
         plan = _by_preset(sources, preset or "robust", overrides | guards)
     plan.save_pretrained(out)
@@ -86,8 +95,7 @@ def _within_budget(sources: list[str], settings: dict[str, Any]) -> Plan:
     from attnsieve.fitting import fit_budget
     from attnsieve.profiling import Measurement
 
-    require(len(sources) == 1, f"a budget is fitted to one measurement, got {len(sources)} paths: measure all texts together")
-    return fit_budget(Measurement.from_pretrained(sources[0]), **settings)
+    return fit_budget([Measurement.from_pretrained(source) for source in sources], **settings)
 
 
 def _by_preset(sources: list[str], preset: str, overrides: dict[str, Any]) -> Plan:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnsieve.errors import require
 from attnsieve.fitting.allocate import Allocation, with_mass, within_density, within_error
-from attnsieve.fitting.guards import place_of_dense, with_last_rows
+from attnsieve.fitting.guards import place_of_dense, with_dense_decode, with_last_rows
 from attnsieve.patterns import Pattern
 from attnsieve.patterns.dynamic import DynamicAtom
 from attnsieve.plan import Plan
@@ -28,6 +28,7 @@ def fit_budget(
     share: Literal["none", "kv"] = "none",
     dense_layers: int = 0,
     last_rows: int = 0,
+    dense_decode: bool = False,
 ) -> Plan:
     """Choose one candidate per layer and query head within exactly one budget.
 
@@ -40,23 +41,27 @@ def fit_budget(
 
     Guard rails, paid from the budget: the first `dense_layers` layers stay dense; the last `last_rows` queries of a prompt keep
     every key (atom `last_queries`, in blocks of 64 rows), counted from above. Sinks and the newest keys are kept where every
-    candidate keeps them, as `default_candidates` does.
+    candidate keeps them, as `default_candidates` does. dense_decode: so do decode steps (atom of that name); budgets concern
+    prompts, so it costs nothing of them. Questions at the end of a prompt need both (docs/LOG.md): last_rows=32 covers short ones.
 
     Raises UserError unless exactly one budget is given and reachable (the message says what is), and for measurements of
-    different models, candidates or lengths.
+    different models or candidates.
     """
     budgets = {
         name: value for name, value in (("density", density), ("mass", mass), ("max_error", max_error)) if value is not None
     }
     require(len(budgets) == 1, f"give exactly one of density, mass and max_error, got {sorted(budgets) or 'none'}")
-    measurement = measurement if isinstance(measurement, Measurement) else _worst(measurement)
+    measurements = [measurement] if isinstance(measurement, Measurement) else list(measurement)
+    if last_rows:
+        measurements = [with_last_rows(one, last_rows) for one in measurements]
+    measurement = _worst(measurements)
     (name, budget), model = next(iter(budgets.items())), measurement.fingerprint
     require(0 < budget <= 1, f"{name} must be above 0 and at most 1, got {budget!r}")
     require(share in ("none", "kv"), f'share must be "none" or "kv", got {share!r}')
     _check_sharing(measurement, share)
     require(0 <= dense_layers <= model.layers, f"dense_layers must be from 0 to {model.layers}, got {dense_layers!r}")
-    if last_rows:
-        measurement = with_last_rows(measurement, last_rows)
+    if dense_decode:
+        measurement = with_dense_decode(measurement)
     if dense_layers:
         measurement = _with_dense_layers(measurement, dense_layers)
     group = model.heads // model.kv_heads if share == "kv" else 1
@@ -69,28 +74,38 @@ def fit_budget(
         found = within_error(costs, errors, budget * model.layers)
     else:
         found = with_mass(costs, kept, errors, budget)
-    request = {"budget": {name: budget}, "share": share, "guards": {"dense_layers": dense_layers, "last_rows": last_rows}}
+    guards = {"dense_layers": dense_layers, "last_rows": last_rows, "dense_decode": dense_decode}
+    request = {"budget": {name: budget}, "share": share, "guards": guards}
     return _plan(measurement, found, group, request)
 
 
 def _worst(measurements: Sequence[Measurement]) -> Measurement:
-    """Per length, candidate and head the largest density and error and the smallest retained mass of all measurements."""
+    """Per length, candidate and head the largest density and error and the smallest retained mass of those measured there."""
     require(bool(measurements), "fit_budget needs at least one measurement")
     first = measurements[0]
+    if len(measurements) == 1:
+        return first
     for other in measurements[1:]:
         first.fingerprint.check(other.fingerprint)
         require(
-            (other.candidates, other.lengths) == (first.candidates, first.lengths),
-            "measurements must agree in candidates and lengths: measure every kind of text with the same ones",
+            other.candidates == first.candidates,
+            "measurements must agree in candidates: measure every kind of text with the same ones, or the usual ones at one length",
         )
-    tables = {name: torch.stack([getattr(one, name) for one in measurements]) for name in ("density", "retained", "error")}
+    lengths = sorted({length for one in measurements for length in one.lengths})
+    tables = {name: [_at(measurements, name, length) for length in lengths] for name in ("density", "retained", "error")}
     return replace(
         first,
-        density=tables["density"].amax(0),
-        retained=tables["retained"].amin(0),
-        error=tables["error"].amax(0),
+        lengths=tuple(lengths),
+        density=torch.stack([kinds.amax(0) for kinds in tables["density"]]),
+        retained=torch.stack([kinds.amin(0) for kinds in tables["retained"]]),
+        error=torch.stack([kinds.amax(0) for kinds in tables["error"]]),
         provenance={"worst_of": [one.provenance for one in measurements]},
     )
+
+
+def _at(measurements: Sequence[Measurement], name: str, length: int) -> Tensor:
+    """[kinds, candidates, layers, heads]: a table of those that were measured at a length."""
+    return torch.stack([getattr(one, name)[one.lengths.index(length)] for one in measurements if length in one.lengths])
 
 
 def _check_sharing(measurement: Measurement, share: str) -> None:

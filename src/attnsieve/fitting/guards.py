@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from attnsieve.errors import require
-from attnsieve.patterns import Pattern, dense, last_queries
+from attnsieve.patterns import Pattern, dense, dense_decode, last_queries
 from attnsieve.profiling import Measurement
 
 BLOCK = 64
@@ -29,6 +29,13 @@ def with_last_rows(measurement: Measurement, rows: int) -> Measurement:
         if guarded != pattern:
             density[:, number] = (density[:, number] + added[:, None, None]).clamp_max(1)
     return replace(measurement, candidates=tuple(texts), density=density)
+
+
+def with_dense_decode(measurement: Measurement) -> Measurement:
+    """`measurement` as if every candidate also kept every key in decode steps, which texts do not measure: tables stay."""
+    patterns = [Pattern.parse(text) for text in measurement.candidates]
+    texts = [str(pattern if pattern == dense() else pattern | dense_decode()) for pattern in patterns]
+    return replace(measurement, candidates=tuple(texts))
 
 
 def _share_of_last(length: int, rows: int) -> float:
