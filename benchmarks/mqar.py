@@ -261,7 +261,8 @@ def report(path: Path, rows: list[dict[str, Any]]) -> None:
     cut = len(begun - done)
     notes += f" {cut} of {len(begun)} models ran out of time before their last step and are left out." if cut else ""
     publish(path, "Associative recall", ["tokens", "width", "noise", "pairs", *methods], body, notes)
-    draw(path, panels, "pairs (dashed: w)", "accuracy", marks=marks)
+    if panels:  # none where all layers keep all keys
+        draw(path, panels, "pairs (dashed: w)", "accuracy", marks=marks)
 
 
 def pairs_of(found: dict[str, Seeds]) -> list[int]:

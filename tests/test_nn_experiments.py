@@ -67,6 +67,14 @@ def test_recall(command, tmp_path, capsys):
     assert "0.01, seed" in capsys.readouterr().out
 
 
+def test_recall_of_layers_that_keep_all_keys(command, tmp_path):
+    out = tmp_path / "mqar.jsonl"
+    options = ["--steps", 2, "--batch", 4, "--vocabulary", 64, "--test-examples", 4, "--rates", 0.01, "--device", "cpu"]
+    command("mqar", "--shapes", "16x16", "--layers", "mha,mla", *options, "--out", out)
+    assert [row["layer"] for row in rows_of(out)] == ["mha", "mla"]
+    assert "| mla" in re.sub(" +", " ", out.with_suffix(".md").read_text())
+
+
 def test_language_models(command, tmp_path, monkeypatch):
     language = importlib.import_module("language")
     text = "".join(chr(97 + i * i % 23) + " " * (i % 3 == 0) for i in range(9000))
