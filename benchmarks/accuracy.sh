@@ -4,7 +4,8 @@
 #   benchmarks/accuracy.sh PART OUT WORK MODELS [SECONDS]
 #
 # PART: main (Qwen, 2K to 8K), rest (Qwen at 1K and 16K, and in which phase single keys fail), small (SmolLM2, and the ablation),
-# tests (heads one by one, needles, topics, float32). MODELS: a folder with qwen2.5-coder-0.5b.gguf and smollm2-135m.gguf.
+# tests (heads one by one, needles, topics, float32), probing (Qwen, 2K to 8K: single keys chosen by more queries).
+# MODELS: a folder with qwen2.5-coder-0.5b.gguf and smollm2-135m.gguf.
 # WORK: rows, plans and claims, shared by all parts; plans that it holds are not made again, and a part that was cut off goes on when
 # it is called again. OUT: gets accuracy.tgz, what is worth keeping. GPU (0): which one. EACH (8): processes on it. Nothing begins after SECONDS (400).
 set -u
@@ -76,6 +77,13 @@ rest() {
     fleet rest "$each" "$seconds" pareto "$qwen" --tasks kv,longeval-lines-prefix --lengths 16384,1024 --items 12,32 \
         --groups budget,profiled,chosen,fixed,phases --railed "$RAILED" --out "$work" --first keys-,budget-0.25,budget-prompt-0.2 \
         --only "$OURS,keys-0.9,keys-sparse,keys-asked,keys-by-all,keys-prompt,minference-0.9,minference-prompt-0.9,xattention-0.9,dam-,streaming-llm-0.25"
+}
+
+probing() {
+    convert "$qwen"
+    fleet probing "$each" "$seconds" pareto "$qwen" --tasks kv,longeval-lines-prefix --lengths 2048,4096,8192 --items 48,40,32 \
+        --groups phases,thorough --only keys-by,budget-all --first keys-by-all,budget-all-0.2 --railed budget-all-0.1,budget-all-0.2 \
+        --out "$work"
 }
 
 small() {

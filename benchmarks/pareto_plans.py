@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -26,6 +26,7 @@ from attnsieve.evaluation.text import text_source, token_windows
 from attnsieve.fitting import default_candidates, fit, fit_budget
 from attnsieve.hf import fingerprint, measure, profile
 from attnsieve.patterns import dense
+from attnsieve.patterns.dynamic import ProbedKeys
 
 CALIBRATION_SEED = 1_000_003
 DENSITIES = (0.05, 0.1, 0.2, 0.25, 0.5)
@@ -121,18 +122,31 @@ def shared_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
     return offered({f"budget-kv-{d:g}": lambda d=d: fit_budget(kinds, density=d, share="kv") for d in DENSITIES})
 
 
-def measured(workshop: Workshop, length: int, share: str) -> list[Any]:
+def thorough_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
+    """A rule per head within a density, where single keys are chosen by all queries of a block instead of eight of 64."""
+    kinds = measured(workshop, length, "none", thorough=True)
+    return offered({f"budget-all-{d:g}": lambda d=d: fit_budget(kinds, density=d) for d in (0.1, 0.2, 0.25)})
+
+
+def measured(workshop: Workshop, length: int, share: str, *, thorough: bool = False) -> list[Any]:
     rules = default_candidates(length, share=share)
+    rules = [_by_all(rule) for rule in rules] if thorough else rules
     return [measure(workshop.model, texts, rules, progress=False) for texts in workshop.calibration(length)]
 
 
+def _by_all(rule: Pattern) -> Pattern:
+    return Pattern.of(*(replace(atom, rows=atom.block) if isinstance(atom, ProbedKeys) else atom for atom in rule))
+
+
 def phases(workshop: Workshop, length: int) -> dict[str, Plan]:
-    """Single keys in every head, with every key in decode steps or in prompts, and chosen by all queries instead of eight of 64."""
+    """Single keys in every head, with every key in decode steps or in prompts, and chosen by more queries than eight of 64."""
     mark, guard = fingerprint(workshop.model), "sink(4) | window(32)"
     rules = {
         "keys-sparse-prefill-0.9": f"{guard} | probed_keys(mass=0.9) | dense_decode()",
         "keys-sparse-decode-0.9": f"{guard} | probed_keys(mass=0.9) | dense_prefill()",
         "keys-asked-0.9": f"{guard} | probed_keys(mass=0.9) | last_queries(32)",
+        "keys-by-16-0.9": f"{guard} | probed_keys(mass=0.9, rows=16)",
+        "keys-by-32-0.9": f"{guard} | probed_keys(mass=0.9, rows=32)",
         "keys-by-all-0.9": f"{guard} | probed_keys(mass=0.9, rows=64)",
     }
     return {name: Plan.uniform(mark, Pattern.parse(rule)) for name, rule in rules.items()}
@@ -141,6 +155,7 @@ def phases(workshop: Workshop, length: int) -> dict[str, Plan]:
 GROUPS: dict[str, Callable[[Workshop, int], dict[str, Plan]]] = {
     "budget": budgets,
     "budget-kv": shared_budgets,
+    "thorough": thorough_budgets,
     "profiled": profiled,
     "chosen": chosen,
     "fixed": fixed,
