@@ -62,6 +62,7 @@ def _weigh(known: dict[str, float], amounts: dict[str, float] | None) -> float |
     return sum(known[kind] * amount for kind, amount in amounts.items())
 
 
+@cache
 def device_name(device: torch.device) -> str:
     """The name under which constants are kept: the GPU's own, or "cpu" for every CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

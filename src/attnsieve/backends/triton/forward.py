@@ -296,6 +296,8 @@ def forward(call: Call, tiles: Tiles) -> tuple[Tensor, Tensor]:
 
 def clear_uncovered(call: Call, out: Tensor, lse: Tensor | None) -> None:
     """Output 0 and LSE -inf where no sequence has a query; touches no other slot."""
+    if call.whole:
+        return
     batch, heads, slots, width = out.shape
     grid = (triton.cdiv(slots, 128), batch * heads)
     uncovered_kernel[grid](rows_of(out), lse, places_of(call.spans), len(call.spans), heads, slots, 128, width, padded(width))
