@@ -248,6 +248,9 @@ def test_kinds_are_told_apart():
     written = [text for text, _ in shown_texts(figure)]
     assert "D  DAM: 6 heads" in written
     assert "d  dense: 3 heads" in written
+    rails = "last_queries(8) | dense_decode()"
+    railed = kind_map(Plan(MODEL, [[Pattern.parse(f"{rule} | {rails}") for rule in rules], *plan.patterns[1:]]))
+    assert [text.get_text() for text in railed.axes[0].texts][1:4] == ["s", "i", "p"]
 
 
 def test_retained_mass_by_length_is_that_of_the_heads_own_rules():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from attnsieve.patterns import Captured, Pattern, dense
+from attnsieve.patterns.dynamic import CallAtom, DynamicAtom
 from attnsieve.plan import Plan
 from attnsieve.show.canvas import COLOURS, new_figure
 from attnsieve.show.grids import MOST_NUMBERS, grid_size, label_grid
@@ -23,14 +24,15 @@ KINDS = {
 
 
 def kind_of(rule: Pattern) -> str:
-    """One of `KINDS`."""
+    """One of `KINDS`. Guard rails such as `last_queries` choose nothing and do not count."""
     if rule == dense():
         return "dense"
-    if rule.dynamic:
+    if any(isinstance(atom, DynamicAtom) for atom in rule):
         return "chosen from the input"
     if any(isinstance(atom, Captured) for atom in rule):
         return "DAM"
-    return "sink and window" if {atom.name for atom in rule} <= {"sink", "window"} else "other positions"
+    names = {atom.name for atom in rule if not isinstance(atom, CallAtom)}
+    return "sink and window" if names and names <= {"sink", "window"} else "other positions"
 
 
 def kind_map(plan: Plan) -> Figure:
