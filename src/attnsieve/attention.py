@@ -109,30 +109,46 @@ def _module(backend: str) -> ModuleType:
 
 
 def _check(call: Call) -> None:
-    """Raise UserError for shapes, dtypes or devices that do not fit together. Never reads the device."""
-    q, k, v, layout = call.q, call.k, call.v, call.layout
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    require(q.ndim == k.ndim == v.ndim == 4, f"q, k and v must be [batch, heads, tokens, width], got {shapes}")
-    require(q.shape[0] == k.shape[0] == v.shape[0], f"batch sizes differ: {shapes}")
-    require(
-        k.shape[1:3] == v.shape[1:3] and q.shape[3] == k.shape[3], f"k must match v in heads and tokens, q in width: {shapes}"
-    )
-    require(k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0, f"query heads must be a multiple of KV heads: {shapes}")
-    require(q.dtype == k.dtype == v.dtype and q.is_floating_point(), f"dtypes differ: {q.dtype}, {k.dtype}, {v.dtype}")
-    require(q.device == k.device == v.device, f"devices differ: {q.device}, {k.device}, {v.device}")
-    require(
-        layout.heads in (q.shape[1], k.shape[1]),
-        f"the layout has {layout.heads} heads; expected {q.shape[1]} (query heads) or {k.shape[1]} (KV heads)",
-    )
-    sequences = len(call.spans)
-    require(layout.sequences in (1, sequences), f"the layout is for {layout.sequences} sequences, the spans hold {sequences}")
-    require(layout.device == q.device, f"the layout is on {layout.device}, q on {q.device}: use layout.to(q.device)")
-    if call.key_bias is not None:
-        expected = (k.shape[0], k.shape[1], k.shape[2])
-        require(call.key_bias.shape == expected, f"key_bias must have shape {expected}, got {tuple(call.key_bias.shape)}")
+    """Raise UserError for shapes, dtypes or devices that do not fit together. Never reads a GPU."""
+    problem = _problem_of_shapes(call) or _problem_of_parts(call)
+    require(problem is None, problem or "")
+    q, k = call.q, call.k
     if not q.is_cuda:
-        call.spans.check(q.shape[0], q.shape[2], k.shape[2], layout.length)
-    elif torch.compiler.is_compiling():
-        return
-    else:
-        require(k.shape[2] <= layout.length, f"K has {k.shape[2]} slots, the layout is compiled for {layout.length}")
+        call.spans.check(q.shape[0], q.shape[2], k.shape[2], call.layout.length)
+    elif not torch.compiler.is_compiling():
+        require(k.shape[2] <= call.layout.length, f"K has {k.shape[2]} slots, the layout is compiled for {call.layout.length}")
+
+
+def _problem_of_shapes(call: Call) -> str | None:
+    """What is wrong with q, k and v. Messages are made where they are needed: they take longer than the checks."""
+    q, k, v = call.q, call.k, call.v
+    shapes = lambda: f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"  # noqa: E731
+    if not q.ndim == k.ndim == v.ndim == 4:
+        return f"q, k and v must be [batch, heads, tokens, width], got {shapes()}"
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        return f"batch sizes differ: {shapes()}"
+    if k.shape[1:3] != v.shape[1:3] or q.shape[3] != k.shape[3]:
+        return f"k must match v in heads and tokens, q in width: {shapes()}"
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        return f"query heads must be a multiple of KV heads: {shapes()}"
+    if call.whole and q.shape[2] > k.shape[2]:
+        return f"there are more queries than keys: {shapes()}"
+    return None
+
+
+def _problem_of_parts(call: Call) -> str | None:
+    """What of dtypes, devices, layout, spans and bias does not fit the rest."""
+    q, k, v, layout = call.q, call.k, call.v, call.layout
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        return f"dtypes differ: {q.dtype}, {k.dtype}, {v.dtype}"
+    if not q.device == k.device == v.device:
+        return f"devices differ: {q.device}, {k.device}, {v.device}"
+    if layout.heads not in (q.shape[1], k.shape[1]):
+        return f"the layout has {layout.heads} heads; expected {q.shape[1]} (query heads) or {k.shape[1]} (KV heads)"
+    if layout.sequences not in (1, len(call.spans)):
+        return f"the layout is for {layout.sequences} sequences, the spans hold {len(call.spans)}"
+    if layout.device != q.device:
+        return f"the layout is on {layout.device}, q on {q.device}: use layout.to(q.device)"
+    if call.key_bias is not None and call.key_bias.shape != k.shape[:3]:
+        return f"key_bias must have shape {tuple(k.shape[:3])}, got {tuple(call.key_bias.shape)}"
+    return None
