@@ -40,7 +40,7 @@ def test_refuses(message, change):
 
 def test_refuses_mixed_dtypes():
     call = inputs()
-    with pytest.raises(UserError, match="dtypes differ: torch.float32, torch.float16"):
+    with pytest.raises(UserError, match="dtypes differ"):
         attend(**(call | {"k": call["k"].half()}))
 
 
