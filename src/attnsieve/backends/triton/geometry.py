@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from triton import next_power_of_2
 
 from attnsieve.backends.call import Call
 
@@ -40,7 +39,7 @@ class Geometry:
     def packed(self) -> int:
         """Query heads in a program, padded to a power of two."""
         shared = self.call.layout.heads == self.call.k.shape[1]
-        return int(next_power_of_2(self.call.group)) if shared else 1
+        return _power_of_2(self.call.group) if shared else 1
 
     @property
     def rows(self) -> int:
@@ -77,9 +76,14 @@ class Geometry:
 
 def padded(width: int) -> int:
     """The next power of two from 16: sides that the matrix units take."""
-    return max(16, int(next_power_of_2(width)))
+    return max(16, _power_of_2(width))
 
 
 def padded_value(v_width: int) -> int:
     """`padded`, but 64 instead of 32: Triton 3.6 multiplies by [keys, 32] tiles wrongly in loops without pipelining."""
     return 64 if padded(v_width) == 32 else padded(v_width)
+
+
+def _power_of_2(least: int) -> int:
+    """The next power of two; Triton's own function takes microseconds."""
+    return 1 << (least - 1).bit_length()
