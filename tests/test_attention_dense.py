@@ -42,7 +42,6 @@ def test_a_capacity_beyond_the_keys_is_dense_too():
         ("leaves pairs out", {"patterns": [window(9)]}),
         ("leaves pairs out", {"patterns": [dense(), dense(), dense(), sink(1) | window(3)]}),
         ("key bias", {"bias": True}),
-        ("more queries", {"q_len": 71}),
     ],
 )
 def test_refuses_by_name(named, change):

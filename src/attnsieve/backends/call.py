@@ -46,6 +46,4 @@ def why_not_plain(call: Call, kernels: str) -> str | None:
         return f"{kernels} are run without gradients (through the LSE they have none)"
     if not call.whole:
         return f"the sequences do not fill their batch rows (padding or packing), which {kernels} cannot see"
-    if call.q.shape[2] > call.k.shape[2]:
-        return "there are more queries than keys"
     return None
