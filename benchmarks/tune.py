@@ -40,7 +40,7 @@ from attnsieve.bench.timing import Times, measure
 
 # For heads 128 wide: the loops spill little or nothing (compiled for sm_90), K and V of all stages fit into shared memory.
 CANDIDATES = {
-    "forward": "128,64,8,3 128,128,8,2 128,64,8,4 64,64,4,3 64,128,4,2",
+    "forward": "128,64,8,2,128 64,64,4,2 128,64,8,3 128,128,8,2 64,64,4,3",
     "dq": "128,64,8,2 64,64,4,2 64,64,4,3 128,32,8,3",
     "dkv": "64,64,4,2 64,64,8,2 128,64,8,2 64,128,8,2",
     "decode": "32,4,2,4 32,4,3,3 32,4,2,5 32,2,2,5 64,8,2,2 64,4,2,2",
