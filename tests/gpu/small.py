@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from attnsieve import Spans, attend, compile_layout
+from attnsieve.backends.fa4.copies import with_keys_in_front
 from attnsieve.bench.masks import selected
 from attnsieve.layout import Layout
 from attnsieve.patterns import (
@@ -89,6 +90,12 @@ def step(row: list[Pattern]) -> None:
     store.step(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], 0.125, "triton")
 
 
+def copied() -> None:
+    """Columns in front of K, some of positions that are still to come."""
+    k = torch.randn(2, N, 3, 40, device=DEVICE, dtype=DTYPE).transpose(1, 2)
+    with_keys_in_front(k, torch.randint(N + 50, (3, 128), dtype=torch.int32, device=DEVICE))
+
+
 def main() -> None:
     """Run everything."""
     for layout in layouts():
@@ -99,6 +106,7 @@ def main() -> None:
     # A row longer than those that stay in registers.
     fewest_with_mass(torch.rand(3, 9001, device=DEVICE), 0.7)
     step([HEADS[0], HEADS[2], HEADS[2], HEADS[4]])
+    copied()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     print("done")
