@@ -28,6 +28,7 @@ def inputs(**change):
         ("more queries than keys", {"q": (2, 4, 9, 16)}),
         ("the layout has 3 heads", {"heads": 3}),
         ("key_bias must have shape", {"key_bias": torch.zeros(2, 4, 8)}),
+        ("key_bias on meta", {"key_bias": torch.zeros(2, 2, 8, device="meta")}),
         ("compiled for 6", {"length": 6}),
         ("does not fit", {"spans": Spans.of([(0, 0, 8, 2, 8)])}),
         ("unknown backend", {"backend": "fastest"}),
@@ -42,6 +43,12 @@ def test_refuses_mixed_dtypes():
     call = inputs()
     with pytest.raises(UserError, match="dtypes differ"):
         attend(**(call | {"k": call["k"].half()}))
+
+
+def test_refuses_whole_numbers():
+    call = inputs()
+    with pytest.raises(UserError, match="not floating"):
+        attend(**(call | {name: call[name].long() for name in "qkv"}))
 
 
 def test_takes_what_fits():

@@ -140,7 +140,7 @@ def _problem_of_parts(call: Call) -> str | None:
     """What of dtypes, devices, layout, spans and bias does not fit the rest."""
     q, k, v, layout = call.q, call.k, call.v, call.layout
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        return f"dtypes differ: {q.dtype}, {k.dtype}, {v.dtype}"
+        return f"dtypes differ or are not floating: {q.dtype}, {k.dtype}, {v.dtype}"
     if not q.device == k.device == v.device:
         return f"devices differ: {q.device}, {k.device}, {v.device}"
     if layout.heads not in (q.shape[1], k.shape[1]):
@@ -151,4 +151,6 @@ def _problem_of_parts(call: Call) -> str | None:
         return f"the layout is on {layout.device}, q on {q.device}: use layout.to(q.device)"
     if call.key_bias is not None and call.key_bias.shape != k.shape[:3]:
         return f"key_bias must have shape {tuple(k.shape[:3])}, got {tuple(call.key_bias.shape)}"
+    if call.key_bias is not None and call.key_bias.device != q.device:
+        return f"devices differ: q is on {q.device}, key_bias on {call.key_bias.device}"
     return None
