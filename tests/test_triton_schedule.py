@@ -220,6 +220,21 @@ def test_words_say_which_rows_keep_the_listed_keys_that_not_all_keep():
         assert torch.equal(bits[:, : expected.shape[1]].bool(), expected)
 
 
+@needs_interpreter
+def test_kernels_compute_the_rule_where_words_would_be_too_many(monkeypatch):
+    from attnsieve.backends.triton import schedule as room
+
+    monkeypatch.setattr(room, "_MOST_WORDS", 0)
+    layout = selected(150, 2, "cpu", 40)
+    q, k, v = (torch.randn(1, heads, 150, 16, requires_grad=True) for heads in (4, 2, 2))
+    results = []
+    for backend in ("triton", "reference"):
+        out = attend(q, k, v, layout, backend=backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    assert all(relative_error(ours, oracle) < 1e-5 for ours, oracle in zip(*results, strict=True))
+    assert all(built.marks is None for built in layout.schedules.values() if isinstance(built, room.Schedule))
+
+
 PROGRAM = """
 from dataclasses import replace
 import torch

@@ -92,7 +92,7 @@ def key_gradients(call: Call, d_out: Tensor, columns: Tensor, tiles: Tiles) -> t
     d_bias = None if call.key_bias is None else zeros(call.key_bias)
     outputs = (rows_of(d_k), rows_of(d_v), d_bias)
     common = (*_inputs(call), rows_of(d_out), rows_of(columns), *outputs, places_of(call.spans), built.mask)
-    sizes = (call.scale, call.q.shape[2], call.k.shape[2])
+    sizes = (call.scale, call.k.shape[2])
     options = {**geometry.constants(), "LISTED": built.listed, "BLOCK": built.block, "STAGES": tiles.stages}
     if built.tiles is not None:
         grid = (triton.cdiv(call.k.shape[2], tiles.keys), call.layout.heads, len(call.spans))

@@ -43,8 +43,9 @@ _LISTING_SHARE = 0.25
 _ROOT = 1024
 # Kernels read the next entries of a list before they know that there are any.
 _SPARE = 4 * 64
-# Keys that a word of `Marks` tells of.
+# Keys that a word of `Marks` tells of, and the most words that are made: 1 GB.
 _WORD = 64
+_MOST_WORDS = 2**27
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _build(layout: Layout, positions: int, keys: int, listing: bool) -> Schedule
     built = Schedule(positions, keys, mask, None, None, None, choice.listed, choice.most, block, None)
     if choice.listed == LISTED_ALL.value:
         lists = _key_lists(layout, built, positions, choice.most, sort=True, drop=True)
-        built = replace(built, singles=lists, marks=_marks(layout, built, lists) if keys <= _WORD else None)
+        built = replace(built, singles=lists, marks=_marks(layout, built, lists))
         found = survey(layout, positions, keys, choice.listed) if _beyond_end(layout) else None
     return built if found is None else _with_tiles(layout, built, found)
 
@@ -274,9 +275,12 @@ def _key_lists(layout: Layout, built: Schedule, positions: int, most: int, sort:
     return lists
 
 
-def _marks(layout: Layout, built: Schedule, lists: Lists) -> Marks:
+def _marks(layout: Layout, built: Schedule, lists: Lists) -> Marks | None:
+    """Words for lists of keys; None where one word is not enough or all together are too many: kernels then compute the rule."""
     room = (lists.items.numel() - _SPARE) // lists.count.numel()
     chunks = -(-room // built.keys)
+    if built.keys > _WORD or lists.count.numel() * chunks * built.positions > _MOST_WORDS:
+        return None
     words = torch.empty(lists.count.numel(), chunks, built.positions, dtype=torch.int64, device=layout.device)
     marks = Marks(words, chunks)
     grid = (lists.count.shape[-1], layout.sequences * layout.heads)
