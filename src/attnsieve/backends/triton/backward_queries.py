@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnsieve.backends.triton.bits import in_runs, tile_keys
+from attnsieve.backends.triton.bits import tile_keys
 from attnsieve.backends.triton.columns import biased
 from attnsieve.backends.triton.common import (
     LOG2E,
@@ -22,6 +22,7 @@ from attnsieve.backends.triton.common import (
     keys_to_read,
     listed_scores,
     load_rows,
+    single_list,
     span_of,
     tile_keep,
 )
@@ -171,10 +172,7 @@ def dq_kernel(
             )
 
     if singles is not None:
-        o_n = tl.arange(0, N) if marks is None else in_runs(tl.arange(0, N), N)
-        p_singles = singles.items + tl.load(singles.start + o_list)
-        n_whole = tl.load(singles.whole + o_list) // N
-        n_singles = tl.load(singles.count + o_list)
+        p_singles, o_n, n_whole, n_singles = single_list(singles, marks, o_list, N)
         listed = tl.load(p_singles + o_n)
         for x in tl.range(0, tl.cdiv(n_singles, N), num_stages=STAGES):
             # Nothing is done with the next keys before the next step: it would wait for them.

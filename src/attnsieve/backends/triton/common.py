@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnsieve.backends.call import Call
-from attnsieve.backends.triton.bits import block_words, bounds, keep_by_bits, keep_by_offset, tile_words
+from attnsieve.backends.triton.bits import block_words, bounds, in_runs, keep_by_bits, keep_by_offset, tile_words
 from attnsieve.spans import Spans
 
 # Which keys may be served by lists of single keys: none, those flagged by a complemented end, all that `end` keeps, or those
@@ -158,6 +158,15 @@ def scores(q_tile, k_tile, p_bias, s_bias, j, ok, GUARD: tl.constexpr, PRECISION
     if p_bias is not None:
         s += tl.sum(load_rows(p_bias, j, s_bias, ok, 4, 4, GUARD), 1)[None, :]
     return s
+
+
+@triton.jit
+def single_list(singles, marks, o_list, N: tl.constexpr):
+    """Of a query tile's list of single keys: its address, the order [N] in which a chunk's keys are taken, how many chunks need no
+    predicate, and how many keys there are."""
+    order = tl.arange(0, N) if marks is None else in_runs(tl.arange(0, N), N)
+    p_items = singles.items + tl.load(singles.start + o_list)
+    return p_items, order, tl.load(singles.whole + o_list) // N, tl.load(singles.count + o_list)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnsieve.backends.call import Call
-from attnsieve.backends.triton.bits import in_runs, tile_keys, tile_words
+from attnsieve.backends.triton.bits import tile_keys, tile_words
 from attnsieve.backends.triton.common import (
     LN2,
     LOG2E,
@@ -23,6 +23,7 @@ from attnsieve.backends.triton.common import (
     places_of,
     rows_of,
     scores,
+    single_list,
     span_of,
     tile_keep,
 )
@@ -163,10 +164,7 @@ def forward_kernel(
 
     if singles is not None:
         # One loop for whole and partial chunks: lists are short, and starting a second loop costs as much as several chunks.
-        o_n = tl.arange(0, N) if marks is None else in_runs(tl.arange(0, N), N)
-        p_singles = singles.items + tl.load(singles.start + o_list)
-        n_whole = tl.load(singles.whole + o_list) // N
-        n_singles = tl.load(singles.count + o_list)
+        p_singles, o_n, n_whole, n_singles = single_list(singles, marks, o_list, N)
         listed = tl.load(p_singles + o_n)
         for x in tl.range(0, tl.cdiv(n_singles, N), num_stages=STAGES):
             # Nothing is done with the next keys before the next step: it would wait for them.
