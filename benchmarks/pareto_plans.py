@@ -24,6 +24,7 @@ from attnsieve.evaluation.compare import plan_digest
 from attnsieve.evaluation.rehearsal import rehearsal
 from attnsieve.evaluation.text import text_source, token_windows
 from attnsieve.fitting import default_candidates, fit, fit_budget
+from attnsieve.fitting.guards import guarded
 from attnsieve.hf import fingerprint, measure, profile
 from attnsieve.patterns import dense
 from attnsieve.patterns.dynamic import ProbedKeys
@@ -180,7 +181,7 @@ def _with_mark(name: str) -> str:
 
 def _railed(plan: Plan) -> Plan:
     rail = Pattern.parse(RAIL)
-    rows = tuple(tuple(pattern if pattern == dense() else pattern | rail for pattern in row) for row in plan.patterns)
+    rows = tuple(tuple(guarded(pattern, rail) for pattern in row) for row in plan.patterns)
     return Plan(plan.fingerprint, rows, {**plan.provenance, "rail": RAIL})
 
 

@@ -111,7 +111,8 @@ def _module(backend: str) -> ModuleType:
 def _check(call: Call) -> None:
     """Raise UserError for shapes, dtypes or devices that do not fit together. Never reads a GPU."""
     problem = _problem_of_shapes(call) or _problem_of_parts(call)
-    require(problem is None, problem or "")
+    if problem is not None:
+        raise UserError(problem)
     q, k = call.q, call.k
     if not q.is_cuda:
         call.spans.check(q.shape[0], q.shape[2], k.shape[2], call.layout.length)

@@ -96,9 +96,11 @@ def fastest(rows: list[Row]) -> Dense | None:
 
 def layout(case: Case, backend: str, budget_ms: float = 200.0) -> Iterator[Row]:
     """Building what a backend derives from a layout for prefill, nothing remembered; the layout itself is given, or chosen before."""
-    dynamic = is_dynamic(case.mask, case.q_heads)
-    call = case.dense().call() if dynamic else case.call()
-    call = replace(call, layout=_choosing(case, call)()) if dynamic else call
+    if is_dynamic(case.mask, case.q_heads):
+        dense_call = case.dense().call()
+        call = replace(dense_call, layout=_choosing(case, dense_call)())
+    else:
+        call = case.call()
     build = _builder(call, backend)
     times, peak = _measured(lambda: build(replace(call.layout, schedules={})), case.device, budget_ms)
     yield _Made("layout", case, backend, call, None, None).row(times, peak)

@@ -13,6 +13,11 @@ from attnsieve.profiling import Measurement
 BLOCK = 64
 
 
+def guarded(pattern: Pattern, rail: Pattern) -> Pattern:
+    """`pattern` joined with a guard rail; dense() needs none."""
+    return pattern if pattern == dense() else pattern | rail
+
+
 def with_last_rows(measurement: Measurement, rows: int) -> Measurement:
     """`measurement` as if every candidate but dense() also kept every key for the last `rows` queries of a prompt.
 
@@ -24,18 +29,17 @@ def with_last_rows(measurement: Measurement, rows: int) -> Measurement:
     texts, density = [], measurement.density.clone()
     for number, text in enumerate(measurement.candidates):
         pattern = Pattern.parse(text)
-        guarded = pattern if pattern == dense() else pattern | last_queries(rows, block=BLOCK)
-        texts.append(str(guarded))
-        if guarded != pattern:
+        safer = guarded(pattern, last_queries(rows, block=BLOCK))
+        texts.append(str(safer))
+        if safer != pattern:
             density[:, number] = (density[:, number] + added[:, None, None]).clamp_max(1)
     return replace(measurement, candidates=tuple(texts), density=density)
 
 
 def with_dense_decode(measurement: Measurement) -> Measurement:
     """`measurement` as if every candidate also kept every key in decode steps, which texts do not measure: tables stay."""
-    patterns = [Pattern.parse(text) for text in measurement.candidates]
-    texts = [str(pattern if pattern == dense() else pattern | dense_decode()) for pattern in patterns]
-    return replace(measurement, candidates=tuple(texts))
+    texts = tuple(str(guarded(Pattern.parse(text), dense_decode())) for text in measurement.candidates)
+    return replace(measurement, candidates=texts)
 
 
 def _share_of_last(length: int, rows: int) -> float:
