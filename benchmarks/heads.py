@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from claims import Board
-from pareto import join, shard, task_of
+from pareto import join, shard
+from pareto_tasks import task_of
 
 from attnsieve import Plan
 from attnsieve.evaluation import layer_fidelity

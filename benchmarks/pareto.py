@@ -12,26 +12,25 @@ one of them. Rows are written as they come, and runs that a file there holds alr
 
 import argparse
 import json
-import os
-import pickle
 import time
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from claims import Board
 from pareto_plans import GROUPS, Shelf, Workshop, railed, summary
+from pareto_tasks import kept, task_of
 
 from attnsieve import Plan, UserError
 from attnsieve.evaluation.compare import Cell, Runs, plan_digest
 from attnsieve.evaluation.rows import Row
-from attnsieve.evaluation.tasks import Task, make_task
-from attnsieve.evaluation.tasks.aligned import MANY, AlignedTask, aligned
-from attnsieve.evaluation.tasks.questions import QuestionTask
+from attnsieve.evaluation.tasks.aligned import MANY
 from attnsieve.hf import load_model
 
-WAIT, AT_ONCE = 0.5, 8
+WAIT = 0.5
 PRINTED = {"exact_match": "right", "answer_nll": "NLL", "answer_kl": "KL", "kl": "KL", "topic_match": "right"}
 
 
@@ -39,15 +38,13 @@ def main() -> None:
     arguments = parse()
     number, count = arguments.shard
     stop = time.monotonic() + arguments.seconds
-    models = arguments.models[number % len(arguments.models) :] + arguments.models[: number % len(arguments.models)]
-    for name in models:
+    for name in rotated(arguments.models, number % len(arguments.models) / len(arguments.models)):
         if time.monotonic() < stop:
-            worker = Worker.of(name, arguments, number / count, stop)
-            worker.work()
-            print(f"shard {number}: {name} ended with {max(0.0, stop - time.monotonic()):.0f} s left", flush=True)
+            work([Worker.of(name, arguments)], stop)
+            print(f"shard {number} of {count}: {name} ended with {max(0.0, stop - time.monotonic()):.0f} s left", flush=True)
 
 
-def parse() -> argparse.Namespace:
+def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--lengths", type=whole_numbers, default=[1024, 2048])
@@ -67,7 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shard", type=shard, default=(0, 1), help="i/k: this process is number i of k, from 0")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this time")
     parser.add_argument("--out", type=Path, required=True, help="a folder")
-    found = parser.parse_args()
+    found = parser.parse_args(given)
     found.items = found.items * len(found.lengths) if len(found.items) == 1 else found.items
     if len(found.items) != len(found.lengths):
         parser.error("--items needs one number, or one for each length")
@@ -89,49 +86,25 @@ def shard(text: str) -> tuple[int, int]:
     return number, count
 
 
-def task_of(name: str) -> Task:
-    """Question tasks with aligned items and forced answers alone: writing them out takes a forward pass per token."""
-    task = make_task(name, text="python-docs" if name.startswith("needle") else None)
-    if not isinstance(task, QuestionTask) or not task.forced:
-        return task
-    return aligned(replace(task, generation=None))
-
-
-@dataclass(frozen=True)
-class KeptTask(AlignedTask):
-    """A task whose items lie in a folder once some process has made them."""
-
-    folder: Path = Path()
-
-    def items(self, tokenizer: Any, length: int, count: int, seed: int) -> Any:
-        """See `Task.items`."""
-        path = self.folder / f"{self.name}-{length}-{count}-{seed}.pickle"
-        if path.exists():
-            return pickle.loads(path.read_bytes())
-        made = super().items(tokenizer, length, count, seed)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{os.getpid()}")
-        fresh.write_bytes(pickle.dumps(made))
-        fresh.rename(path)
-        return made
-
-
-def kept(task: Task, folder: Path) -> Task:
-    """`task`; with aligned items, which take long to find, those of the folder."""
-    if not isinstance(task, AlignedTask):
-        return task
-    return KeptTask(**{field.name: getattr(task, field.name) for field in fields(task)}, folder=folder)
-
-
 def rotated(things: list[Any], share: float) -> list[Any]:
     """Processes begin at different places, so that they compile different kernels and seldom want the same piece."""
     start = int(share * len(things))
     return things[start:] + things[:start]
 
 
+def work(workers: Sequence["Worker"], stop: float) -> None:
+    """Piece by piece, always the first that any of them has, until all is done or claimed or the time is over."""
+    while time.monotonic() < stop:
+        if any(worker.step() for worker in workers):
+            continue
+        if all(worker.whole() for worker in workers):
+            return
+        time.sleep(WAIT)  # Others make plans.
+
+
 @dataclass
 class Worker:
-    """One process with one model. done: runs that the folder held at the start. share: its number over that of processes."""
+    """One model's part in a process. done: runs that the folder held at the start. share: the process's number over that of all."""
 
     name: str
     runs: Runs
@@ -142,52 +115,44 @@ class Worker:
     done: set[tuple[Any, ...]]
     arguments: argparse.Namespace
     share: float
-    stop: float
 
     @classmethod
-    def of(cls, name: str, arguments: argparse.Namespace, share: float, stop: float) -> "Worker":
-        model, tokenizer = load_model(name, dtype=getattr(torch, arguments.dtype), device=arguments.device)
-        label, out = Path(name).stem, arguments.out
+    def of(cls, name: str, arguments: argparse.Namespace) -> "Worker":
+        (number, count), out, label = arguments.shard, arguments.out, Path(name).stem
+        rows = out / f"rows-{number}.jsonl"
+        model, tokenizer, runs = opened(name, arguments.dtype, arguments.device, rows, count == 1)
         longest = dict(part.split("=") for part in arguments.longest)
         sizes = [
             pair for pair in zip(arguments.lengths, arguments.items, strict=True) if pair[0] <= int(longest.get(label, pair[0]))
         ]
-        # One task object per name: equal cells are then recognised.
         tasks = [kept(task_of(task), out / "items" / label) for task in arguments.tasks]
         cells = [Cell(task, length, items, 0) for task in tasks for length, items in sizes]
-        runs = Runs(model, tokenizer, out / f"rows-{round(share * arguments.shard[1])}.jsonl", progress=arguments.shard[1] == 1)
-        workshop = Workshop(model, tokenizer, tuple(MANY), arguments.text, arguments.calibration)
+        measured = out / "measured" / label
+        workshop = Workshop(model, tokenizer, tuple(MANY), arguments.text, arguments.calibration, measured)
         done = {run_of(row) for row in join(out)}
-        board, shelf = Board(out / "claims"), Shelf(out / "plans" / label)
-        return cls(label, runs, workshop, shelf, board, cells, done, arguments, share, stop)
+        board, shelf, share = Board(out / "claims"), Shelf(out / "plans" / label), number / count
+        return cls(label, runs, workshop, shelf, board, rotated(cells, share), done, arguments, share)
 
-    def work(self) -> None:
-        """Make plans that nobody makes, then run what can be run, until all is done or claimed or the time is over."""
+    def step(self) -> bool:
+        """Make plans that nobody makes, or else run the first that nobody ran; whether there was one."""
+        if any(self._fit(*group) for group in self._groups()):
+            return True
+        starts = [self.arguments.first] if self.arguments.first == [""] else [self.arguments.first, [""]]
+        return any(self._cell(cell, start) for start in starts for cell in self.cells)
+
+    def whole(self) -> bool:
+        """Whether all plans are made."""
+        return all(self.shelf.has(*group) for group in self._groups())
+
+    def _groups(self) -> list[tuple[int, str]]:
         lengths = sorted({cell.length for cell in self.cells}, reverse=True)
-        fits = [(length, group) for length in lengths for group in self.arguments.groups]
-        cells = rotated(self.cells, self.share)
-        while not self._over():
-            for length, group in fits:
-                self._fit(length, group)
-            whole = all(self.shelf.has(*fit) for fit in fits)
-            first = [self._cell(cell, self.arguments.first) for cell in cells]
-            # Plans to be run first may have been made by then: back to them after a few others.
-            others = any(first) or any(self._cell(cell, [""], AT_ONCE) for cell in cells)
-            if not others and whole:
-                return
-            if not others:
-                time.sleep(WAIT)
+        return [(length, group) for length in lengths for group in self.arguments.groups]
 
-    def _over(self) -> bool:
-        return time.monotonic() >= self.stop
-
-    def _fit(self, length: int, group: str) -> None:
-        if (
-            self._over()
-            or self.shelf.has(length, group)
-            or not self.board.claim(f"{self.name} {self.arguments.dtype} plans {length} {group}")
-        ):
-            return
+    def _fit(self, length: int, group: str) -> bool:
+        """Whether this process made the plans."""
+        piece = f"{self.name} {self.arguments.dtype} plans {length} {group}"
+        if self.shelf.has(length, group) or not self.board.claim(piece):
+            return False
         start = time.monotonic()
         try:
             plans = GROUPS[group](self.workshop, length)
@@ -196,24 +161,18 @@ class Worker:
             plans = {}
         self.shelf.put(length, group, plans)
         print(f"{self.name} {length}: {len(plans)} plans of {group} in {time.monotonic() - start:.1f} s", flush=True)
+        return True
 
-    def _cell(self, cell: Cell, starts: list[str], most: int | None = None) -> int:
-        """Run plans at hand that nobody has run on this cell, at most so many; how many."""
-        ready = [group for group in self.arguments.groups if self.shelf.has(cell.length, group)]
-        plans = {name: plan for group in ready for name, plan in self.shelf.get(cell.length, group).items()}
-        if self.arguments.railed:
-            plans |= railed({name: plan for name, plan in plans.items() if name.startswith(tuple(self.arguments.railed))})
+    def _cell(self, cell: Cell, starts: list[str]) -> bool:
+        """Run one of the plans at hand that nobody has run on this cell; whether there was one."""
+        ready = tuple(group for group in self.arguments.groups if self.shelf.has(cell.length, group))
+        plans = plans_at(self.shelf, cell.length, ready, tuple(self.arguments.railed))
         wanted = [name for name in plans if name.startswith(tuple(self.arguments.only)) and name.startswith(tuple(starts))]
-        ran = 0
-        for name in rotated(wanted, self.share):
-            if self._over() or ran == most:
-                break
-            ran += self._try(cell, name, plans[name])
-        return ran
+        return any(self._try(cell, name, *plans[name]) for name in rotated(wanted, self.share))
 
-    def _try(self, cell: Cell, name: str, plan: Plan) -> bool:
+    def _try(self, cell: Cell, name: str, plan: Plan, digest: str) -> bool:
         """Whether this process got the run."""
-        key = (self.name, self.arguments.dtype, plan_digest(plan), cell.task.name, cell.task.variant, cell.length, cell.items)
+        key = (self.name, self.arguments.dtype, digest, cell.task.name, cell.task.variant, cell.length, cell.items)
         piece = f"{self.name} {self.arguments.dtype} {cell.task.name} {cell.length} {cell.items} {name}"
         if key in self.done or not self.board.claim(piece):
             return False
@@ -237,6 +196,21 @@ class Worker:
         print(
             f"{self.name} {cell.task.name} {cell.length} {name}: {rows[0].density:.3f}  {numbers}  {seconds:.1f} s", flush=True
         )
+
+
+@cache
+def opened(name: str, dtype: str, device: str, rows: Path, progress: bool) -> tuple[Any, Any, Runs]:
+    """A model, its tokenizer and its runs, which remember dense attention's: one for all that a process does with it."""
+    model, tokenizer = load_model(name, dtype=getattr(torch, dtype), device=device)
+    return model, tokenizer, Runs(model, tokenizer, rows, progress=progress)
+
+
+@cache
+def plans_at(shelf: Shelf, length: int, groups: tuple[str, ...], rails: tuple[str, ...]) -> dict[str, tuple[Plan, str]]:
+    """The plans of groups that are made, those whose names start so also with rails, and their digests."""
+    plans = {name: plan for group in groups for name, plan in shelf.get(length, group).items()}
+    plans |= railed({name: plan for name, plan in plans.items() if rails and name.startswith(rails)})
+    return {name: (plan, plan_digest(plan)) for name, plan in plans.items()}
 
 
 def run_of(row: Row) -> tuple[Any, ...]:
@@ -267,7 +241,7 @@ def plans_of(folder: Path, names: set[str]) -> list[str]:
         summary(model.name, int(length.name), name, plan)
         for model in sorted((folder / "plans").iterdir())
         for length in sorted(path for path in model.iterdir() if path.name.isdigit())
-        for group in sorted(length.iterdir())
+        for group in sorted(path for path in length.iterdir() if path.name in GROUPS)
         for plans in [Shelf(model).get(int(length.name), group.name)]
         for name, plan in (plans | railed(plans)).items()
         if name in names

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attnsieve import Pattern, Plan, UserError
+from attnsieve.artefact import Artefact
 from attnsieve.evaluation.baselines import (
     CACHE,
     DYNAMIC,
@@ -28,9 +29,12 @@ from attnsieve.fitting.guards import guarded
 from attnsieve.hf import fingerprint, measure, profile
 from attnsieve.patterns import dense
 from attnsieve.patterns.dynamic import ProbedKeys
+from attnsieve.profiling import Measurement
 
 CALIBRATION_SEED = 1_000_003
 DENSITIES = (0.05, 0.1, 0.2, 0.25, 0.5)
+# Those that a later look at the results asked for.
+CLOSE = (0.1, 0.15, 0.2, 0.25)
 MASSES = (0.7, 0.8, 0.9, 0.95)
 RATIOS = (0.02, 0.1, 0.3)
 PCL = 512
@@ -38,13 +42,17 @@ PCL = 512
 
 @dataclass(frozen=True)
 class Workshop:
-    """A model and what its plans are calibrated on: rehearsals of these tasks and stretches of this text, `texts` of each."""
+    """A model and what its plans are calibrated on: rehearsals of these tasks and stretches of this text, `texts` of each.
+
+    Measurements are kept in the folder.
+    """
 
     model: Any
     tokenizer: Any
     tasks: tuple[str, ...]
     text: str
     texts: int
+    folder: Path
 
     def calibration(self, length: int) -> list[list[list[int]]]:
         """Per kind of text some texts of exactly `length` tokens, none of which is scored."""
@@ -123,16 +131,29 @@ def shared_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
     return offered({f"budget-kv-{d:g}": lambda d=d: fit_budget(kinds, density=d, share="kv") for d in DENSITIES})
 
 
+def fitted_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
+    """Within a density that includes the guard rails of `RAIL`: what `attnsieve fit --last-rows 32 --dense-decode` makes."""
+    kinds = measured(workshop, length, "none")
+    return offered({f"budget-fitted-prompt-{d:g}": lambda d=d: fit_budget(kinds, density=d, **FITTED_RAIL) for d in CLOSE})
+
+
 def thorough_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
-    """A rule per head within a density, where single keys are chosen by all queries of a block instead of eight of 64."""
+    """Single keys are chosen by all queries of a block instead of eight of 64; with and without rails within the density."""
     kinds = measured(workshop, length, "none", thorough=True)
-    return offered({f"budget-all-{d:g}": lambda d=d: fit_budget(kinds, density=d) for d in (0.1, 0.2, 0.25)})
+    made = {f"budget-all-{d:g}": lambda d=d: fit_budget(kinds, density=d) for d in CLOSE}
+    made |= {f"budget-all-fitted-prompt-{d:g}": lambda d=d: fit_budget(kinds, density=d, **FITTED_RAIL) for d in CLOSE}
+    return offered(made)
 
 
-def measured(workshop: Workshop, length: int, share: str, *, thorough: bool = False) -> list[Any]:
+def measured(workshop: Workshop, length: int, share: str, *, thorough: bool = False) -> list[Measurement]:
+    """One measurement of each kind of text, the kept ones if there are some."""
     rules = default_candidates(length, share=share)
     rules = [_by_all(rule) for rule in rules] if thorough else rules
-    return [measure(workshop.model, texts, rules, progress=False) for texts in workshop.calibration(length)]
+    folder = workshop.folder / f"{length}-{share}{'-thorough' * thorough}"
+    if not folder.is_dir():
+        kinds = [measure(workshop.model, texts, rules, progress=False) for texts in workshop.calibration(length)]
+        place_in_one_step(folder, {str(number): kind for number, kind in enumerate(kinds)})
+    return [Measurement.from_pretrained(path) for path in sorted(folder.iterdir())]
 
 
 def _by_all(rule: Pattern) -> Pattern:
@@ -156,6 +177,7 @@ def phases(workshop: Workshop, length: int) -> dict[str, Plan]:
 GROUPS: dict[str, Callable[[Workshop, int], dict[str, Plan]]] = {
     "budget": budgets,
     "budget-kv": shared_budgets,
+    "fitted": fitted_budgets,
     "thorough": thorough_budgets,
     "profiled": profiled,
     "chosen": chosen,
@@ -167,6 +189,7 @@ GROUPS: dict[str, Callable[[Workshop, int], dict[str, Plan]]] = {
 
 # What every rule may be given besides: the rows that ask, and decode steps, read every key. Methods for prompts are published so.
 RAIL = "last_queries(32) | dense_decode()"
+FITTED_RAIL: dict[str, Any] = {"last_rows": 32, "dense_decode": True}
 
 
 def railed(plans: dict[str, Plan]) -> dict[str, Plan]:
@@ -203,22 +226,25 @@ class Shelf:
     root: Path
 
     def put(self, length: int, group: str, plans: dict[str, Plan]) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=self.root, prefix=".making-"))
-        for name, plan in plans.items():
-            plan.save_pretrained(fresh / name)
-        target = self.root / str(length) / group
-        target.parent.mkdir(exist_ok=True)
-        if target.exists():
-            shutil.rmtree(fresh)
-        else:
-            fresh.rename(target)
+        place_in_one_step(self.root / str(length) / group, plans)
 
     def has(self, length: int, group: str) -> bool:
         return (self.root / str(length) / group).is_dir()
 
     def get(self, length: int, group: str) -> dict[str, Plan]:
         return _read(self.root / str(length) / group)
+
+
+def place_in_one_step(target: Path, artefacts: Mapping[str, Artefact]) -> None:
+    """Save them into a new folder by their names; if others were faster, theirs stay."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
+    for name, artefact in artefacts.items():
+        artefact.save_pretrained(fresh / name)
+    if target.exists():
+        shutil.rmtree(fresh)
+    else:
+        fresh.rename(target)
 
 
 @cache
