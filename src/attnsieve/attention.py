@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from attnsieve.backends import cost, graph
-from attnsieve.backends.call import Call
+from attnsieve.backends import cost, graph, kinds
+from attnsieve.backends.call import DECODE_QUERIES, Call
+from attnsieve.backends.kinds import Known
 from attnsieve.device import on_device_of
 from attnsieve.errors import UserError, require
 from attnsieve.layout import Layout
@@ -54,13 +56,52 @@ def attend(
     `backend` is "auto" (see `choose_backend`) or a name in `BACKENDS`; a named backend that cannot serve raises UserError with the
     reason. Every backend computes exactly the kept pairs: "dense" serves layouts that keep all of them, no others.
     """
-    spans = Spans.full(q.shape[0], q.shape[2], k.shape[2], q.device) if spans is None else spans
-    call = Call(q, k, v, layout, spans, q.shape[-1] ** -0.5 if scale is None else scale, key_bias)
     if torch.compiler.is_compiling():
-        out, lse = _in_graph(backend, call)
+        out, lse = _in_graph(backend, _call(q, k, v, layout, spans, scale, key_bias))
     else:
-        out, lse = _run(_choose(backend, call), call)
+        _, out, lse = compute(q, k, v, layout, spans=spans, scale=scale, key_bias=key_bias, backend=backend)
     return (out, lse) if return_lse else out
+
+
+def compute(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    spans: Spans | None = None,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[str, Tensor, Tensor]:
+    """`attend`, not recorded by torch.compile: the name of the backend that computed, output and LSE."""
+    kind = kinds.kind_of(q, k, v, layout, spans, scale, backend) if key_bias is None else None
+    known = None if kind is None else kinds.known(layout, kind)
+    if known is None or known.again is None:
+        call = _call(q, k, v, layout, spans, scale, key_bias)
+        known = _decide(backend, call, kind) if known is None else known
+        if known.again is None:
+            return known.backend, *_run(known.backend, call)
+    with on_device_of(q):
+        return known.backend, *known.again(q, k, v, spans)
+
+
+def _decide(backend: str, call: Call, kind: Hashable | None) -> Known:
+    """Who computes a call, which is checked; remembered for others of its kind."""
+    name = _choose(backend, call)
+    make_again = getattr(_module(name), "again", None)
+    if kind is None or (make_again is None and call.q.shape[2] <= DECODE_QUERIES):
+        return Known(name, None)
+    decided = Known(name, None if make_again is None else make_again(call))
+    kinds.remember(call.layout, kind, decided)
+    return decided
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, spans: Spans | None, scale: float | None, key_bias: Tensor | None
+) -> Call:
+    spans = Spans.full(q.shape[0], q.shape[2], k.shape[2], q.device) if spans is None else spans
+    return Call(q, k, v, layout, spans, q.shape[-1] ** -0.5 if scale is None else scale, key_bias)
 
 
 def _choose(backend: str, call: Call) -> str:

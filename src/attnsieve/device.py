@@ -7,7 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+_NOTHING = nullcontext()
+
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's GPU the current one: Triton launches there whatever its tensors are on, as models spread over GPUs have."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)

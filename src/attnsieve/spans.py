@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -56,6 +57,15 @@ class Spans:
         starts = [sum(lengths[:s]) for s in range(len(lengths))]
         rows = [(batch, start, n, start, n) for start, n in zip(starts, lengths, strict=True)]
         return cls.of(rows, device)
+
+    def is_plain_on(self, device: torch.device) -> bool:
+        """Whether all vectors are what `full` makes of them on `device`."""
+        return self._plain and self.batch.device == device
+
+    @cached_property
+    def _plain(self) -> bool:
+        vectors, device = (self.batch, self.q_start, self.q_len, self.k_start, self.k_len), self.batch.device
+        return all(x.dtype == torch.int64 and x.device == device and x.shape == self.batch.shape for x in vectors)
 
     def __len__(self) -> int:
         return len(self.batch)

@@ -9,6 +9,9 @@ from torch import Tensor
 from attnsieve.layout import Layout
 from attnsieve.spans import Spans
 
+# Up to this many query slots a call reads keys rather than computes: every query is decoded by itself.
+DECODE_QUERIES = 8
+
 
 @dataclass(frozen=True, eq=False)
 class Call:

@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnsieve.backends.call import Call
+from attnsieve.backends.call import DECODE_QUERIES, Call
 from attnsieve.backends.facts import facts
 
 Work = dict[str, float]
 
-# Up to this many queries a call reads keys rather than computes (the Triton backend's own border).
-_DECODE_QUERIES = 8
 _GIGA = 1e9
 # What a score costs at width 0 and at width 128: measured for FA4, cuDNN and Triton, width 64 takes .58 to .65 of width 128.
 _AT_ZERO, _PER_WIDTH = 0.2, 0.8 / 128
@@ -29,7 +27,7 @@ _QUERY_TILE = 128
 
 def phase(call: Call) -> str:
     """ "decode" or "prefill"."""
-    return "decode" if call.q.shape[2] <= _DECODE_QUERIES else "prefill"
+    return "decode" if call.q.shape[2] <= DECODE_QUERIES else "prefill"
 
 
 def work(call: Call, backend: str) -> Work | None:

@@ -35,7 +35,9 @@ def operation(choose: Choose, run: Run) -> Callable[[str, Call], tuple[Tensor, T
 
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         call = _call(*arguments[:-1])
-        return run(choose(arguments[-1], call), call)
+        out, lse = run(choose(arguments[-1], call), call)
+        # Graphs are told strides beforehand: those that most backends return.
+        return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
     def backward(d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
         call = _with_leaves(_call(*arguments[:-1]))
@@ -101,7 +103,8 @@ def _identity(vectors: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=work)
+    batch, heads, queries = q.shape[:3]
+    return q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2), q.new_empty(q.shape[:3], dtype=work)
 
 
 def _fake_gradients(*arguments: Any) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnsieve.backends.call import Call
+from attnsieve.backends.kinds import Again
 from attnsieve.layout import Blocks
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -58,3 +59,10 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     from attnsieve.backends.triton.function import attend
 
     return attend(call)
+
+
+def again(call: Call) -> Again:
+    """What repeats calls of the kind of `call`, which needs no gradients; see `attnsieve.backends.kinds`."""
+    from attnsieve.backends.triton.function import Repeated
+
+    return Repeated(call)

@@ -99,9 +99,11 @@ class Marks(NamedTuple):
 
 def rows_of(tensor: Tensor) -> Rows:
     """The bundle of a tensor, copied first if its last dimension is not contiguous."""
-    if tensor.stride(-1) != 1:
+    s_batch, s_head, s_row, s_last = tensor.stride()
+    if s_last != 1:
         tensor = tensor.contiguous()
-    return Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
+        s_batch, s_head, s_row, _ = tensor.stride()
+    return Rows(tensor, s_batch, s_head, s_row)
 
 
 def bias_of(call: Call) -> Rows | None:

@@ -24,10 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from attnsieve.backends.call import Call
-from attnsieve.backends.triton.common import Rows, head_base, places_of, rows_of, span_of
+from attnsieve.backends.triton.common import Places, Rows, head_base, places_of, rows_of, span_of
 from attnsieve.backends.triton.decode_rule import STEP, rule
-from attnsieve.backends.triton.forward import clear_slots
+from attnsieve.backends.triton.forward import clear_slots, new_outputs
 from attnsieve.backends.triton.geometry import padded, padded_value
+from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, combine_shares, shape_of
 from attnsieve.backends.triton.tuning import decode_tuning
 
@@ -261,34 +262,42 @@ def combine_kernel(p_acc, p_sum, p_range, out, p_lse, places, n_spans, n_slots, 
     tl.store(p_lse + (batch * heads + head) * q_slots + slot, lse)
 
 
+class Decode:
+    """The decode kernels for calls like `call`: those with another q, k, v, bias or spans of the same dtypes and device, and shapes
+    but for the number of keys."""
+
+    def __init__(self, call: Call, tuning: Tuning | None = None) -> None:
+        (batch, heads, q_slots, width), v_width = call.q.shape, call.v.shape[-1]
+        tuning = decode_tuning(padded(width) + padded_value(v_width), call.q.dtype) if tuning is None else tuning
+        group, bits = _words(call)
+        words, queries = heads // group, len(call.spans) * q_slots
+        together = max(1, min(queries, _DEALT_TOGETHER // words))
+        deals = -(-queries // together)
+        programs = max(_resident(call, tuning) // deals, 2 * together * words)
+        shape = shape_of(group, bits, tuning.keys, width, v_width, call.q.dtype)
+        found = rule(call.layout, bits)
+        self._shares = (deals * programs, group, padded_value(v_width))
+        self._ranges = (queries, words, 2)
+        sides = (words, together, triton.next_power_of_2(together * words), call.group // group)
+        rest = (found, call.scale, queries, q_slots, shape, call.layout.sequences > 1, *sides)
+        self._attend = Launch(decode_kernel, (programs, deals, 1), *rest, **tuning.options(found.listed))
+        slots = (len(call.spans), batch * q_slots, q_slots)
+        self._combine = Launch(combine_kernel, (heads, queries, 1), *slots, shape, COMBINED)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places) -> tuple[Tensor, Tensor]:
+        acc = q.new_empty(self._shares, dtype=torch.float32)
+        sums = q.new_empty(self._shares[:2], dtype=torch.float32)
+        ranges = q.new_empty(self._ranges, dtype=torch.int32)
+        out, lse = new_outputs(q, v)
+        self._attend(rows_of(q), rows_of(k), rows_of(v), bias, acc, sums, ranges, places)
+        self._combine(acc, sums, ranges, rows_of(out), lse, places)
+        return out, lse
+
+
 def decode(call: Call, tuning: Tuning | None = None) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in q's dtype and LSE [B, Hq, Tq] in float32, for few queries."""
-    (_, heads, q_slots, width), v_width = call.q.shape, call.v.shape[-1]
-    tuning = decode_tuning(padded(width) + padded_value(v_width), call.q.dtype) if tuning is None else tuning
-    group, bits = _words(call)
-    words, queries = heads // group, len(call.spans) * q_slots
-    together = max(1, min(queries, _DEALT_TOGETHER // words))
-    deals = -(-queries // together)
-    programs = max(_resident(call, tuning) // deals, 2 * together * words)
-    shape = shape_of(group, bits, tuning.keys, width, v_width, call.q.dtype)
-    acc = call.q.new_empty(deals * programs, group, padded_value(v_width), dtype=torch.float32)
-    sums = call.q.new_empty(deals * programs, group, dtype=torch.float32)
-    ranges = call.q.new_empty(queries, words, 2, dtype=torch.int32)
-    out = call.q.new_empty(*call.q.shape[:3], v_width)
-    lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
-    places, found = places_of(call.spans), rule(call.layout, bits)
     bias = None if call.key_bias is None else Rows(call.key_bias, *call.key_bias.stride())
-    inputs = (rows_of(call.q), rows_of(call.k), rows_of(call.v), bias)
-    sides = (words, together, triton.next_power_of_2(together * words), call.group // group)
-    decode_kernel[(programs, deals)](
-        *inputs,
-        *(acc, sums, ranges, places, found, call.scale, queries, q_slots, shape),
-        *(call.layout.sequences > 1, *sides),
-        **tuning.options(found.listed),
-    )
-    slots = (len(call.spans), call.q.shape[0] * q_slots, q_slots)
-    combine_kernel[(heads, queries)](acc, sums, ranges, rows_of(out), lse, places, *slots, shape, COMBINED)
-    return out, lse
+    return Decode(call, tuning)(call.q, call.k, call.v, bias, places_of(call.spans))
 
 
 def _words(call: Call) -> tuple[int, int]:

@@ -14,6 +14,8 @@ from attnsieve.backends.triton.common import (
     LN2,
     LOG2E,
     NO_CUT,
+    Places,
+    Rows,
     bias_of,
     head_base,
     keys_to_read,
@@ -28,6 +30,7 @@ from attnsieve.backends.triton.common import (
     tile_keep,
 )
 from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
+from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.nonfinite import is_finite, sums_of_finite
 from attnsieve.backends.triton.schedule import schedule
 
@@ -260,36 +263,49 @@ def uncovered_kernel(out, p_lse, places, n_spans, heads, q_slots, STEP: tl.const
     clear_slots(out, p_lse, places, n_spans, batch, head, heads, tl.program_id(0) * STEP, STEP, q_slots, DV, DVP)
 
 
+class Prefill:
+    """The prefill kernel for calls like `call`: those with another q, k, v, bias or spans of the same shapes, dtypes and device."""
+
+    def __init__(self, call: Call, tiles: Tiles) -> None:
+        geometry = Geometry(call, tiles)
+        built = schedule(call.layout, geometry.positions, tiles.keys)
+        self._launch = Launch(
+            forward_kernel,
+            (geometry.query_tiles, call.layout.heads, len(call.spans)),
+            built.mask,
+            built.tiles,
+            built.singles,
+            built.marks,
+            call.scale,
+            call.q.shape[2],
+            **geometry.constants(),
+            LISTED=built.listed,
+            BLOCK=built.block,
+            STAGES=tiles.stages,
+            num_warps=tiles.warps,
+            maxnreg=tiles.registers,
+        )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places) -> tuple[Tensor, Tensor]:
+        out, lse = new_outputs(q, v)
+        self._launch(rows_of(q), rows_of(k), rows_of(v), bias, rows_of(out), lse, places)
+        return out, lse
+
+
 def forward(call: Call, tiles: Tiles) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in q's dtype and LSE [B, Hq, Tq] in float32."""
-    geometry = Geometry(call, tiles)
-    built = schedule(call.layout, geometry.positions, tiles.keys)
-    out = call.q.new_empty(*call.q.shape[:3], call.v.shape[-1])
-    lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
+    out, lse = Prefill(call, tiles)(call.q, call.k, call.v, bias_of(call), places_of(call.spans))
     clear_uncovered(call, out, lse)
-    places = places_of(call.spans)
-    forward_kernel[(geometry.query_tiles, call.layout.heads, len(call.spans))](
-        rows_of(call.q),
-        rows_of(call.k),
-        rows_of(call.v),
-        bias_of(call),
-        rows_of(out),
-        lse,
-        places,
-        built.mask,
-        built.tiles,
-        built.singles,
-        built.marks,
-        call.scale,
-        call.q.shape[2],
-        **geometry.constants(),
-        LISTED=built.listed,
-        BLOCK=built.block,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
-        maxnreg=tiles.registers,
-    )
     return out, lse
+
+
+def new_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for out and LSE. The heads of a token lie together in memory, as whoever projects them wants them."""
+    batch, heads, queries, _ = q.shape
+    width = v.shape[-1]
+    row = heads * width
+    out = q.new_empty_strided((batch, heads, queries, width), (queries * row, width, row, 1))
+    return out, q.new_empty((batch, heads, queries), dtype=torch.float32)
 
 
 def clear_uncovered(call: Call, out: Tensor, lse: Tensor | None) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
-from attnsieve.backends.call import Call
-from attnsieve.backends.triton.decode import decode
-from attnsieve.backends.triton.forward import forward
+from attnsieve.backends.call import DECODE_QUERIES, Call
+from attnsieve.backends.triton.common import Places, places_of
+from attnsieve.backends.triton.decode import Decode, decode
+from attnsieve.backends.triton.forward import Prefill, forward
 from attnsieve.backends.triton.gradients import gradients
 from attnsieve.backends.triton.tuning import forward_tiles
-
-# Up to this many query slots every query is decoded by programs of its own.
-_DECODE_QUERIES = 8
+from attnsieve.spans import Spans
 
 
 def attend(call: Call) -> tuple[Tensor, Tensor]:
@@ -23,9 +24,34 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and call.needs_grad:
         out, lse = _Attend.apply(call, call.q, call.k, call.v, call.key_bias)
         return out, lse
-    if call.q.shape[2] <= _DECODE_QUERIES:
+    if call.q.shape[2] <= DECODE_QUERIES:
         return decode(call)
     return forward(call, forward_tiles(call))
+
+
+class Repeated:
+    """Calls like `call`, which has neither bias nor padding; nothing is checked, chosen or specialised any more.
+
+    Remembers no layout: layouts keep objects of this class, and would keep themselves.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._run = Decode(call) if call.q.shape[2] <= DECODE_QUERIES else Prefill(call, forward_tiles(call))
+        self._places: tuple[Hashable, Places] | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans | None) -> tuple[Tensor, Tensor]:
+        return self._run(q, k, v, None, self._whole(q, k.shape[2]) if spans is None else places_of(spans))
+
+    def _whole(self, q: Tensor, keys: int) -> Places:
+        """The places where sequences fill their batch rows, made once while the number of keys and the stream are the same."""
+        made_for = (keys, driver.active.get_current_stream(q.get_device()) if q.is_cuda else 0)
+        if self._places is not None and self._places[0] == made_for:
+            return self._places[1]
+        places = places_of(Spans.full(q.shape[0], q.shape[2], keys, q.device))
+        # What a graph captures is written when it is replayed.
+        if not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._places = made_for, places
+        return places
 
 
 class _Attend(torch.autograd.Function):
