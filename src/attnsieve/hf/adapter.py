@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from attnsieve.attention import BACKENDS, attend, choose_backend, dense_is_faster
+from attnsieve.attention import BACKENDS, choose_backend, compute, dense_is_faster
 from attnsieve.backends.call import Call
 from attnsieve.errors import UserError, require
 from attnsieve.hf.cache import SparseCache
@@ -119,9 +119,8 @@ class LayoutCache:
     def __init__(self) -> None:
         self._layouts: dict[tuple[tuple[Pattern, ...], int, torch.device], Layout] = {}
 
-    def get(self, patterns: tuple[Pattern, ...], tokens: int, device: torch.device) -> Layout:
-        """A layout for at least `tokens` positions. Layers with the same patterns share it."""
-        capacity = max(LEAST_CAPACITY, 1 << (tokens - 1).bit_length())
+    def get(self, patterns: tuple[Pattern, ...], capacity: int, device: torch.device) -> Layout:
+        """The layout for `capacity` positions. Layers with the same patterns share it."""
         key = (patterns, capacity, device)
         if key not in self._layouts:
             self._layouts[key] = compile_layout(patterns, capacity, device)
@@ -144,6 +143,7 @@ class SparseLayer:
         self._dynamic = any(pattern.dynamic for pattern in row)
         self._layer, self._row, self._never = layer, row, why_layer_dense(layer)
         self._layouts, self._memo, self._backend, self._strict = layouts, memo, backend, strict
+        self._own: dict[tuple[int, int, torch.device], Layout] = {}
         self.seat = Seat(layer.index, row, self._never or (None if self.calls.sparse_heads else BY_PLAN))
 
     def __call__(self, call: LayerCall) -> Tensor:
@@ -187,22 +187,34 @@ class SparseLayer:
         return layer.attend(key, value, start, lambda k, v: self._follow_plan(replace(call, key=k, value=v, past=0), found))
 
     def _follow_plan(self, call: LayerCall, place: Place) -> Tensor:
-        query, key, value = _autocast(call.query, call.key[:, :, : place.k_slots], call.value[:, :, : place.k_slots])
+        key, value = call.key, call.value
+        if place.k_slots < key.shape[2]:
+            key, value = key[:, :, : place.k_slots], value[:, :, : place.k_slots]
+        query, key, value = _autocast(call.query, key, value)
         if self._dynamic:
             layout = choose(self._row, query, key, spans=place.spans, scale=call.scaling)
         else:
-            layout = self._layouts.get(_per_kv_head(self._row, key.shape[1]), place.k_slots, query.device)
+            layout = self._layout(key.shape[1], place.k_slots, query.device)
         scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-        request = Call(query, key, value, layout, place.spans, scale)
-        backend = choose_backend(request) if self._backend in ("auto", FASTEST) else self._backend
-        if self._backend == FASTEST and self._may_run_dense(call) and dense_is_faster(request, backend):
-            self.calls.dense[FASTER] += 1
-            return own_attention(call)
+        if self._backend == FASTEST and self._may_run_dense(call):
+            request = Call(query, key, value, layout, place.spans, scale)
+            if dense_is_faster(request, choose_backend(request)):
+                self.calls.dense[FASTER] += 1
+                return own_attention(call)
+        backend = "auto" if self._backend == FASTEST else self._backend
+        backend, out, _ = compute(query, key, value, layout, spans=place.spans, scale=scale, backend=backend)
         self.calls.sparse[place.phase] += 1
         self.calls.backends[backend] += 1
-        out = attend(query, key, value, layout, spans=place.spans, scale=scale, backend=backend)
-        assert isinstance(out, Tensor)
         return out.transpose(1, 2).contiguous()
+
+    def _layout(self, kv_heads: int, tokens: int, device: torch.device) -> Layout:
+        """The layout of the layer's fixed patterns for at least `tokens` positions."""
+        capacity = max(LEAST_CAPACITY, 1 << (tokens - 1).bit_length())
+        key = (kv_heads, capacity, device)
+        if key not in self._own:
+            # Patterns take long to hash: that they are shared is found out once.
+            self._own[key] = self._layouts.get(_per_kv_head(self._row, kv_heads), capacity, device)
+        return self._own[key]
 
     def _may_run_dense(self, call: LayerCall) -> bool:
         """Whether costs decide: dense decode steps would need keys that the plan lets caches drop, masks slow dense kernels

@@ -37,20 +37,24 @@ class Repeated:
 
     def __init__(self, call: Call) -> None:
         self._run = Decode(call) if call.q.shape[2] <= DECODE_QUERIES else Prefill(call, forward_tiles(call))
-        self._places: tuple[Hashable, Places] | None = None
+        self._known: tuple[Hashable, Places] | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans | None) -> tuple[Tensor, Tensor]:
-        return self._run(q, k, v, None, self._whole(q, k.shape[2]) if spans is None else places_of(spans))
+        return self._run(q, k, v, None, self._places(q, k.shape[2], spans))
 
-    def _whole(self, q: Tensor, keys: int) -> Places:
-        """The places where sequences fill their batch rows, made once while the number of keys and the stream are the same."""
-        made_for = (keys, driver.active.get_current_stream(q.get_device()) if q.is_cuda else 0)
-        if self._places is not None and self._places[0] == made_for:
-            return self._places[1]
-        places = places_of(Spans.full(q.shape[0], q.shape[2], keys, q.device))
-        # What a graph captures is written when it is replayed.
+    def _places(self, q: Tensor, keys: int, spans: Spans | None) -> Places:
+        """The places of `spans`; without, those of sequences that fill their batch rows, made once while the number of keys and the
+        stream are the same."""
+        made_for: Hashable = spans
+        if spans is None:
+            made_for = (keys, driver.active.get_current_stream(q.get_device()) if q.is_cuda else 0)
+        known = self._known
+        if known is not None and known[0] == made_for:
+            return known[1]
+        places = places_of(Spans.full(q.shape[0], q.shape[2], keys, q.device) if spans is None else spans)
+        # What is made while a graph is captured is written when that is replayed.
         if not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._places = made_for, places
+            self._known = made_for, places
         return places
 
 

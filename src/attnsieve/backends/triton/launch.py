@@ -42,24 +42,29 @@ class Launch:
         self._repeated = True
 
     def _known(self, compiled: Any, first: tuple[Any, ...]) -> _Code | None:
-        """The code that was launched; None where it cannot be called again: interpreted kernels have none."""
-        # Kernels that were compiled but never launched have no function.
+        """The code that was launched; None where it cannot be called again."""
+        # Interpreted kernels have no code, compiled ones that were never launched no function.
         if not _KNOWN_TRITON or getattr(compiled, "function", None) is None or not all(map(_is_aligned, first)):
             return None
+        if compiled.run.global_scratch_size or compiled.run.profile_scratch_size:
+            return None
         names = self._kernel.arg_names[len(first) + len(self._last) :]
-        last = (*self._last, *(self._options[name] for name in names))
-        return _Code(compiled, self._grid, first, last)
+        return _Code(compiled, self._grid, first, (*self._last, *(self._options[name] for name in names)))
 
 
 class _Code:
     """Compiled code for arguments like `first`, followed by `last`. It is called with addresses in place of tensors."""
 
     def __init__(self, compiled: Any, grid: tuple[int, int, int], first: tuple[Any, ...], last: tuple[Any, ...]) -> None:
-        self._run, self._grid = compiled.run, grid
-        self._middle = (compiled.function, compiled.packed_metadata, None, None, None)
+        run = compiled.run
+        self._run, self._grid = run.launch, grid
+        no_scratch, no_hooks = (None, None), (None, None, None)
+        options = (run.launch_cooperative_grid, run.launch_pdl)
+        self._middle = (compiled.function, *options, *no_scratch, compiled.packed_metadata, *no_hooks)
         self._device, self._stream = driver.active.get_current_device(), driver.active.get_current_stream
         self._numbers = [_numbers(x) for x in first]
         self._last = tuple(map(_bare, last))
+        self._same: tuple[Any, Any] = (None, None)
 
     def launch(self, first: tuple[Any, ...]) -> bool:
         """Launch it unless it was compiled for other arguments, or somebody listens to launches; whether it was."""
@@ -69,24 +74,39 @@ class _Code:
         bare: list[Any] = []
         bits = 0
         for x, numbers in zip(first, self._numbers, strict=True):
-            if numbers:
-                own = x[-len(numbers) :]
-                if own != numbers and not _alike(own, numbers):
-                    return False
-                addresses = [tensor.data_ptr() for tensor in x[: -len(numbers)]]
-                for address in addresses:
-                    bits |= address
-                bare.append((*addresses, *own))
-            elif x is None:
+            if x is None:
                 bare.append(None)
-            else:
-                address = x.data_ptr()
+            elif not numbers:
+                bare.append(address := x.data_ptr())
                 bits |= address
-                bare.append(address)
+            elif len(x) > len(numbers) + 1:
+                many = self._many(x, numbers)
+                if many is None:
+                    return False
+                bare.append(many)
+            elif (own := x[1:]) == numbers or _alike(own, numbers):
+                bare.append((address := x[0].data_ptr(), *own))
+                bits |= address
+            else:
+                return False
         if bits % _ALIGNED:
             return False
         self._run(*self._grid, self._stream(self._device), *self._middle, *bare, *self._last)
         return True
+
+    def _many(self, x: tuple[Any, ...], numbers: tuple[int, ...]) -> Any:
+        """A bundle of several tensors with addresses in their place, None if the code does not serve it; the same one often
+        comes again."""
+        same, bare = self._same
+        if same is not x:
+            own, bits = x[-len(numbers) :], 0
+            addresses = [tensor.data_ptr() for tensor in x[: -len(numbers)]]
+            for address in addresses:
+                bits |= address
+            served = bits % _ALIGNED == 0 and (own == numbers or _alike(own, numbers))
+            bare = (*addresses, *own) if served else None
+            self._same = x, bare
+        return bare
 
 
 def _numbers(x: Any) -> tuple[int, ...]:
