@@ -73,12 +73,15 @@ class Training:
     """A model, its optimizer and a schedule. `step` never waits for the device; with `graph` it replays one CUDA graph.
 
     loss: gives the loss of the next batch, drawn with the generator it is given. AdamW, weight decay 0.1 on matrices, gradients
-    clipped to norm 1; the learning rate rises for 2 % of the steps and falls to 0 in the last 30 %, as sudden learning may come
-    late.
+    clipped to norm 1; the learning rate rises for 2 % of the steps and falls to 0 in the last share `falling`: late, as sudden
+    learning may come late.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, steps: int, rate: float, seed: int, *, graph: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, loss: Loss, steps: int, rate: float, seed: int, *, graph: bool = True, falling: float = 0.3
+    ) -> None:
         device = next(model.parameters()).device
+        self.falling = falling
         self.model, self.loss, self.steps, self.peak, self.done = model, loss, steps, rate, 0
         self.random = torch.Generator(device).manual_seed(seed)
         self.rate = torch.zeros((), device=device)
@@ -96,7 +99,7 @@ class Training:
 
     def step(self) -> None:
         """One optimizer step."""
-        rising, falling = (self.done + 1) / (0.02 * self.steps + 1), (self.steps - self.done) / (0.3 * self.steps)
+        rising, falling = (self.done + 1) / (0.02 * self.steps + 1), (self.steps - self.done) / (self.falling * self.steps)
         with torch.cuda.stream(self.stream):
             self.rate.fill_(self.peak * min(1.0, rising, falling))
             if self.graph is None:

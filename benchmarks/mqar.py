@@ -1,15 +1,18 @@
 """Associative recall by attention layer: how many pairs each one can look up, and what a budget of w keys cannot.
 
     python benchmarks/mqar.py --minutes 1 --out benchmarks/results/mqar.jsonl
-    python benchmarks/mqar.py --minutes 10 --seeds 3 --shapes 256x64,512x64,512x64+noise
+    python benchmarks/mqar.py --minutes 10 --seeds 3 --shapes 256x64,512x64,512x128x4,512x64+noise
 
-Two layers of one head as wide as the model. As in Zoology a model is trained on rows with different numbers of pairs, here
-length / 4 (the most that Zoology's rule allows), half of that and so on, and tested on each. Rows keep w = length / 2 keys, as
-many as there are tokens in pairs, or length / 8, half as many as there are pairs. A model is trained with every learning rate,
-and the best one counts. The first shapes come first, and two further shapes before another seed; models that the file holds
-already are not trained again. On a GPU a training step is one CUDA graph, and several models are trained side by side.
-Processes, one per GPU, can share the work: give them different shapes and the same file, then make the report of all rows with
---minutes 0.
+Two layers of attention (tokens x width, of one head or as many as the shape says) behind a convolution of two tokens, as Zoology
+puts a short one before every mixer: a value's token then knows its key, and attention has only to find it. Without it every
+layer must first learn to look one token back, and most models never did (docs/LOG.md); --no-convolution does that.
+
+As in Zoology a model is trained on rows with different numbers of pairs, here length / 4 (the most that Zoology's rule allows),
+half of that and so on, and tested on each. Rows keep w = length / 2 keys, twice as many as there are pairs, or length / 8, half
+as many. A model is trained with every learning rate, and the best one counts. The first shapes come first, and all seeds of a
+shape before the next; models that the file holds already are not trained again. On a GPU a training step is one CUDA graph, and
+several models are trained side by side. Processes, one per GPU, can share the work: give them different shapes and the same file,
+then make the report of all rows with --minutes 0.
 """
 
 from __future__ import annotations
@@ -20,45 +23,62 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from experiment import RESULTS, Budget, Rows, Training, autocast, device_of, draw, mean_and_error, publish, written
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from attnsieve.errors import require
 from attnsieve.nn import DmaConfig, DmaForCausalLM, RecallTask
 from attnsieve.nn.mqar import IGNORED
 
-LAYERS = ("mha", "mla", "dma", "dma-window", "nsa", "swa")
-WHOLE = ("mha", "mla")  # these keep all keys
-RATES = (2e-3, 4e-3)
-SHAPES = "256x64,512x64,256x64+noise,1024x64,256x128,2048x64,512x64+noise,256x256,256x32"
-WIDTH = 64  # models wider than this learn at lower rates, in proportion
+LAYERS = ("mha", "gqa", "mqa", "mla", "dma", "dma-window", "nsa", "swa")
+WHOLE = ("mha", "gqa", "mqa", "mla")  # these keep all keys
+SHAPES = "512x64,1024x64,512x128,2048x64,1024x128,256x64,512x256,2048x128,256x128,1024x256,256x256,2048x256,256x32,512x32"
 TOKENS = 32768  # of a step at most
 FEWEST = 2  # pairs of the easiest rows
-CHECK_EVERY = 250  # steps between looks at the accuracy
-SOLVED = 0.995
+CHECK_EVERY = 100  # steps between looks at the accuracy
+SOLVED = 0.99
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How all models are trained: what was found on small ones (docs/LOG.md, "Recall: a convolution of two tokens")."""
+
+    steps: int = 1200  # with the convolution 64 tokens are learned after 200 to 600
+    # At 3e-3 DMA learns and then loses its choice of keys; a rate that falls from the start keeps it.
+    rate: float = 1.5e-3
+    falling: float = 0.95
+    # 0.1 at a width of 64: with 0.02 tied embeddings start so small that learning waits for them. Equal scores at every width.
+    spread: float = 0.8
+    theta: float = 1e6  # with 1e4 a sixth of the channels tells keys that are 2048 tokens away alike at any distance
+    initial_A: float = 1.0  # far from 0, where the order of keys turns over
+
+
+RECIPE = Recipe()
 Result = tuple["Cell", dict[str, Any]]
-Shape = tuple[int, int, bool]  # tokens, width, noise
+Shape = tuple[int, int, int, bool]  # tokens, width, heads, noise
 Seeds = dict[int, dict[str, float]]  # accuracy by pairs
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One model. keep: keys that a row of dma, swa and nsa keeps. noise: random tokens between pairs and questions."""
+    """One model. keep: keys that a row of dma, swa and nsa keeps. noise: random tokens between pairs and questions.
+    convolution: the model sees every token together with the one before it.
+    """
 
     layer: str
     length: int
     width: int
+    heads: int
     keep: int
     noise: bool
+    convolution: bool
     rate: float
     seed: int
     steps: int
@@ -75,20 +95,34 @@ class Cell:
         most = self.length // 4
         return [most >> level for level in range(max(1, (most // FEWEST).bit_length()))]
 
+    @property
+    def counts(self) -> list[int]:
+        """Pairs of each row of a batch."""
+        return [self.pairs[row % len(self.pairs)] for row in range(self.batch)]
+
     def configuration(self) -> DmaConfig:
-        sizes = {"hidden_size": self.width, "intermediate_size": self.width, "num_hidden_layers": 2, "num_attention_heads": 1}
-        common = {"vocab_size": self.vocabulary, "max_position_embeddings": self.length, "tie_word_embeddings": True}
-        # 0.1 at 64: with 0.02 tied embeddings start so small that learning waits for them. Equal scores at every width.
-        common["initializer_range"] = 0.8 / self.width**0.5
-        common["qk_norm"] = False  # as in Zoology; normed heads take twice the steps to find the answers
-        return DmaConfig(**sizes, **common, **self._attention())
+        return DmaConfig(
+            hidden_size=self.width,
+            intermediate_size=self.width,
+            num_hidden_layers=2,
+            num_attention_heads=self.heads,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=self.length,
+            tie_word_embeddings=True,
+            initializer_range=RECIPE.spread / self.width**0.5,
+            qk_norm=False,  # as in Zoology; normed heads take twice the steps to find the answers
+            rope_parameters={"rope_type": "default", "rope_theta": RECIPE.theta},
+            **self._attention(),
+        )
 
     def _attention(self) -> dict[str, Any]:
-        keep = self.keep
+        keep, dma = self.keep, {"attention": "dma", "initial_A": RECIPE.initial_A}
         return {
             "mha": {"attention": "mha"},
-            "dma": {"attention": "dma", "keep_window_size": keep, "initial_A": 0.1},
-            "dma-window": {"attention": "dma", "keep_window_size": keep - keep // 4, "window": keep // 4, "initial_A": 0.1},
+            "gqa": {"attention": "gqa", "num_key_value_heads": max(1, self.heads // 2)},
+            "mqa": {"attention": "mqa"},
+            "dma": dma | {"keep_window_size": keep},
+            "dma-window": dma | {"keep_window_size": keep - keep // 4, "window": keep // 4},
             "swa": {"attention": "swa", "sliding_window": keep},
             "mla": {"attention": "mla", "mla_kv_rank": self.width // 2, "mla_rope_width": max(16, self.width // 4)},
             # Half of the budget in blocks of 8 (three of them fixed by the method), half in its window. Compressed blocks begin
@@ -107,15 +141,37 @@ class Cell:
 KEY = tuple(field.name for field in fields(Cell))  # what tells rows of different models apart
 
 
+class Reader(nn.Module):
+    """The decoder of a cell behind the convolution."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__()
+        self.decoder = DmaForCausalLM(cell.configuration())
+        self.previous = nn.Linear(cell.width, cell.width, bias=False) if cell.convolution else None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Hidden states [B, T, width] of ids [B, T]."""
+        tokens = self.decoder.model.embed_tokens(ids)
+        if self.previous is not None:
+            tokens = tokens + self.previous(F.pad(tokens, (0, 0, 1, 0))[:, :-1])
+        hidden: Tensor = self.decoder.model(inputs_embeds=tokens, use_cache=False).last_hidden_state
+        return hidden
+
+
 class Recall:
     """A model that learns one cell."""
 
     def __init__(self, cell: Cell, device: torch.device, graph: bool) -> None:
         torch.manual_seed(cell.seed)
         self.cell, self.device, self.start = cell, device, time.monotonic()
-        self.model = DmaForCausalLM(cell.configuration()).to(device).train()
+        self.model = Reader(cell).to(device).train()
         self.right = torch.zeros((), device=device)
-        self.training = Training(self.model, self._loss, cell.steps, cell.rate, cell.seed, graph=graph)
+        counts = torch.tensor(cell.counts, device=device)
+        # Row and rank of every question of a batch: logits are made for these only.
+        self.row, self.rank = (torch.arange(cell.pairs[0], device=device) < counts[:, None]).nonzero(as_tuple=True)
+        self.share = 1 / counts[self.row]
+        options = {"graph": graph, "falling": RECIPE.falling}
+        self.training = Training(self.model, self._loss, cell.steps, cell.rate, cell.seed, **options)
 
     def ends(self) -> bool:
         """Whether all steps are done, or the training rows with all pairs are answered (looked at now and then)."""
@@ -130,35 +186,31 @@ class Recall:
         levels = len(self.cell.pairs)
         rows: list[list[float]] = [[] for _ in range(levels)]
         while len(rows[-1]) < examples:
-            right, asked = self._right(*self._answers(*self.cell.task.sample(self.cell.batch, random, levels)))
-            share = right.sum(1) / asked.sum(1)
+            share = self._by_row(*self._answers(random))
             for level in range(levels):
                 rows[level] += share[level::levels].tolist()
         self.model.train()
         return {str(pairs): mean_and_error(shares) for pairs, shares in zip(self.cell.pairs, rows, strict=True)}
 
     def _loss(self, random: torch.Generator) -> Tensor:
-        levels = len(self.cell.pairs)
-        predicted, wanted = self._answers(*self.cell.task.sample(self.cell.batch, random, levels))
-        right, asked = self._right(predicted, wanted)
-        self.right.lerp_(right[::levels].sum() / asked[::levels].sum(), 0.05)
-        losses = F.cross_entropy(predicted.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
-        return (
-            losses.view_as(wanted).sum(1) / asked.sum(1)
-        ).mean()  # rows with few pairs count as much, or nothing is learned at first
+        predicted, wanted = self._answers(random)
+        self.right.lerp_(self._by_row(predicted, wanted)[:: len(self.cell.pairs)].mean(), 0.05)
+        # Rows with few pairs count as much as the others, or nothing is learned at first.
+        return (F.cross_entropy(predicted, wanted, reduction="none") * self.share).sum() / self.cell.batch
 
-    def _right(self, predicted: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """bool [B, pairs]: answered rightly; asked at all."""
-        asked = wanted != IGNORED
-        return (predicted.argmax(-1) == wanted) & asked, asked
+    def _by_row(self, predicted: Tensor, wanted: Tensor) -> Tensor:
+        """Share of right answers of each row."""
+        right = (predicted.argmax(-1) == wanted) * self.share
+        return torch.zeros(self.cell.batch, device=self.device).index_add_(0, self.row, right)
 
-    def _answers(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, pairs, vocabulary] where values are asked for, and the values; IGNORED in rows with fewer pairs."""
-        places = (labels[:, 1:] != IGNORED).int().topk(self.cell.pairs[0], dim=1).indices
+    def _answers(self, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Logits [questions, vocabulary] and values [questions] of a new batch."""
+        ids, labels = self.cell.task.sample(self.cell.batch, random, len(self.cell.pairs))
+        asked = (labels[:, 1:] != IGNORED).int().topk(self.cell.pairs[0], dim=1).indices[self.row, self.rank]
         with autocast(self.device):
-            hidden = self.model.model(ids, use_cache=False).last_hidden_state
-            logits = self.model.lm_head(hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])))
-        return logits.float(), labels[:, 1:].gather(1, places)
+            hidden = self.model(ids).flatten(0, 1).index_select(0, self.row * ids.shape[1] + asked)
+            logits = self.model.decoder.lm_head(hidden)
+        return logits.float(), labels[self.row, asked + 1]
 
 
 def train_all(cells: Iterable[Cell], device: torch.device, arguments: argparse.Namespace, budget: Budget) -> Iterator[Result]:
@@ -195,74 +247,89 @@ def _numbers(one: Recall, examples: int) -> dict[str, Any]:
     }
     numbers |= {"parameters": sum(parameter.numel() for parameter in one.model.parameters())}
     if one.cell.layer.startswith("dma"):
-        numbers["A"] = [layer.self_attn.A.tolist() for layer in one.model.model.layers]
+        numbers["A"] = [layer.self_attn.A.tolist() for layer in one.model.decoder.model.layers]
     return numbers
 
 
 def cells(arguments: argparse.Namespace) -> list[Cell]:
     """Models in the order of what they tell; layers that stand beside each other are trained together."""
-    fixed = {"steps": arguments.steps, "vocabulary": arguments.vocabulary}
+    fixed = {"steps": arguments.steps, "vocabulary": arguments.vocabulary, "convolution": not arguments.no_convolution}
     found = []
-    for place, (length, width, noise) in enumerate(arguments.shapes):
-        shape = {"length": length, "width": width, "noise": noise}
+    for length, width, heads, noise in arguments.shapes:
+        shape = {"length": length, "width": width, "heads": heads, "noise": noise}
         batch, levels = min(arguments.batch, TOKENS // length), (length // 4 // FEWEST).bit_length()
         require(batch >= levels, f"a batch of {batch} rows of {length} tokens cannot hold {levels} numbers of pairs")
-        for seed in range(arguments.seeds):
-            for rate in arguments.rates:
-                one = partial(Cell, rate=rate * min(1.0, WIDTH / width), seed=seed, batch=batch, **fixed, **shape)
-                for layer in arguments.layers.split(","):
-                    parts = [1] if layer in WHOLE else arguments.parts
-                    found += [(place + 2 * seed, one(layer, keep=length // part)) for part in parts]
-    return [cell for _, cell in sorted(found, key=lambda one: one[0])]
+        for seed, rate in product(range(arguments.seeds), arguments.rates):
+            one = partial(Cell, rate=rate, seed=seed, batch=batch, **fixed, **shape)
+            for layer in arguments.layers.split(","):
+                parts = [1] if layer in WHOLE else arguments.parts
+                found += [one(layer, keep=length // part) for part in parts]
+    return found
 
 
-def shapes(text: str) -> list[tuple[int, int, bool]]:
-    """ "256x64+noise" to (256 tokens, width 64, True), of several with commas between them."""
-    found = re.findall(r"(\d+)x(\d+)(\+noise)?(?:,|$)", text)
-    if ",".join(f"{length}x{width}{noise}" for length, width, noise in found) != text:
-        raise argparse.ArgumentTypeError(f"expected shapes like 256x64,512x64+noise, got {text!r}")
-    return [(int(length), int(width), bool(noise)) for length, width, noise in found]
+def shapes(text: str) -> list[Shape]:
+    """ "512x128x4+noise" to (512 tokens, width 128, 4 heads, True), of several with commas between them; one head if none is given."""
+    found = re.findall(r"(\d+)x(\d+)(x\d+)?(\+noise)?(?:,|$)", text)
+    if ",".join(f"{length}x{width}{heads}{noise}" for length, width, heads, noise in found) != text:
+        raise argparse.ArgumentTypeError(f"expected shapes like 256x64,512x128x4,512x64+noise, got {text!r}")
+    return [(int(length), int(width), int(heads[1:] or 1), bool(noise)) for length, width, heads, noise in found]
 
 
 def told(cell: Cell, numbers: dict[str, Any]) -> str:
     """One line."""
-    shape = f"{cell.length} tokens, w {cell.keep}, d {cell.width}{', noise' if cell.noise else ''}"
     run = f"{numbers['trained_steps']} steps, {numbers['seconds']} s{'' if numbers['finished'] else ', out of time'}"
     accuracy = ", ".join(f"{pairs}: {value:.3f}" for pairs, value in numbers["accuracy"].items())
-    return f"{cell.layer:10} {shape}, lr {cell.rate:g}, seed {cell.seed}: accuracy by pairs {accuracy} ({run})"
+    shape = f"{named(asdict(cell))}, w {cell.keep}, lr {cell.rate:g}, seed {cell.seed}"
+    return f"{cell.layer:10} {shape}: accuracy by pairs {accuracy} ({run})"
+
+
+def named(row: dict[str, Any]) -> str:
+    """ "512 tokens, d 128, 4 heads, noise": all that a model is compared within."""
+    name = f"{row['length']} tokens, d {row['width']}" + (f", {row['heads']} heads" if row["heads"] > 1 else "")
+    return name + (", noise" if row["noise"] else "") + ("" if row["convolution"] else ", no convolution")
 
 
 def report(path: Path, rows: list[dict[str, Any]]) -> None:
     """Accuracy by layer, share of keys kept and pairs: the best learning rate of every seed, mean over seeds."""
     finished = [row for row in rows if row["finished"]]
-    best: dict[Shape, dict[str, Seeds]] = {}
+    finished.sort(key=lambda row: (not row["convolution"], row["noise"], row["heads"], row["length"], row["width"]))
+    best: dict[str, dict[str, Seeds]] = {}
     for row in finished:
-        shape = row["length"], row["width"], row["noise"]
-        of_seed = best.setdefault(shape, {}).setdefault(method(row), {})
+        of_seed = best.setdefault(named(row), {}).setdefault(method(row), {})
         earlier = of_seed.get(row["seed"], {})
         if not earlier or sum(row["accuracy"].values()) > sum(earlier.values()):
             of_seed[row["seed"]] = row["accuracy"]
     methods = sorted({method(row) for row in finished}, key=lambda name: (LAYERS.index(name.split(",")[0]), name))
-    body, panels, marks = [], {}, {}
-    for (length, width, noise), found in sorted(best.items()):
-        for pairs in pairs_of(found):
-            values = [written(at(found.get(name, {}), pairs)) for name in methods]
-            body.append([*map(str, (length, width, noise, pairs)), *values])
-        for part in sorted({name.partition(", ")[2] for name in found} - {""}):
-            name = f"{length} tokens, d {width}, {part}{', noise' if noise else ''}"
-            some = {layer: seeds for layer, seeds in found.items() if layer.partition(", ")[2] in ("", part)}
-            panels[name] = {layer.partition(",")[0]: curve(seeds, pairs_of(found)) for layer, seeds in some.items()}
-            panels[name]["any value of the row"] = [(float(pairs), 1 / pairs, 0.0) for pairs in pairs_of(found)]
-            keep = length // int(part.partition("/")[2])
-            marks |= {name: keep} if keep <= max(pairs_of(found)) else {}
-    notes = "Share of asked values that are the most likely token; w of the n tokens a row; best of the learning rates."
-    notes += f" Seeds: {len({row['seed'] for row in finished})}."
+    body = [
+        [shape, str(pairs), *(written(at(found.get(name, {}), pairs)) for name in methods)]
+        for shape, found in best.items()
+        for pairs in pairs_of(found)
+    ]
+    notes = (
+        "Share of asked values that are the most likely token, by pairs; w of the n tokens a row; best of the learning rates."
+    )
+    notes += " Mean and standard error over the seeds, one seed where no error is given."
     done, begun = ({tuple(row[name] for name in KEY) for row in some} for some in (finished, rows))
     cut = len(begun - done)
     notes += f" {cut} of {len(begun)} models ran out of time before their last step and are left out." if cut else ""
-    publish(path, "Associative recall", ["tokens", "width", "noise", "pairs", *methods], body, notes)
+    publish(path, "Associative recall", ["model", "pairs", *methods], body, notes)
+    panels, marks = panels_of({shape: found for shape, found in best.items() if "no convolution" not in shape} or best)
     if panels:  # none where all layers keep all keys
         draw(path, panels, "pairs (dashed: w)", "accuracy", marks=marks)
+
+
+def panels_of(best: dict[str, dict[str, Seeds]]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Curves of each shape and share of keys, and the w to be marked."""
+    panels, marks = {}, {}
+    for shape, found in best.items():
+        for part in sorted({name.partition(", ")[2] for name in found} - {""}):
+            name = f"{shape}, {part}"
+            some = {layer: seeds for layer, seeds in found.items() if layer.partition(", ")[2] in ("", part)}
+            panels[name] = {layer.partition(",")[0]: curve(seeds, pairs_of(found)) for layer, seeds in some.items()}
+            panels[name]["any value of the row"] = [(float(pairs), 1 / pairs, 0.0) for pairs in pairs_of(found)]
+            keep = int(shape.split()[0]) // int(part.partition("/")[2])
+            marks |= {name: float(keep)} if keep <= max(pairs_of(found)) else {}
+    return panels, marks
 
 
 def pairs_of(found: dict[str, Seeds]) -> list[int]:
@@ -290,17 +357,18 @@ def parse() -> argparse.Namespace:
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="models are tested as they stand after this; 0: report only")
-    parser.add_argument("--shapes", type=shapes, default=shapes(SHAPES), help=f"tokens x width, default {SHAPES}")
+    parser.add_argument("--shapes", type=shapes, default=shapes(SHAPES), help=f"tokens x width x heads, default {SHAPES}")
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--parts", type=numbers, default=[2, 8], help="2,8: rows keep a half and an eighth of the tokens")
     parser.add_argument("--seeds", type=int, default=1)
     rates = lambda text: [float(part) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--rates", type=rates, default=list(RATES), help=f"learning rates, up to a width of {WIDTH}")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--rates", type=rates, default=[RECIPE.rate], help="learning rates")
+    parser.add_argument("--steps", type=int, default=RECIPE.steps)
     parser.add_argument("--batch", type=int, default=64, help=f"rows of a step, fewer where {TOKENS} tokens are less")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--test-examples", type=int, default=256, help="rows of each number of pairs")
     parser.add_argument("--together", type=int, default=9, help="models that are trained side by side")
+    parser.add_argument("--no-convolution", action="store_true", help="layers learn to look one token back by themselves")
     parser.add_argument("--no-graph", action="store_true", help="launch every operation instead of CUDA graphs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS / "mqar.jsonl")

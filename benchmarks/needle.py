@@ -77,7 +77,7 @@ def folders(path: Path) -> Iterator[tuple[str, int, Path]]:
 
 def report(path: Path, rows: list[dict[str, Any]]) -> None:
     """By length, mean over depths and seeds: exact answers, what the needle is worth, and the loss on the text."""
-    cut = unfinished(path.with_name("language.jsonl"))
+    cut = unfinished(path.with_name(path.name.replace("needle", "language")))
     rows = [row | {"saved": row["nll_without"] - row["nll"]} for row in rows if (row["layer"], row["seed"]) not in cut]
     layers = [layer for layer in LAYERS if any(row["layer"] == layer for row in rows)]
     lengths, depths = sorted({row["length"] for row in rows}), sorted({row["depth"] for row in rows})

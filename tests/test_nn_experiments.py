@@ -123,23 +123,23 @@ def tokens_and_models(folder: Path, layers: tuple[str, ...]) -> None:
 
 def test_needles(command, tmp_path):
     tokens_and_models(tmp_path, ("gqa", "dma"))
-    out = tmp_path / "needle.jsonl"
+    out = tmp_path / "needle-long.jsonl"
     cut = [{"layer": layer, "seed": 0, "finished": layer != "dma"} for layer in ("gqa", "dma")]
-    (tmp_path / "language.jsonl").write_text("\n".join(map(json.dumps, cut)))
+    (tmp_path / "language-long.jsonl").write_text("\n".join(map(json.dumps, cut)))
     options = ["--models", tmp_path / "models", "--tokens", tmp_path / "tokens", "--lengths", "320,400", "--depths", "0,0.5"]
     command("needle", *options, "--items", 2, "--device", "cpu", "--out", out)
     rows = rows_of(out)
     assert len(rows) == 8
     assert all(row["exact"] <= 1 and row["trained_length"] == 512 and row["nll"] > 0 for row in rows)
-    assert (tmp_path / "needle-answer.png").exists()
-    table = (tmp_path / "needle.md").read_text()
+    assert (tmp_path / "needle-long-answer.png").exists()
+    table = (tmp_path / "needle-long.md").read_text()
     assert "| gqa " in table
     assert "| dma " not in table
     assert "not trained to the end: dma seed 0" in table
-    assert (tmp_path / "needle-text.png").exists()
-    (tmp_path / "needle-text.png").unlink()
+    assert (tmp_path / "needle-long-text.png").exists()
+    (tmp_path / "needle-long-text.png").unlink()
     command("needle", "--tokens", "nowhere", "--minutes", 0, "--out", out)
-    assert (tmp_path / "needle-text.png").exists()
+    assert (tmp_path / "needle-long-text.png").exists()
     command("needle", *options, "--items", 2, "--device", "cpu", "--out", out)
     assert len(rows_of(out)) == 8
 
