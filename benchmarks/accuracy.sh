@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Accuracy against density on one GPU: the rows behind docs/LOG.md's tables, part by part, the most telling first.
+# Accuracy against density on GPUs: the rows behind docs/LOG.md's tables, part by part.
 #
 #   benchmarks/accuracy.sh PART OUT WORK MODELS [SECONDS]
 #
 # PART: main (Qwen, 2K to 8K), rest (Qwen at 1K and 16K, and in which phase single keys fail), small (SmolLM2, and the ablation),
-# tests (heads one by one, needles, topics, float32), probing (Qwen, 2K to 8K: single keys chosen by more queries).
+# tests (heads one by one, needles, topics, float32), probing (Qwen, 2K to 8K: single keys chosen by more queries);
+# all: what results/eval-spread.jsonl lacks of these, the most telling first, in one list that all processes share (accuracy.txt);
+# warm: compile kernels for it, which needs no models.
 # MODELS: a folder with qwen2.5-coder-0.5b.gguf and smollm2-135m.gguf.
 # WORK: rows, plans and claims, shared by all parts; plans that it holds are not made again, and a part that was cut off goes on when
-# it is called again. OUT: gets accuracy.tgz, what is worth keeping. GPU (0): which one. EACH (8): processes on it. Nothing begins after SECONDS (400).
+# it is called again. OUT: gets accuracy.tgz, what is worth keeping. GPU (0): the first one. GPUS (1): how many. EACH (8): processes
+# on each. Nothing begins after SECONDS (400). TINY=tokens tries `all` with two documents of so many tokens and SmolLM2, or a model in the
+# folder smollm2-135m, for both models (with GPU=none EACH=2 on a CPU).
 set -u
 part=$1 out=$(realpath "$2") work=$3 qwen=$4/qwen2.5-coder-0.5b.gguf smol=$4/smollm2-135m.gguf seconds=${5:-400}
-gpu=${GPU:-0} each=${EACH:-8}
+gpu=${GPU:-0} gpus=${GPUS:-1} each=${EACH:-8} tiny=${TINY:-}
 cd "$(dirname "$0")/.."
 mkdir -p "$work" "$out"
 export PYTHONPATH=src:benchmarks${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TQDM_DISABLE=1
@@ -25,7 +29,7 @@ MADE=budget,budget-kv,profiled,chosen,fixed,caches
 
 fleet() { # NAME PROCESSES SECONDS SCRIPT ARGUMENTS...
     local limit=$(($3 + 40)) # what has begun may end
-    GPU_ARGUMENTS=(--gpus 1 --first "$gpu")
+    GPU_ARGUMENTS=(--gpus "$gpus" --first "$gpu")
     [ "$gpu" = none ] && GPU_ARGUMENTS=(--gpus 0)
     python3 benchmarks/fleet.py "${GPU_ARGUMENTS[@]}" --each "$2" --threads 2 --seconds "$limit" --logs "$work/logs-$1" -- \
         python3 "benchmarks/$4.py" "${@:5}" --seconds "$3" --shard "{shard}"
@@ -38,9 +42,15 @@ collect() { # Everything that is worth keeping, as one file.
     for file in "$work"/logs-*/*.log "$work"/*.log; do [ -f "$file" ] && echo "== $file" && cut -c 1-300 "$file"; done > "$kept/eval.log"
     [ -d "$work/heads" ] && cp "$work"/heads/{rows-*.jsonl,heads.md,plan.txt} "$kept"
     [ -d "$work/ablation" ] && cp "$work"/ablation/*.{jsonl,md} "$kept"
-    tar czf "$out/accuracy.tgz" -C "$work" kept
+    (cd "$work" && tar czf "$out/accuracy.tgz" kept $(ls -d measured plans/*/*/{fitted,thorough} 2> /dev/null))
     wc -l "$kept"/*.jsonl
     grep -h Error "$work"/logs-*/*.log | cut -c 1-200 | sort | uniq -c | sort -rn | head
+}
+
+salvage() { # Every minute what there is, should the whole be cut off.
+    while sleep 60; do
+        (cd "$work" && tar czf "$out/partial.tmp" $(ls -d rows-*.jsonl logs-* heads ablation measured) && mv "$out/partial.tmp" "$out/partial.tgz")
+    done > /dev/null 2>&1
 }
 
 missed() { # The plan within a quarter of the pairs that loses most on Qwen, of our best in each place; saved for heads.py.
@@ -112,5 +122,38 @@ tests() {
     wait
 }
 
+all() {
+    local losing=longeval-lines-prefix length=4096 documents=16 plan # Where budget-0.25 loses most.
+    local ablation=(--dtype bfloat16 --length 2048 --pcls 4096,2048,1024,256,128 --documents 4 --counts 1,2,8 --items 8)
+    if [ -n "$tiny" ]; then
+        [ -e "$smol" ] || smol=${smol%.gguf}
+        qwen=$smol losing=kv length=$tiny documents=2
+        ablation=(--length "$tiny" --pcl 64 --pcls 128 --documents 2 --counts 1 --items 2)
+    fi
+    cp benchmarks/results/eval-spread.jsonl "$work/rows-before.jsonl"
+    sed "s#QWEN#$qwen#; s#SMOLLM2#$smol#${tiny:+; s/--lengths [0-9,]*/--lengths $tiny/; s/--items [0-9,]*/--items 2/}" \
+        benchmarks/accuracy.txt > "$work/list.txt"
+    convert "$smol" &
+    convert "$qwen"
+    wait
+    salvage &
+    local salvaging=$!
+    plan=$work/plans/$(basename "$qwen" .gguf)/$length/budget/budget-0.25
+    if [ -d "$plan" ]; then
+        mkdir -p "$work/heads"
+        echo "$(basename "$plan") $losing $length" > "$work/heads/plan.txt"
+        fleet heads 1 $((seconds - 50)) heads "$qwen" "$plan" --task "$losing" --length "$length" --items "$documents" --out "$work/heads" &
+    fi
+    fleet ablation 1 "$seconds" ablation "$smol" "${ablation[@]}" --out "$work/ablation/ablation-smollm2.jsonl" &
+    fleet all "$each" "$seconds" worklist "$work/list.txt" --out "$work"
+    kill $salvaging
+    wait
+    rm -f "$out"/partial.*
+}
+
+warm() { # Before the models are there.
+    fleet warm "$each" "$seconds" warm
+}
+
 "$part"
-collect
+[ "$part" = warm ] || collect

@@ -209,8 +209,12 @@ def opened(name: str, dtype: str, device: str, rows: Path, progress: bool) -> tu
 def plans_at(shelf: Shelf, length: int, groups: tuple[str, ...], rails: tuple[str, ...]) -> dict[str, tuple[Plan, str]]:
     """The plans of groups that are made, those whose names start so also with rails, and their digests."""
     plans = {name: plan for group in groups for name, plan in shelf.get(length, group).items()}
-    plans |= railed({name: plan for name, plan in plans.items() if rails and name.startswith(rails)})
-    return {name: (plan, plan_digest(plan)) for name, plan in plans.items()}
+    return {name: (plan, plan_digest(plan)) for name, plan in plans_with_rails(plans, rails).items()}
+
+
+def plans_with_rails(plans: dict[str, Plan], rails: tuple[str, ...]) -> dict[str, Plan]:
+    """`plans`, and those whose names start so with rails."""
+    return plans | railed({name: plan for name, plan in plans.items() if rails and name.startswith(rails)})
 
 
 def run_of(row: Row) -> tuple[Any, ...]:
@@ -239,7 +243,7 @@ def plans_of(folder: Path, names: set[str]) -> list[str]:
     """A JSON line about every plan of a folder with one of these names."""
     return [
         summary(model.name, int(length.name), name, plan)
-        for model in sorted((folder / "plans").iterdir())
+        for model in sorted((folder / "plans").glob("*"))
         for length in sorted(path for path in model.iterdir() if path.name.isdigit())
         for group in sorted(path for path in length.iterdir() if path.name in GROUPS)
         for plans in [Shelf(model).get(int(length.name), group.name)]

@@ -148,7 +148,7 @@ def thorough_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
 def measured(workshop: Workshop, length: int, share: str, *, thorough: bool = False) -> list[Measurement]:
     """One measurement of each kind of text, the kept ones if there are some."""
     rules = default_candidates(length, share=share)
-    rules = [_by_all(rule) for rule in rules] if thorough else rules
+    rules = [by_all(rule) for rule in rules] if thorough else rules
     folder = workshop.folder / f"{length}-{share}{'-thorough' * thorough}"
     if not folder.is_dir():
         kinds = [measure(workshop.model, texts, rules, progress=False) for texts in workshop.calibration(length)]
@@ -156,7 +156,7 @@ def measured(workshop: Workshop, length: int, share: str, *, thorough: bool = Fa
     return [Measurement.from_pretrained(path) for path in sorted(folder.iterdir())]
 
 
-def _by_all(rule: Pattern) -> Pattern:
+def by_all(rule: Pattern) -> Pattern:
     return Pattern.of(*(replace(atom, rows=atom.block) if isinstance(atom, ProbedKeys) else atom for atom in rule))
 
 

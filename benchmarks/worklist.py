@@ -3,9 +3,9 @@
     python benchmarks/fleet.py --gpus 2 --each 8 --seconds 540 -- \\
         python benchmarks/worklist.py work.txt --seconds 500 --shard {shard} --out pareto/
 
-Each line of the list holds the arguments of one call, without --seconds, --shard and --out; lines with # are left out. A process
-always does the first piece that is to be had, so it comes back to earlier lines when plans for them have been made. It loads a
-model when it comes to it, once, and remembers dense attention's results for all lines.
+Each line of the list (a \\ joins it to the next) holds the arguments of one call, without --seconds, --shard and --out; # begins a
+comment. A process always does the first piece that is to be had, so it comes back to earlier lines when plans for them have been
+made. It loads a model when it comes to it, once, and remembers dense attention's results for all lines.
 """
 
 import argparse
@@ -26,8 +26,9 @@ def main() -> None:
     arguments = parser.parse_args()
     stop = time.monotonic() + arguments.seconds
     shared = ["--out", str(arguments.out), "--shard", "/".join(map(str, arguments.shard))]
-    lines = [line for line in arguments.list.read_text(encoding="utf-8").splitlines() if line.strip() and "#" not in line]
-    work([Line([*shlex.split(line), *shared]) for line in lines], stop)
+    lines = arguments.list.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    given = [words for line in lines if (words := shlex.split(line, comments=True))]
+    work([Line([*words, *shared]) for words in given], stop)
     print(f"ended with {max(0.0, stop - time.monotonic()):.0f} s left", flush=True)
 
 

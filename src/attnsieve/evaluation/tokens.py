@@ -16,8 +16,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids if tokenizer.bos_token and text.startswith(tokenizer.bos_token) else _bos(tokenizer) + ids
 
 
-# The same prompts are scored under every plan.
-@lru_cache(maxsize=512)
+# The same prompts are scored under every plan: some cells' questions, half a gigabyte where they have 8K tokens each.
+@lru_cache(maxsize=2048)
 def split_answer(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """Ids of the prompt and of the answer as the tokenizer would cut the text of both.
 
