@@ -1,0 +1,85 @@
+"""Launches that are repeated: from the third one on Triton is not asked, and the kernel gets what Triton would have given it."""
+
+from importlib.util import find_spec
+
+import pytest
+
+from tests.gpu_compiler import run_without_interpreter
+
+pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
+START = """
+from dataclasses import replace
+import torch
+from attnsieve import Spans, compile_layout
+from attnsieve.backends.call import Call
+from attnsieve.patterns import *
+from tests.gpu_compiler import record_launches
+launches = record_launches()
+from attnsieve.backends.triton.function import Repeated
+
+def tensors(q_len, n=256, dtype=torch.bfloat16):
+    return [torch.zeros(1, n, heads, 64, dtype=dtype)[:, :length].transpose(1, 2) for heads, length in ((4, q_len), (2, n), (2, n))]
+
+def repeated(q_len):
+    # Kernels write nothing here: nothing of the layout may be read back from them.
+    layout = replace(compile_layout([columns(0, 9, 99) | window(h + 5) for h in range(4)], 512), passing=q_len > 8)
+    return Repeated(Call(*tensors(q_len), layout, Spans.full(1, q_len, 256), 0.125))
+
+def launched(run, *inputs):
+    del launches[:]
+    kept = run(*inputs)
+    return list(launches), kept
+"""
+
+
+def run(program: str) -> None:
+    run_without_interpreter(START + program)
+
+
+@pytest.mark.parametrize(
+    ("q_len", "kernels", "fresh"), [(256, ["forward_kernel"], 2), (1, ["decode_kernel", "combine_kernel"], 8)]
+)
+def test_kernels_get_the_same_arguments(q_len, kernels, fresh):
+    run(f"""
+again, inputs = repeated({q_len}), tensors({q_len})
+first, second, third = (launched(again, *inputs, None) for _ in range(3))
+assert [launch[:2] for launch in first[0]] == [("triton", name) for name in {kernels}]
+assert [launch[:2] for launch in third[0]] == [("code", name) for name in {kernels}]
+different = 0
+for before, now in zip(second[0], third[0], strict=True):
+    assert before[2] == now[2] and len(before[3]) == len(now[3])
+    different += sum(a is not b and a != b for a, b in zip(before[3], now[3]))
+# Outputs and what lies between two kernels are allocated anew.
+assert 0 < different <= {fresh}
+""")
+
+
+@pytest.mark.parametrize("q_len", [256, 1])
+def test_only_what_compiled_code_serves_is_launched_without_triton(q_len):
+    run(f"""
+from triton import knobs
+again, (q, k, v) = repeated({q_len}), tensors({q_len})
+ways = lambda *inputs: {{launch[0] for launch in launched(again, *inputs)[0]}}
+for _ in range(3):
+    ways(q, k, v, None)
+longer = torch.zeros(1, 2, 272, 64, dtype=k.dtype)
+assert ways(q, longer[:, :, :256], longer[:, :, 16:], None) == {{"code"}}
+assert ways(*tensors({q_len}), None) == {{"code"}}
+assert ways(q, k, v, Spans.full(1, {q_len}, 256)) == {{"code"}}
+# An address that is no multiple of 16, a stride that is none, strides beyond 32 bits.
+shifted = torch.zeros(k.numel() + 1, dtype=k.dtype)[1:].view(1, 2, 256, 64)
+assert "triton" in ways(q, shifted, v, None)
+odd = torch.zeros(1, 2, 256, 65, dtype=k.dtype)[..., :64]
+assert "triton" in ways(q, odd, v, None)
+far = torch.zeros(64, dtype=k.dtype).as_strided(k.shape, (2**32, 0, 0, 1))
+assert "triton" in ways(q, far, v, None)
+spans = Spans.of([(0, 0, {q_len}, 0, 256)])
+assert "triton" in ways(q, k, v, spans)
+assert ways(q, k, v, None) == {{"code"}}
+# Profilers listen to launches.
+listener = lambda *_: None
+knobs.runtime.launch_enter_hook.add(listener)
+assert ways(q, k, v, None) == {{"triton"}}
+knobs.runtime.launch_enter_hook.remove(listener)
+assert ways(q, k, v, None) == {{"code"}}
+""")
