@@ -46,12 +46,26 @@ class TileMask:
 def _forward(call: Call, **mask: Any) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    q, k, v = (tensor.detach().transpose(1, 2) for tensor in (call.q, call.k, call.v))
+    q, k, v = (tensor.transpose(1, 2) for tensor in (call.q, call.k, call.v))
     out, lse = _flash_attn_fwd(q, k, v, softmax_scale=call.scale, return_lse=True, **mask)[:2]
     return out.transpose(1, 2), lse
 
 
 def _lists(call: Call, mask: TileMask) -> Any:
+    """The lists of the call's query tiles. Cutting them out is four launches: those of the last shape are kept, which may be large."""
+    last: dict[tuple[int, int], Any] = call.layout.schedule(("fa4 cut", call.q.shape[1], call.k.shape[1]), dict)
+    shape = (call.q.shape[2], call.k.shape[2])
+    found = last.get(shape)
+    if found is None:
+        found = _cut(call, mask)
+        # What is made while a graph is captured is written when that is replayed.
+        if not torch.cuda.is_current_stream_capturing():
+            last.clear()
+            last[shape] = found
+    return found
+
+
+def _cut(call: Call, mask: TileMask) -> Any:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     first, stop = (call.k.shape[2] - call.q.shape[2]) // TILE, -(-call.k.shape[2] // TILE)
