@@ -37,7 +37,7 @@ SHOWN = (
 # Those whose rows that ask, and decode steps, read every key.
 SHOWN_PROMPT = (
     "budget-prompt", "keys-prompt", "minference-prompt", "xattention-prompt", "streaming-llm-prompt", "flashprefill-prompt",
-    "budget-all-prompt",
+    "budget-all-prompt", "budget-fitted-prompt", "budget-all-fitted-prompt",
 )  # fmt: skip
 OURS = ("budget", "keys", "dam", "probed")
 LEAST_DENSITY, TICKS = 3, (0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 1, 2, 5)  # percent; nats

@@ -1,0 +1,115 @@
+"""README's table of accuracy: what plans lose in every cell, beside dense attention; then who holds the target where.
+
+python benchmarks/pareto_summary.py benchmarks/results/eval-spread.jsonl --model qwen2.5-coder-0.5b
+"""
+
+import argparse
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+from pareto_figures import MOST_DENSITY, cached, holds
+
+from attnsieve.evaluation.rows import Row, read_rows
+from attnsieve.evaluation.tasks.aligned import MANY
+from attnsieve.show import markdown
+
+# What a line is called, and the plan's name in rows.
+LINES = {
+    "budget 10 %, with rails": "budget-prompt-0.1",
+    "budget 20 %, with rails": "budget-prompt-0.2",
+    "budget 20 %, rails included": "budget-fitted-prompt-0.2",
+    "budget 25 %, rails included": "budget-fitted-prompt-0.25",
+    "budget 10 %": "budget-0.1",
+    "budget 25 %": "budget-0.25",
+    "budget 10 %, keys chosen by all rows": "budget-all-0.1",
+    "budget 15 %, keys chosen by all rows": "budget-all-0.15",
+    "budget 20 %, keys chosen by all rows": "budget-all-0.2",
+    "budget 25 %, keys chosen by all rows": "budget-all-0.25",
+    "`probed_keys(mass=0.9)` in every head": "keys-0.9",
+    "`probed_keys(mass=0.9, rows=64)` in every head": "keys-by-all-0.9",
+    "MInference-like, 90 %": "minference-0.9",
+    "MInference-like, 90 %, with rails": "minference-prompt-0.9",
+    "XAttention-like, 90 %": "xattention-0.9",
+    "FlashPrefill-like": "flashprefill-0.1",
+    "StreamingLLM, 25 %": "streaming-llm-0.25",
+    "BigBird, 25 %": "bigbird-0.25",
+    "MoA-like, 25 %": "moa-0.25",
+    "`robust`": "dam-robust-0.9",
+    "`adaptive`": "dam-adaptive-0.95",
+    "`paper`, capture length 512": "dam-paper-512",
+}
+NAMES = {"longeval-lines-prefix": "lines"}
+# One plan's rows of a cell, by metric.
+Run = dict[str, Row]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--tasks", type=lambda text: text.split(","), default=list(MANY))
+    parser.add_argument("--lengths", type=lambda text: list(map(int, text.split(","))), default=[2048, 4096, 8192])
+    arguments = parser.parse_args()
+    rows = [row for row in read_rows(arguments.rows) if row.model == arguments.model and row.dtype == "bfloat16"]
+    runs: dict[tuple[str, str, int], Run] = {}
+    for row in rows:
+        runs.setdefault((row.plan, row.task, row.length), {})[row.metric] = row
+    places = list(product(arguments.tasks, arguments.lengths))
+    print(table(runs, places), kept_target(runs, places), sep="\n\n")
+
+
+def table(runs: dict[tuple[str, str, int], Run], places: list[tuple[str, int]]) -> str:
+    """Points of exact match with their standard errors and nats, per cell; a dash where there is no row."""
+    header = ["plan", "density %", *(f"{NAMES.get(task, task)} {length // 1024}K" for task, length in places), "KL"]
+    cells = [["dense: right, NLL", "100", *(dense(runs.get(("dense", *place))) for place in places), ""]]
+    for name, plan in LINES.items():
+        found = [runs.get((plan, *place)) for place in places]
+        there = [run for run in found if run]
+        if there:
+            density = between([100 * run["answer_nll"].density for run in there], percents)
+            cells.append([name, density, *map(lost, found), between([run["answer_kl"].value for run in there], nats)])
+    return markdown(header, cells, left=(0,))
+
+
+def dense(run: Run | None) -> str:
+    return f"{100 * run['exact_match'].value:.0f}, {nats(run['answer_nll'].value)}" if run else "-"
+
+
+def lost(run: Run | None) -> str:
+    if not run:
+        return "-"
+    right, nll = run["exact_match"], run["answer_nll"]
+    return f"{100 * right.paired_difference:+.0f} ± {100 * right.paired_stderr:.0f}, {nats(nll.paired_difference, '+')}"
+
+
+def nats(value: float, sign: str = "") -> str:
+    """Two digits, of large values one, without the zero before the point."""
+    return f"{value:{sign}.1f}" if abs(value) >= 1 else f"{value:{sign}.2f}".replace("0.", ".", 1)
+
+
+def percents(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}".replace("0.", ".", 1)
+
+
+def between(values: list[float], write: Callable[[float], str]) -> str:
+    low, high = write(min(values)), write(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def kept_target(runs: dict[tuple[str, str, int], Run], places: list[tuple[str, int]]) -> str:
+    """Plans by the cells in which they hold the accuracy target, those in which they were run and are within its density."""
+    cells = []
+    for plan in sorted({plan for plan, _, _ in runs}):
+        there = [run for place in places if (run := runs.get((plan, *place))) and not cached(run) and plan != "dense"]
+        within = [run for run in there if run["answer_nll"].density <= MOST_DENSITY]
+        held = [run for run in within if holds(run)]
+        if held:
+            missed = [f"{run['answer_nll'].task[:2]} {run['answer_nll'].length}" for run in within if not holds(run)]
+            cells.append([plan, str(len(held)), str(len(within)), str(len(there)), ", ".join(missed)])
+    cells.sort(key=lambda row: (-int(row[1]), row[0]))
+    return markdown(["plan", "holds", "within 25 %", "run", "does not hold"], cells, left=(0, 4))
+
+
+if __name__ == "__main__":
+    main()
