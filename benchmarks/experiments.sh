@@ -67,6 +67,7 @@ export -f left measure language conversion recall run
 200 language dma-window,swa 2
 150 recall 512x256,2048x128,1024x256 mha,dma,dma-window,swa
 330 conversion 512 1000
+150 recall 512x64,1024x64,2048x64 mha,dma,dma-window,swa --rates 3e-3
 100 recall 512x256x4 mha,gqa,mqa,mla,dma-window,swa,nsa
 200 language mla,gqa 1
 120 recall 256x128,256x256,2048x256 mha,dma,dma-window,swa

@@ -48,9 +48,9 @@ SOLVED = 0.99
 
 @dataclass(frozen=True)
 class Recipe:
-    """How all models are trained: what was found on small ones (docs/LOG.md, "Recall: a convolution of two tokens")."""
+    """How all models are trained: what was found on small ones (docs/LOG.md)."""
 
-    steps: int = 1200  # with the convolution 64 tokens are learned after 200 to 600
+    steps: int = 1500  # with the convolution 64 tokens are learned after 200 to 600
     # At 3e-3 DMA learns and then loses its choice of keys; a rate that falls from the start keeps it.
     rate: float = 1.5e-3
     falling: float = 0.95
