@@ -15,3 +15,8 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device(tensor.device)
+
+
+def captured(tensor: Tensor) -> bool:
+    """Whether a graph records what is launched on the tensor's device: nothing is computed before the graph is replayed."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

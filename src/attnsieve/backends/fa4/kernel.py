@@ -14,6 +14,7 @@ from attnsieve.backends.fa4 import TILE
 from attnsieve.backends.fa4.columns import move_columns, rows_by_end
 from attnsieve.backends.fa4.lists import TileLists, lists_of_blocks, lists_of_rule
 from attnsieve.backends.facts import facts
+from attnsieve.device import captured
 from attnsieve.layout import Layout
 
 
@@ -58,8 +59,7 @@ def _lists(call: Call, mask: TileMask) -> Any:
     found = last.get(shape)
     if found is None:
         found = _cut(call, mask)
-        # What is made while a graph is captured is written when that is replayed.
-        if not torch.cuda.is_current_stream_capturing():
+        if not captured(call.q):
             last.clear()
             last[shape] = found
     return found

@@ -16,6 +16,7 @@ from attnsieve.backends.triton.decode import Decode, decode
 from attnsieve.backends.triton.forward import Prefill, forward
 from attnsieve.backends.triton.gradients import gradients
 from attnsieve.backends.triton.tuning import forward_tiles
+from attnsieve.device import captured
 from attnsieve.spans import Spans
 
 
@@ -52,8 +53,7 @@ class Repeated:
         if known is not None and known[0] == made_for:
             return known[1]
         places = places_of(Spans.full(q.shape[0], q.shape[2], keys, q.device) if spans is None else spans)
-        # What is made while a graph is captured is written when that is replayed.
-        if not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not captured(q):
             self._known = made_for, places
         return places
 
