@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -12,10 +13,10 @@ from attnsieve.backends.call import Call
 from attnsieve.backends.triton.backward_keys import dkv_singles_kernel, dkv_tiles_kernel
 from attnsieve.backends.triton.backward_queries import delta_kernel, dq_kernel
 from attnsieve.backends.triton.columns import bias_columns, row_columns
-from attnsieve.backends.triton.common import Rows, places_of, rows_of
+from attnsieve.backends.triton.common import Lists, Rows, places_of, rows_of
 from attnsieve.backends.triton.forward import clear_uncovered
 from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
-from attnsieve.backends.triton.schedule import only_lists, schedule, stretches, tiles_by_key
+from attnsieve.backends.triton.schedule import Schedule, only_lists, schedule, stretches, tiles_by_key
 from attnsieve.backends.triton.tuning import STRETCH_ROWS, key_tiles, query_tiles
 
 
@@ -37,7 +38,7 @@ def gradients(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor
     """
     delta = row_sums(call, out, lse, d_out, d_lse)
     d_q = query_gradient(call, d_out, lse, delta, d_lse, query_tiles(call))
-    return Gradients(d_q, *key_gradients(call, d_out, row_columns(call, lse, delta), key_tiles(call)))
+    return Gradients(d_q, *key_gradients(call, d_out, row_columns(call, lse, delta)))
 
 
 def row_sums(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
@@ -80,9 +81,11 @@ def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, d_lse:
     return d_q
 
 
-def key_gradients(call: Call, d_out: Tensor, columns: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dK, dV and d key_bias in their inputs' dtypes."""
-    geometry = Geometry(call, tiles)
+def key_gradients(
+    call: Call, d_out: Tensor, columns: Tensor, tiles: Tiles | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dK, dV and d key_bias in their inputs' dtypes. tiles: those of the Triton kernels, which then serve listed keys too."""
+    geometry = Geometry(call, tiles or key_tiles(call))
     # Lists of stretches are all that is read where there are no tiles: they are made of the lists that dQ has used.
     others = Geometry(call, query_tiles(call)) if only_lists(call.layout) and _listing() else geometry
     built = schedule(call.layout, others.positions, others.tiles.keys, listing=_listing())
@@ -92,22 +95,90 @@ def key_gradients(call: Call, d_out: Tensor, columns: Tensor, tiles: Tiles) -> t
     d_bias = None if call.key_bias is None else zeros(call.key_bias)
     outputs = (rows_of(d_k), rows_of(d_v), d_bias)
     common = (*_inputs(call), rows_of(d_out), rows_of(columns), *outputs, places_of(call.spans), built.mask)
-    sizes = (call.scale, call.k.shape[2])
-    options = {**geometry.constants(), "LISTED": built.listed, "BLOCK": built.block, "STAGES": tiles.stages}
     if built.tiles is not None:
-        grid = (triton.cdiv(call.k.shape[2], tiles.keys), call.layout.heads, len(call.spans))
-        by_key = tiles_by_key(call.layout, built)
-        dkv_tiles_kernel[grid](
-            *common, by_key, *sizes, _deterministic(), **options, num_warps=tiles.warps, maxnreg=tiles.registers
-        )
+        _add_tiles(geometry, built, common)
     if built.singles is not None:
-        rows = max(STRETCH_ROWS, geometry.positions, built.positions)
-        lists, longest = stretches(call.layout, built, rows)
-        per_head = triton.cdiv(call.q.shape[2], rows) + 1
-        grid = (triton.cdiv(longest, tiles.keys), per_head * call.layout.heads, len(call.spans))
-        dkv_singles_kernel[grid](*common, lists, *sizes, rows, **options, num_warps=tiles.warps, maxnreg=tiles.registers)
+        hopper = None if tiles is not None else _hopper(call, built)
+        if hopper is None:
+            _add_singles(geometry, built, common)
+        else:
+            _add_singles_hopper(hopper, call, built, common)
     bias_gradient = None if d_bias is None or call.key_bias is None else _sum_heads(d_bias, call.key_bias)
     return _sum_heads(d_k, call.k), _sum_heads(d_v, call.v), bias_gradient
+
+
+def _add_tiles(geometry: Geometry, built: Schedule, common: tuple[object, ...]) -> None:
+    """Add the sums over key tiles."""
+    call, tiles = geometry.call, geometry.tiles
+    dkv_tiles_kernel[(triton.cdiv(call.k.shape[2], tiles.keys), call.layout.heads, len(call.spans))](
+        *common,
+        tiles_by_key(call.layout, built),
+        call.scale,
+        call.k.shape[2],
+        _deterministic(),
+        **geometry.constants(),
+        LISTED=built.listed,
+        BLOCK=built.block,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
+        maxnreg=tiles.registers,
+    )
+
+
+def _add_singles(geometry: Geometry, built: Schedule, common: tuple[object, ...]) -> None:
+    """Add the sums over listed keys."""
+    call, tiles = geometry.call, geometry.tiles
+    rows = max(STRETCH_ROWS, geometry.positions, built.positions)
+    grid, lists = _stretches(geometry, built, rows)
+    dkv_singles_kernel[grid](
+        *common,
+        lists,
+        call.scale,
+        call.k.shape[2],
+        rows,
+        **geometry.constants(),
+        LISTED=built.listed,
+        BLOCK=built.block,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
+        maxnreg=tiles.registers,
+    )
+
+
+def _add_singles_hopper(hopper: Any, call: Call, built: Schedule, common: tuple[object, ...]) -> None:
+    """`_add_singles` by the kernel for Hopper GPUs."""
+    geometry, tiles = Geometry(call, hopper.TILES), hopper.TILES
+    grid, lists = _stretches(geometry, built, hopper.STRETCH_ROWS)
+    names = ("H", "OWN_MASKS", "G", "GP", "M", "N", "D")
+    constants = {name: geometry.constants()[name] for name in names}
+    hopper.dkv_hopper[grid](
+        *common,
+        lists,
+        call.scale,
+        call.k.shape[2],
+        hopper.STRETCH_ROWS,
+        **constants,
+        WARPS=tiles.warps,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
+    )
+
+
+def _stretches(geometry: Geometry, built: Schedule, rows: int) -> tuple[tuple[int, int, int], Lists]:
+    """Programs for chunks of the keys that stretches of `rows` positions list, and these lists."""
+    call = geometry.call
+    lists, longest = stretches(call.layout, built, rows)
+    per_head = triton.cdiv(call.q.shape[2], rows) + 1
+    return (triton.cdiv(longest, geometry.tiles.keys), per_head * call.layout.heads, len(call.spans)), lists
+
+
+def _hopper(call: Call, built: Schedule) -> Any:
+    """The module of the Hopper kernel where it serves the call, else None. Gluon is experimental and differs between versions."""
+    if not call.q.is_cuda or triton.__version__.split(".")[:2] != ["3", "6"]:
+        return None
+    from attnsieve.backends.triton import hopper
+
+    return hopper if hopper.serves(call, built) else None
 
 
 def _sum_heads(grad: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,69 @@
+"""The kernel for Hopper GPUs, which no interpreter runs: it compiles, and the Triton kernel serves all that it does not.
+
+What it computes is checked on a GPU, tests/gpu/test_triton.py.
+"""
+
+import pytest
+import torch
+
+from attnsieve import compile_layout
+from attnsieve.backends.call import Call
+from attnsieve.backends.triton import hopper
+from attnsieve.backends.triton.schedule import schedule
+from attnsieve.layout import Layout
+from attnsieve.patterns import diagonals, sink
+from attnsieve.spans import Spans
+from tests.gpu_compiler import compiled
+
+PROGRAM = """
+import torch
+from attnsieve import Spans
+from attnsieve.backends.call import Call
+from attnsieve.backends.triton import columns, gradients, hopper
+from attnsieve.layout import Layout
+
+columns.columns_dtype = lambda call: torch.bfloat16
+gradients._hopper = lambda call, built: hopper
+n, group, width = 256, {group}, {width}
+tensor = lambda heads: torch.zeros(1, heads, n, width, dtype=torch.{dtype})
+bias = torch.zeros(1, 2, n) if {bias} else None
+layout = Layout(n, torch.full((1, 2, n), n, dtype=torch.int32), most_keys=n)
+call = Call(tensor(2 * group), tensor(2), tensor(2), layout, Spans.full(1, n, n, "cpu"), 1.0, bias)
+lse = torch.zeros(1, 2 * group, n)
+gradients.key_gradients(call, call.q, columns.row_columns(call, lse, lse))
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "width", "dtype", "bias"), [(4, 128, "bfloat16", True), (1, 64, "float16", True), (7, 128, "float16", False)]
+)
+def test_the_kernel_compiles(group, width, dtype, bias):
+    assert "dkv_hopper" in compiled(PROGRAM.format(group=group, width=width, dtype=dtype, bias=bias))
+
+
+def _serves(monkeypatch, layout, *, width=128, v_width=128, dtype=torch.bfloat16, capability=(9, 0)):
+    monkeypatch.setattr(hopper, "_capability", lambda device: capability)
+    n = layout.length
+    q, v = torch.zeros(1, 2, n, width, dtype=dtype), torch.zeros(1, 2, n, v_width, dtype=dtype)
+    call = Call(q, q, v, layout, Spans.full(1, n, n, "cpu"), 1.0)
+    return hopper.serves(call, schedule(layout, 16, 64))
+
+
+def _listed(n=64):
+    return Layout(n, torch.full((1, 2, n), n, dtype=torch.int32), most_keys=n)
+
+
+def test_it_serves_lists_of_all_keys_on_hopper(monkeypatch):
+    assert _serves(monkeypatch, _listed())
+    assert _serves(monkeypatch, _listed(), width=64, v_width=64, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    "other", [{"capability": (10, 0)}, {"dtype": torch.float32}, {"width": 96, "v_width": 96}, {"v_width": 64}], ids=str
+)
+def test_it_leaves_other_calls_to_triton(monkeypatch, other):
+    assert not _serves(monkeypatch, _listed(), **other)
+
+
+def test_it_leaves_key_tiles_to_triton(monkeypatch):
+    assert not _serves(monkeypatch, compile_layout([sink(2) | diagonals(0, 30)] * 2, length=64))
