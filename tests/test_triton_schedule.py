@@ -255,4 +255,4 @@ schedule(replace(layout, blocks=keys, schedules={}), 128, 64)
 
 def test_kernels_compile_for_a_gpu():
     expected = {"_survey_kernel", "_distances_kernel", "_count_kernel", "_blocks_kernel"}
-    assert set(compiled(PROGRAM)) == expected | {"count_tiles", "fill_tiles", "list_keys", "list_block_keys", "mark_rows"}
+    assert set(compiled(PROGRAM)) == expected | {"count_tiles", "fill_tiles", "list_keys", "list_block_keys"}

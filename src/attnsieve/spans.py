@@ -39,9 +39,11 @@ class Spans:
     @classmethod
     def full(cls, batch: int, q_len: int, k_len: int, device: torch.device | str = "cpu") -> Spans:
         """Every batch row is one sequence: its keys fill all slots, its queries are the last `q_len` positions."""
-        # Made on the device: copying a list there would wait for it.
-        first, queries, keys = (torch.full((batch,), value, device=device) for value in (0, q_len, k_len))
-        return cls(torch.arange(batch, device=device), first, queries, first, keys, whole=(batch, q_len, k_len))
+        # Made on the device: copying a list there would wait for it. No vector twice: each is a launch.
+        first, keys = (torch.full((batch,), value, device=device) for value in (0, k_len))
+        queries = keys if q_len == k_len else torch.full_like(keys, q_len)
+        row = first if batch == 1 else torch.arange(batch, device=device)
+        return cls(row, first, queries, first, keys, whole=(batch, q_len, k_len))
 
     @classmethod
     def left_padded(cls, pads: Tensor, q_len: int, k_len: int) -> Spans:

@@ -5,23 +5,24 @@ import torch
 
 from attnsieve import Spans
 from attnsieve.nn import BoundedCache, DynamicMaskAttention, RecallTask, SelectionRule, dynamic_mask_attention
-from attnsieve.nn.quantile import walk
 from attnsieve.nn.scores import key_scores
 from attnsieve.nn.segments import Segments
 from attnsieve.nn.selection import competition_ends
+from attnsieve.nn.selection_oracle import heap_ends
 from tests.nn_tiny import distinct_tokens, dma
 
-kth_position = pytest.importorskip("attnsieve.nn.quantile_triton", exc_type=ImportError).kth_position
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 127, 128, 129, 300, 2047, 2048, 2049, 5000, 70000])
-def test_fused_walk_equals_the_plain_one(n):
-    order = torch.stack([torch.randperm(n, device="cuda") for _ in range(3)]).int()
-    for budget in (1, 7, n // 2 + 1):
-        k = torch.full_like(order, budget - 1)
-        answered = torch.arange(n, device="cuda") >= budget
-        assert torch.equal(kth_position(order, k)[:, answered], walk(order, k)[:, answered])
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "rising", "falling"])
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 300, 4096, 4097, 9001, 70001])
+def test_ends_equal_those_of_the_heap(n, kind):
+    rising = torch.arange(n).float()
+    values = {"ties": torch.tensor([-torch.inf, -1, -0.0, 0.0, 1, torch.inf]), "equal": torch.zeros(1)}
+    sigma = {"random": torch.randn(n), "rising": rising, "falling": -rising}.get(kind)
+    sigma = values[kind][torch.randint(len(values[kind]), (n,))] if sigma is None else sigma
+    for budget in {1, 7, min(1024, n), n // 2 + 1}:
+        assert torch.equal(competition_ends(sigma.cuda()[None, None], budget)[0, 0].cpu(), heap_ends(sigma, budget))
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "equal", "rising"])

@@ -6,35 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnsieve.device import on_device_of
-
 
 def kth_position(order: Tensor, k: Tensor) -> Tensor:
     """For each rank r: the k[r]-th smallest (from 0) of order[:r], where order lists positions, best key first.
 
     order: int32 [R, n], a permutation of 0 .. n - 1 per row; k: int32 [R, n]. Returns int32 [R, n]; a rank with k[r] >= r has
-    no answer and gets an arbitrary position. O(R n log n) time, O(R n) memory, no host synchronisation; fused kernels on a
-    GPU, plain torch elsewhere.
-    """
-    if not order.is_cuda:
-        return walk(order, k)
-    return _in_graph(order, k) if torch.compiler.is_compiling() else _fused(order, k)
-
-
-def _fused(order: Tensor, k: Tensor) -> Tensor:
-    from attnsieve.nn.quantile_triton import kth_position as fused
-
-    with on_device_of(order):
-        return fused(order, k)  # type: ignore[no-any-return]
-
-
-# For torch.compile one operation: which buffers the kernels of a walk hand to each other is decided on the host.
-_in_graph = torch.library.custom_op("attnsieve::kth_position", _fused, mutates_args=())
-_in_graph.register_fake(lambda order, k: torch.empty_like(order, memory_format=torch.contiguous_format))
-
-
-def walk(order: Tensor, k: Tensor) -> Tensor:
-    """`kth_position` in plain torch on any device: per bit some elementwise passes, a cumsum, a gather and a scatter.
+    no answer and gets an arbitrary position. O(R n log n) time, O(R n) memory; per bit of a position some elementwise passes, a
+    cumsum, a gather and a scatter.
 
     Round by round, the positions are split by their bits, highest first. Before the round of bit b, the array `level` holds
     every node (positions that share the bits above b) at its own place, its members in rank order; each query knows its

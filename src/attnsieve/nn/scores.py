@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from attnsieve.errors import require
+from attnsieve.nn.fused import can_fuse, fused_scores
 from attnsieve.nn.parallel import own, sum_for_own_heads
 
 
@@ -30,6 +31,8 @@ def key_scores(
     process's heads.
     """
     _check(v, dt_weight, dt_bias, a)
+    if can_fuse(v, dt_weight):
+        return fused_scores(v, dt_weight, dt_bias, a, exponential)
     work = torch.float64 if v.dtype == torch.float64 else torch.float32
     with torch.autocast(v.device.type, enabled=False):
         dt = _project_all_heads(v.transpose(1, 2).flatten(2), dt_weight, work).transpose(1, 2).contiguous()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnsieve.errors import require
+from attnsieve.nn.fused import fused_ends
 from attnsieve.nn.quantile import kth_position
 from attnsieve.nn.segments import Segments
 
@@ -51,8 +52,9 @@ class SelectionRule:
         key stays to the end of its document and its NaN bias reaches every later output.
         """
         _check(sigma, segments, check_nan)
-        ends = competition_ends(sigma, self.keep_window_size, segments)
-        return self.widen(ends, segments)
+        if sigma.is_cuda:
+            return fused_ends(sigma, segments, self.keep_window_size, self.window, self.sinks, self.union)
+        return self.widen(competition_ends(sigma, self.keep_window_size, segments), segments)
 
     def widen(self, ends: Tensor, segments: Segments | None = None) -> Tensor:
         """Add window and sinks to the ends of the competition."""
@@ -74,7 +76,10 @@ def competition_ends(sigma: Tensor, budget: int, segments: Segments | None = Non
 
     The budget-th smallest position among the keys better than j is the row that drops j. Documents are solved together: in
     the order by (document, best first) the keys of earlier documents are those at smaller positions, so they only shift k.
+    Kernels for a GPU find the same without sorting.
     """
+    if sigma.is_cuda:
+        return fused_ends(sigma, segments, budget)
     batch, heads, n = sigma.shape
     order = best_first(sigma, segments)
     segments = segments or Segments.whole(batch, n, sigma.device)

@@ -1,7 +1,7 @@
 """Vectors that the passes of the gradients add to every row or column of a product: a bias of keys, LSE and delta of rows.
 
 The matrix unit adds them, as products with ones over 16 more columns: in the layout of the scores a vector takes 16 registers of
-every thread, which these loops do not have. The prefill kernel has them; there a bias is a vector (`common.scores`).
+every thread, which these loops do not have. The prefill kernel has them; there a bias is a vector (`bias_of`, `common.scores`).
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
@@ -24,6 +24,18 @@ DELTA_COLUMN = tl.constexpr(6)
 def columns_dtype(call: Call) -> torch.dtype:
     """bfloat16 beside half-precision inputs, whatever their range; the interpreter cannot multiply it."""
     return torch.bfloat16 if call.q.is_cuda and call.q.dtype != torch.float32 else torch.float32
+
+
+def bias_of(call: Call) -> Rows | None:
+    """Key bias over scale as float32 [B, Hkv, Tk, 4] with zeros behind it, or None; see `common.scores`."""
+    bias = call.key_bias
+    if bias is None:
+        return None
+    batch, heads, slots = bias.shape
+    quads = bias.new_empty(batch, heads, slots, 4, dtype=torch.float32)
+    grid = (triton.cdiv(slots, 256), batch * heads)
+    _quads_kernel[grid](Rows(bias, *bias.stride()), quads, call.scale, heads, slots, STEP=256)
+    return rows_of(quads)
 
 
 def bias_columns(call: Call) -> Rows | None:
@@ -90,6 +102,17 @@ def biased(q_tile, k_tile, p_bias, s_bias, j, ok, one, GUARD: tl.constexpr, PREC
         b_tile = load_rows(p_bias, j, s_bias, ok, 16, 16, GUARD)
         ones = indicator(BIAS_COLUMN, q_tile.shape[0], b_tile.dtype, one)
         return dot_and_add(q_tile, tl.trans(k_tile), ones, tl.trans(b_tile), PRECISION)
+
+
+@triton.jit
+def _quads_kernel(bias, p_out, scale, heads, slots, STEP: tl.constexpr):
+    """bias / scale [B, H, T] as [B, H, T, 4], zeros behind it."""
+    o_bh = tl.program_id(1).to(tl.int64)
+    slot, o = tl.program_id(0) * STEP + tl.arange(0, STEP), tl.arange(0, 4)
+    p_bias = bias.p + (o_bh // heads) * bias.s_batch + (o_bh % heads) * bias.s_head + slot * bias.s_row
+    value = tl.load(p_bias, mask=slot < slots, other=0.0).to(tl.float32) / scale
+    quad = tl.where((o == 0)[None, :], value[:, None], 0.0)
+    tl.store(p_out + (o_bh * slots + slot)[:, None] * 4 + o[None, :], quad, mask=(slot < slots)[:, None])
 
 
 @triton.jit

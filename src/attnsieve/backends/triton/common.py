@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnsieve.backends.call import Call
 from attnsieve.backends.triton.bits import block_words, bounds, in_runs, keep_by_bits, keep_by_offset, tile_words
 from attnsieve.spans import Spans
 
@@ -91,7 +89,7 @@ class Lists(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """Which rows keep the keys of lists of single keys, see `single_keys.mark_rows`: words int64 [Z, H, tiles, chunks, M]."""
+    """Which rows keep the keys of lists of single keys, see `single_keys.list_keys`: words int64 [Z, H, tiles, chunks, M]."""
 
     words: Any
     chunks: Any
@@ -104,13 +102,6 @@ def rows_of(tensor: Tensor) -> Rows:
         tensor = tensor.contiguous()
         s_batch, s_head, s_row, _ = tensor.stride()
     return Rows(tensor, s_batch, s_head, s_row)
-
-
-def bias_of(call: Call) -> Rows | None:
-    """Key bias over scale as [B, Hkv, Tk, 4] with zeros behind it, or None; see `scores`."""
-    if call.key_bias is None:
-        return None
-    return rows_of(torch.nn.functional.pad(call.key_bias.float()[..., None] / call.scale, (0, 3)))
 
 
 def places_of(spans: Spans) -> Places:

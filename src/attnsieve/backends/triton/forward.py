@@ -10,13 +10,13 @@ from torch import Tensor
 
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton.bits import tile_keys, tile_words
+from attnsieve.backends.triton.columns import bias_of
 from attnsieve.backends.triton.common import (
     LN2,
     LOG2E,
     NO_CUT,
     Places,
     Rows,
-    bias_of,
     head_base,
     keys_to_read,
     listed_scores,

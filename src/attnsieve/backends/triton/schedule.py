@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attnsieve.backends.triton.common import LISTED_ALL, LISTED_BLOCKS, LISTED_FLAGGED, LISTED_NOTHING, Lists, Marks, Mask
 from attnsieve.backends.triton.lists import Summary, count_tiles, fill_tiles
-from attnsieve.backends.triton.single_keys import BlockKeys, list_block_keys, list_keys, mark_rows
+from attnsieve.backends.triton.single_keys import BlockKeys, KeyLists, list_block_keys, list_keys
 from attnsieve.backends.triton.survey import BY_LIST, BY_TILE, FLAGGED, SLACK, WINDOW, Survey, survey
 from attnsieve.backends.triton.vectors import (
     Before,
@@ -41,6 +41,8 @@ from attnsieve.patterns import FOREVER
 _LISTING_GAIN = 2
 _LISTING_SHARE = 0.25
 _ROOT = 1024
+# Up to this many keys a program that makes a list holds at once.
+_AT_ONCE = 4096
 # Kernels read the next entries of a list before they know that there are any.
 _SPARE = 4 * 64
 # Keys that a word of `Marks` tells of, and the most words that are made: 1 GB.
@@ -112,8 +114,8 @@ def _build(layout: Layout, positions: int, keys: int, listing: bool) -> Schedule
     mask = _mask(layout, choice, found, positions, by_bits)
     built = Schedule(positions, keys, mask, None, None, None, choice.listed, choice.most, block, None)
     if choice.listed == LISTED_ALL.value:
-        lists = _key_lists(layout, built, positions, choice.most, sort=True, drop=True)
-        built = replace(built, singles=lists, marks=_marks(layout, built, lists))
+        marks = _marks(layout, built)
+        built = replace(built, singles=_key_lists(layout, built, positions, marks, drop=True), marks=marks)
         found = survey(layout, positions, keys, choice.listed) if _beyond_end(layout) else None
     return built if found is None else _with_tiles(layout, built, found)
 
@@ -256,42 +258,62 @@ def _block_lists(layout: Layout, blocks: Blocks, positions: int) -> Lists:
     return lists
 
 
-def _key_lists(layout: Layout, built: Schedule, positions: int, most: int, sort: bool, drop: bool) -> Lists:
+def _key_lists(layout: Layout, built: Schedule, positions: int, marks: Marks | None, *, drop: bool) -> Lists:
     """Lists of all keys that `end` keeps, refined from those of longer tiles so that few keys are looked at twice."""
-    parent = None
+    root = None
     if positions < _ROOT < layout.length:
-        root = lambda: _key_lists(layout, built, _ROOT, most, sort=False, drop=False)  # noqa: E731
-        parent = layout.schedule("triton root", root)
-    tiles = -(-layout.length // positions)
-    room = min(most + positions - 1, layout.length)
-    rows = layout.sequences * layout.heads * tiles
-    start = torch.arange(rows, device=layout.device) * room
-    items = torch.empty(rows * room + _SPARE, dtype=torch.int32, device=layout.device)
-    count = torch.empty(layout.sequences, layout.heads, tiles, dtype=torch.int32, device=layout.device)
-    lists = Lists(start, torch.empty_like(count), count, items)
-    list_keys[(tiles, layout.sequences * layout.heads)](
-        built.mask, parent, lists, room, layout.heads, positions, _ROOT // positions, sort, drop, STEP=1024
+        root = layout.schedule("triton root", lambda: _list_keys(layout, built, _ROOT, None, None, sort=False, drop=False))
+    return Lists(*_list_keys(layout, built, positions, root, marks, sort=True, drop=drop)[:4])
+
+
+def _list_keys(
+    layout: Layout, built: Schedule, positions: int, root: KeyLists | None, marks: Marks | None, sort: bool, drop: bool
+) -> KeyLists:
+    """`list_keys` writes everything, so nothing is cleared or counted before."""
+    room = _room(layout, built, positions)
+    whole, count = layout.end.new_empty(2, layout.sequences, layout.heads, -(-layout.length // positions)).unbind()
+    items = layout.end.new_empty(count.numel() * room + _SPARE)
+    start = torch.empty_like(count, dtype=torch.int64)
+    lists = KeyLists(start, whole, count, items, None if sort else torch.empty_like(items))
+    read = layout.length if root is None else _room(layout, built, _ROOT)
+    once = read <= _AT_ONCE
+    step = max(256, 1 << (read - 1).bit_length()) if once else 1024
+    list_keys[(count.shape[-1], layout.sequences * layout.heads)](
+        built.mask,
+        root,
+        lists,
+        marks,
+        room,
+        layout.heads,
+        positions,
+        built.keys,
+        _ROOT // positions,
+        sort,
+        drop,
+        once,
+        STEP=step,
+        num_warps=8 if step > 2048 else 4,
     )
     return lists
 
 
-def _marks(layout: Layout, built: Schedule, lists: Lists) -> Marks | None:
-    """Words for lists of keys; None where one word is not enough or all together are too many: kernels then compute the rule."""
-    room = (lists.items.numel() - _SPARE) // lists.count.numel()
-    chunks = -(-room // built.keys)
-    if built.keys > _WORD or lists.count.numel() * chunks * built.positions > _MOST_WORDS:
+def _room(layout: Layout, built: Schedule, positions: int) -> int:
+    """The most keys that the rows of a query tile can keep by `end`."""
+    return min(built.most + positions - 1, layout.length)
+
+
+def _marks(layout: Layout, built: Schedule) -> Marks | None:
+    """Room for words; None where one word is not enough or all together are too many: kernels then compute the rule."""
+    lists = layout.sequences * layout.heads * built.mask.tiles
+    chunks = -(-_room(layout, built, built.positions) // built.keys)
+    if built.keys > _WORD or lists * chunks * built.positions > _MOST_WORDS:
         return None
-    words = torch.empty(lists.count.numel(), chunks, built.positions, dtype=torch.int64, device=layout.device)
-    marks = Marks(words, chunks)
-    grid = (lists.count.shape[-1], layout.sequences * layout.heads)
-    mark_rows[grid](built.mask, lists, marks, built.positions, built.keys)
-    return marks
+    return Marks(layout.end.new_empty(lists, chunks, built.positions, dtype=torch.int64), chunks)
 
 
 def _stretches(layout: Layout, built: Schedule, positions: int) -> tuple[Lists, int]:
     if built.listed == LISTED_ALL.value:
-        lists = _key_lists(layout, built, positions, built.most, sort=True, drop=False)
-        return lists, min(built.most + positions - 1, layout.length)
+        return _key_lists(layout, built, positions, None, drop=False), _room(layout, built, positions)
     assert built.singles is not None
     columns, ratio = built.singles.items, positions // built.positions
     missing = -built.mask.tiles % ratio

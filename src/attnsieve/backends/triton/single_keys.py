@@ -19,15 +19,37 @@ class BlockKeys(NamedTuple):
     room: Any
 
 
+class KeyLists(NamedTuple):
+    """Lists of single keys (`common.Lists`) and, where lists of shorter tiles are to be made of them, the end of each listed key."""
+
+    start: Any
+    whole: Any
+    count: Any
+    items: Any
+    ends: Any
+
+
 @triton.jit
-def _sort_keys(mask, parent, o_zh, p_parent, x, n_parent, i0, i1, sort):
-    """Of parent entries x: their keys, whether rows i0 .. i1 - 1 all keep them (never without `sort`), whether some do."""
+def _sort_keys(mask, parent, o_zh, o_parent, x, n_parent, i0, i1, sort):
+    """Of parent entries x: keys and their ends, whether rows i0 .. i1 - 1 all keep them (never without `sort`), whether some do."""
     ok = x < n_parent
-    j = x if parent is None else tl.load(p_parent + x, mask=ok, other=0)
-    end = tl.load(mask.ends + o_zh * mask.n + j, mask=ok, other=0)
+    if parent is None:
+        j = x
+        end = tl.load(mask.ends + o_zh * mask.n + x, mask=ok, other=0)
+    else:
+        j = tl.load(parent.items + o_parent + x, mask=ok, other=0)
+        end = tl.load(parent.ends + o_parent + x, mask=ok, other=0)
     alive = ok & (j < i1) & (end > tl.maximum(i0, j))
     whole = alive & (j <= i0) & (end >= i1) & sort
-    return j, whole, alive & (whole == 0)
+    return j, end, whole, alive & (whole == 0)
+
+
+@triton.jit
+def _append(lists, o_list, j, end, whole, part, at_whole, at_part, room):
+    """Append keys to a list of `room` entries; returns where its two parts end."""
+    if lists.ends is not None:
+        place(lists.ends + o_list * room, end, whole, part, at_whole, at_part, room)
+    return place(lists.items + o_list * room, j, whole, part, at_whole, at_part, room)
 
 
 @triton.jit
@@ -35,31 +57,31 @@ def list_keys(
     mask,
     parent,
     lists,
+    marks,
     room,
     H: tl.constexpr,
     M: tl.constexpr,
+    N: tl.constexpr,
     RATIO: tl.constexpr,
     SORT: tl.constexpr,
     DROP: tl.constexpr,
+    ONCE: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """The keys that some row of a query tile keeps by `end`, ascending; with SORT those that every row keeps come first.
 
-    They are found among the keys of the parent's tile, RATIO times as long, or among all keys. In a tile that touches the
-    corner no key is whole; with DROP it lists nothing, since its key tiles serve all pairs.
+    They are found among the keys of the parent's tile, RATIO times as long, or among all keys; ONCE: those are at most STEP, and are
+    read once. In a tile that touches the corner no key is whole; with DROP it lists nothing, since its key tiles serve all pairs.
     """
     t, o_zh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i0 = t * M
     i1 = tl.minimum(i0 + M, mask.n)
     o_list = o_zh * tl.num_programs(0) + t
-    p_items = lists.items + tl.load(lists.start + o_list)
-    if parent is None:
-        n_parent = i1
-        p_parent = lists.items
-    else:
-        o_parent = o_zh * tl.cdiv(mask.n, M * RATIO) + t // RATIO
-        n_parent = tl.load(parent.count + o_parent)
-        p_parent = parent.items + tl.load(parent.start + o_parent)
+    n_parent, o_parent = i1, tl.cast(0, tl.int64)
+    if parent is not None:
+        o_root = o_zh * tl.cdiv(mask.n, M * RATIO) + t // RATIO
+        n_parent = tl.load(parent.count + o_root)
+        o_parent = tl.load(parent.start + o_root)
     sort = SORT
     if mask.corner is not None:
         in_corner = i0 < tl.load(mask.corner_rows + o_zh % H)
@@ -67,37 +89,46 @@ def list_keys(
         if DROP:
             n_parent = tl.where(in_corner, 0, n_parent)
     n_whole = 0
-    if SORT:
+    if ONCE:
+        j, end, whole, part = _sort_keys(mask, parent, o_zh, o_parent, tl.arange(0, STEP), n_parent, i0, i1, sort)
+        n_whole = tl.sum(whole.to(tl.int32), 0)
+        _, at_part = _append(lists, o_list, j, end, whole, part, 0, n_whole, room)
+    else:
+        if SORT:
+            for x0 in range(0, n_parent, STEP):
+                x = x0 + tl.arange(0, STEP)
+                _, _, whole, _ = _sort_keys(mask, parent, o_zh, o_parent, x, n_parent, i0, i1, sort)
+                n_whole += tl.sum(whole.to(tl.int32), 0)
+        at_whole = 0
+        at_part = n_whole
         for x0 in range(0, n_parent, STEP):
-            _, whole, _ = _sort_keys(mask, parent, o_zh, p_parent, x0 + tl.arange(0, STEP), n_parent, i0, i1, sort)
-            n_whole += tl.sum(whole.to(tl.int32), 0)
-    at_whole = 0
-    at_part = n_whole
-    for x0 in range(0, n_parent, STEP):
-        j, whole, part = _sort_keys(mask, parent, o_zh, p_parent, x0 + tl.arange(0, STEP), n_parent, i0, i1, sort)
-        at_whole, at_part = place(p_items, j, whole, part, at_whole, at_part, room)
+            x = x0 + tl.arange(0, STEP)
+            j, end, whole, part = _sort_keys(mask, parent, o_zh, o_parent, x, n_parent, i0, i1, sort)
+            at_whole, at_part = _append(lists, o_list, j, end, whole, part, at_whole, at_part, room)
+    tl.store(lists.start + o_list, o_list * room)
     tl.store(lists.whole + o_list, n_whole)
     tl.store(lists.count + o_list, at_part)
+    if marks is not None:
+        # The keys were written by other threads of this program.
+        tl.debug_barrier()
+        p_words = marks.words + o_list * marks.chunks * M
+        _mark_rows(mask.ends + o_zh * mask.n, lists.items + o_list * room, p_words, i0, n_whole, at_part, M, N)
 
 
 @triton.jit
-def mark_rows(mask, lists, marks, M: tl.constexpr, N: tl.constexpr):
-    """Words int64 [Z, H, tiles, chunks, M] for the chunks of N keys of a tile's list that not all rows keep: bit c of row r says
-    whether the row keeps the chunk's key c."""
-    t, o_zh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_list = o_zh * tl.num_programs(0) + t
-    low = tl.load(lists.whole + o_list) // N * N
-    high = tl.load(lists.count + o_list)
-    p_items = lists.items + tl.load(lists.start + o_list)
-    i = t * M + tl.arange(0, M)[:, None]
+def _mark_rows(p_ends, p_items, p_words, i0, n_whole, n_listed, M: tl.constexpr, N: tl.constexpr):
+    """Words int64 [chunks, M] for the chunks of N keys of a tile's list that not all rows keep: bit c of row r says whether the row
+    keeps the chunk's key c."""
+    i = i0 + tl.arange(0, M)[:, None]
     c = tl.arange(0, N)[None, :]
-    for x in range(low, high, N):
-        listed = x + c < high
+    low = n_whole // N * N
+    for x in range(low, n_listed, N):
+        listed = x + c < n_listed
         j = tl.load(p_items + x + c, mask=listed, other=0)
-        end = tl.load(mask.ends + o_zh * mask.n + j, mask=listed, other=0)
-        keep = (j <= i) & (i < end)
+        end = tl.load(p_ends + j, mask=listed, other=0)
+        keep = listed & (j <= i) & (i < end)
         words = tl.sum(keep.to(tl.int64) << c.to(tl.int64), 1)
-        tl.store(marks.words + (o_list * marks.chunks + (x - low) // N) * M + tl.arange(0, M), words)
+        tl.store(p_words + (x - low) // N * M + tl.arange(0, M), words)
 
 
 @triton.jit

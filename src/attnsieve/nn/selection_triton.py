@@ -1,0 +1,232 @@
+"""Ends on a GPU without sorting: blocks of rows, and in each the keys that leave while its rows go by.
+
+A row that competes for a full budget drops one key, the worst it has. So a block of rows drops no more keys than it has rows, some
+of them its own, others *old*: alive at its first row. Which old keys leave in a block follows from two order statistics, of the keys
+before its first row and of those before its last; both are found by narrowing down a value, in the keys of the block's parent (a
+longer block, or the whole text) that leave in the parent. In the shortest blocks rows are gone through one by one, by one warp.
+
+Documents: a block's old keys belong to the document that reaches into it, and the block ends for them where that document does.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Rows that one warp goes through, one after the other.
+ROWS = 64
+# Texts longer than this many rows have blocks of blocks.
+LEVEL = 4096
+# Keys for which no order is left to ask: they have gone or do not exist. NaN comes next.
+_GONE = tl.constexpr(2**31 - 1)
+_NAN = tl.constexpr(2**31 - 2)
+_LEAST = tl.constexpr(-(2**31))
+
+
+class Documents(NamedTuple):
+    """int32 [B, n] each: see `attnsieve.nn.segments.Segments`. Both None where every row is one document without padding."""
+
+    start: Any
+    stop: Any
+
+
+class Old(NamedTuple):
+    """Old keys that leave in a block, ascending: int32 [R, n] each, those of the block from row p on at p and after it.
+
+    order: their place in the order of scores, see `_order`; index; count: how many, at p.
+    """
+
+    order: Any
+    index: Any
+    count: Any
+
+
+class Widening(NamedTuple):
+    """`SelectionRule` beside the competition."""
+
+    window: Any
+    sinks: Any
+    union: Any
+
+
+def ends(sigma: Tensor, start: Tensor | None, stop: Tensor | None, budget: int, window: int, sinks: int, union: bool) -> Tensor:
+    """As `SelectionRule.ends`: sigma floating point [B, H, n], start and stop of `Segments`, all on one GPU."""
+    batch, heads, n = sigma.shape
+    documents = Documents(start if start is None else start.contiguous(), stop if stop is None else stop.contiguous())
+    result = torch.empty(sigma.shape, dtype=torch.int32, device=sigma.device)
+    order, *planes = torch.empty(7, batch * heads, n, dtype=torch.int32, device=sigma.device).unbind()
+    _begin_kernel[(triton.cdiv(n, 1024), batch * heads)](sigma.contiguous(), documents, order, result, n, heads, STEP=1024)
+    old, node = None, 0
+    for block in _blocks(n):
+        parent, old = old, Old(*(planes[:3] if old is None else planes[3:]))
+        # The first level reads all keys; further ones few, which a warp counts without waiting for others.
+        step, warps = (2048, 8) if parent is None else (256, 1)
+        _descend_kernel[(triton.cdiv(n, block), batch * heads)](
+            order, documents, parent, old, n, min(budget, n), heads, node, block, STEP=step, num_warps=warps
+        )
+        node = block
+    _drop_kernel[(triton.cdiv(n, ROWS), batch * heads)](
+        order, documents, old, result, n, min(budget, n), heads, Widening(window, sinks, int(union)), ROWS=ROWS, num_warps=1
+    )
+    return result
+
+
+def _blocks(n: int) -> tuple[int, ...]:
+    """Rows of the blocks of each level. With two levels both read about as many keys, n^2 / 2B and n B / ROWS."""
+    return (ROWS,) if n <= LEVEL else (ROWS << max(1, (n // ROWS).bit_length() // 2 - 1), ROWS)
+
+
+@triton.jit
+def _order(score):
+    """int32 in the order of float32 scores; -0.0 equals 0.0, NaN is above every number."""
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
+    return tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), _NAN)
+
+
+@triton.jit
+def _document(documents, n, o_row, slot, ok):
+    """Start and stop of the document of a slot, in row o_row of the batch."""
+    if documents.start is None:
+        return slot * 0, slot * 0 + n
+    else:
+        start = tl.load(documents.start + o_row * n + slot, mask=ok, other=0)
+        return start, tl.load(documents.stop + o_row * n + slot, mask=ok, other=0)
+
+
+@triton.jit
+def _begin_kernel(p_sigma, documents, p_order, p_ends, n, heads, STEP: tl.constexpr):
+    """Order of all keys; and their ends if none were dropped."""
+    i_r = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    ok = slot < n
+    score = tl.load(p_sigma + i_r * n + slot, mask=ok, other=0.0).to(tl.float32)
+    _, stop = _document(documents, n, i_r // heads, slot, ok)
+    tl.store(p_order + i_r * n + slot, _order(score), mask=ok)
+    tl.store(p_ends + i_r * n + slot, stop, mask=ok)
+
+
+@triton.jit
+def _descend_kernel(p_order, documents, parent, old, n, budget, heads, node, block, STEP: tl.constexpr):
+    """List the old keys that leave in a block of `block` rows, from those of its parent of `node` rows and its own."""
+    # The last blocks of a text have the most keys before them: start with them.
+    i_r, i_b = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)
+    p = i_b * block
+    start, stop = _document(documents, n, i_r // heads, p, True)
+    stop = tl.minimum(stop, p + block)
+    n_left = 0
+    if (start < p) & (stop - start > budget):
+        first, n_old = start, 0
+        p_old, p_index = p_order, p_order
+        if parent is not None:
+            top = p // node * node
+            p_old, p_index = parent.order + i_r * n + top, parent.index + i_r * n + top
+            n_old = tl.where(start < top, tl.load(parent.count + i_r * n + top), 0)
+            first = tl.maximum(start, top)
+        # How many of these keys are alive t rows after the document's start: min(budget, t) less those that outlive the parent.
+        rest = n_old - tl.minimum(budget, first - start)
+        p_new = p_order + i_r * n
+        alive = tl.minimum(budget, p - start) + rest
+        low, ties_low = _threshold(p_old, n_old, p_new + first, p - first, alive, STEP)
+        outliving = budget + rest
+        high, ties_high = _threshold(p_old, n_old, p_new + first, stop - first, outliving, STEP)
+        p_out, p_out_index = old.order + i_r * n + p, old.index + i_r * n + p
+        seen_low, seen_high = 0, 0
+        for x in range(0, n_old + p - first, STEP):
+            o = x + tl.arange(0, STEP)
+            is_old, is_new = o < n_old, (o >= n_old) & (o < n_old + p - first)
+            key = tl.load(p_old + o, mask=is_old, other=0)
+            index = first + o - n_old
+            key = tl.where(is_old, key, tl.load(p_new + index, mask=is_new, other=0))
+            if parent is not None:
+                index = tl.where(is_old, tl.load(p_index + o, mask=is_old, other=0), index)
+            inside, seen_low = _passes(key, is_old | is_new, low, ties_low, seen_low)
+            outlives, seen_high = _passes(key, is_old | is_new, high, ties_high, seen_high)
+            leaves = (inside & (outlives == 0)).to(tl.int32)
+            at = n_left + tl.cumsum(leaves, 0) - 1
+            tl.store(p_out + at, key, mask=leaves != 0)
+            tl.store(p_out_index + at, index, mask=leaves != 0)
+            n_left += tl.sum(leaves, 0)
+    tl.store(old.count + i_r * n + p, n_left)
+
+
+@triton.jit
+def _passes(key, ok, low, ties, seen):
+    """Which keys are among those of `_threshold`; seen: keys before these that equal `low`."""
+    tie = (ok & (key == low)).to(tl.int32)
+    rank = seen + tl.cumsum(tie, 0)
+    return ok & ((key > low) | ((tie != 0) & (rank > ties))), seen + tl.sum(tie, 0)
+
+
+@triton.jit
+def _threshold(p_old, n_old, p_new, n_new, wanted, STEP: tl.constexpr):
+    """The `wanted` best of two runs of keys in the order of time, the most recent of equal ones: those above `low` and, of those that
+    equal it, all but the first `ties`."""
+    # At least `wanted` keys are not below `low`, fewer are not below `high`.
+    low, high = tl.cast(-(2**31), tl.int64), tl.cast(2**31, tl.int64)
+    found = n_old + n_new
+    while (found != wanted) & (high - low > 1):
+        a = low + tl.maximum((high - low) // 4, 1)
+        b = low + (high - low) // 2
+        c = low + (high - low) * 3 // 4
+        n_a, n_b, n_c = _count(p_old, n_old, p_new, n_new, a.to(tl.int32), b.to(tl.int32), c.to(tl.int32), STEP)
+        high = tl.where(n_a < wanted, a, tl.where(n_b < wanted, b, tl.where(n_c < wanted, c, high)))
+        low = tl.where(n_c >= wanted, c, tl.where(n_b >= wanted, b, tl.where(n_a >= wanted, a, low)))
+        found = tl.where(n_c >= wanted, n_c, tl.where(n_b >= wanted, n_b, tl.where(n_a >= wanted, n_a, found)))
+    return low.to(tl.int32), found - wanted
+
+
+@triton.jit
+def _count(p_old, n_old, p_new, n_new, a, b, c, STEP: tl.constexpr):
+    """How many of two runs of keys are at least a, b and c."""
+    n_a, n_b, n_c = tl.zeros([STEP], tl.int32), tl.zeros([STEP], tl.int32), tl.zeros([STEP], tl.int32)
+    for x in range(0, n_old, STEP):
+        o = x + tl.arange(0, STEP)
+        key = tl.load(p_old + o, mask=o < n_old, other=-(2**31))
+        n_a, n_b, n_c = n_a + (key >= a), n_b + (key >= b), n_c + (key >= c)
+    for x in range(0, n_new, STEP):
+        o = x + tl.arange(0, STEP)
+        key = tl.load(p_new + o, mask=o < n_new, other=-(2**31))
+        n_a, n_b, n_c = n_a + (key >= a), n_b + (key >= b), n_c + (key >= c)
+    return tl.sum(n_a, 0), tl.sum(n_b, 0), tl.sum(n_c, 0)
+
+
+@triton.jit
+def _drop_kernel(p_order, documents, old, p_ends, n, budget, heads, widening, ROWS: tl.constexpr):
+    """Go through the rows of a block: each drops the worst key it has, the oldest of equal ones."""
+    i_r, p = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS
+    r = tl.arange(0, ROWS)
+    slot = p + r
+    start, stop = _document(documents, n, i_r // heads, slot, slot < n)
+    full = (slot < n) & (slot - start >= budget)
+    if tl.max(full.to(tl.int32), 0) == 0:
+        return
+    o_p = i_r * n + p
+    n_old = tl.load(old.count + o_p)
+    key = tl.load(p_order + o_p + r, mask=slot < n, other=_GONE)
+    old_key = tl.load(old.order + o_p + r, mask=r < n_old, other=_GONE)
+    # Keys are named by their order in time: the old ones, then those of the block.
+    dropped = tl.full([ROWS], -1, tl.int32)
+    for x in range(0, ROWS):
+        i_start, _ = _document(documents, n, i_r // heads, tl.minimum(p + x, n - 1), True)
+        # Rows above it and its own document only.
+        here = tl.where((r <= x) & (slot >= i_start), key, _GONE)
+        before = old_key
+        if documents.start is not None:
+            before = tl.where(i_start < p, old_key, _GONE)
+        worst = tl.min(tl.minimum(here, before), 0)
+        name = tl.minimum(tl.where(before == worst, r, 2 * ROWS), tl.where(here == worst, ROWS + r, 2 * ROWS))
+        gone = tl.where((p + x < n) & (p + x - i_start >= budget), tl.min(name, 0), -1)
+        old_key = tl.where(r == gone, _GONE, old_key)
+        key = tl.where(ROWS + r == gone, _GONE, key)
+        dropped = tl.where(r == x, gone, dropped)
+    was_old = (dropped >= 0) & (dropped < ROWS)
+    index = tl.load(old.index + o_p + dropped, mask=was_old, other=0)
+    index = tl.where(was_old, index, p + dropped - ROWS)
+    end = tl.maximum(slot, index + widening.window) if widening.union else slot + widening.window
+    end = tl.where(index - start < widening.sinks, stop, tl.minimum(end, stop))
+    tl.store(p_ends + i_r * n + index, end, mask=dropped >= 0)

@@ -1,0 +1,160 @@
+"""DMA's kernels in Triton's interpreter against plain torch; how many launches a call takes; and that they compile for a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnsieve import Spans
+from attnsieve.nn import dynamic_mask_attention
+from attnsieve.nn.scores import key_scores
+from attnsieve.nn.segments import Segments
+from attnsieve.nn.selection import SelectionRule
+from attnsieve.nn.selection_oracle import heap_ends
+from attnsieve.testing import relative_error
+from tests.gpu_compiler import compiled
+from tests.interpreter import needs_interpreter
+
+
+def scores(kind: str, n: int) -> torch.Tensor:
+    if kind == "ties":
+        values = torch.tensor([-torch.inf, -1.0, -0.0, 0.0, 1.0, torch.inf])
+        return values[torch.randint(6, (1, 2, n))]
+    if kind == "equal":
+        return torch.zeros(1, 2, n)
+    rising = torch.arange(n).float().expand(1, 2, n)
+    return {"rising": rising, "falling": -rising, "random": torch.randn(1, 2, n)}[kind]
+
+
+def fused(sigma: torch.Tensor, rule: SelectionRule, segments: Segments | None = None) -> torch.Tensor:
+    from attnsieve.nn.selection_triton import ends
+
+    start, stop = (None, None) if segments is None else (segments.start, segments.stop)
+    return ends(sigma, start, stop, rule.keep_window_size, rule.window, rule.sinks, rule.union)
+
+
+@pytest.fixture
+def _short_blocks(monkeypatch):
+    from attnsieve.nn import selection_triton
+
+    monkeypatch.setattr(selection_triton, "ROWS", 8)
+    monkeypatch.setattr(selection_triton, "LEVEL", 40)
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("_short_blocks")
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "rising", "falling"])
+@pytest.mark.parametrize(("n", "budget"), [(1, 1), (7, 9), (40, 1), (41, 6), (67, 20), (67, 66)])
+def test_ends_equal_those_of_the_heap(n, budget, kind):
+    sigma = scores(kind, n)
+    ends = fused(sigma, SelectionRule(budget))
+    assert torch.equal(ends[0], torch.stack([heap_ends(row, budget) for row in sigma[0]]))
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("_short_blocks")
+@pytest.mark.parametrize("union", [False, True])
+@pytest.mark.parametrize(
+    "documents", [[(0, 75)], [(0, 30), (30, 75)], [(3, 20), (21, 24), (24, 70)], [(11, 12), (70, 75)]], ids=str
+)
+def test_documents_windows_and_sinks_equal_the_plain_ones(documents, union):
+    sigma = scores("ties", 75).unflatten(1, (2, 1))[0]
+    rows = [(1, start, stop - start, start, stop - start) for start, stop in documents]
+    segments = Segments.of_spans(Spans.of([(0, 0, 30, 0, 30), *rows]), 2, 75)
+    rule = SelectionRule(6, window=5, sinks=2, union=union)
+    sigma[..., ::9] = torch.nan
+    assert torch.equal(fused(sigma, rule, segments), rule.ends(sigma, segments, check_nan=False))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("exponential", [False, True])
+@pytest.mark.parametrize(("dtype", "heads", "width", "bias"), [(torch.float32, 3, 20, True), (torch.bfloat16, 2, 16, False)])
+def test_scores_and_their_gradients_equal_float64(dtype, heads, width, bias, exponential):
+    from attnsieve.nn.scores_triton import FusedScores
+
+    v = torch.randn(2, 70, heads, width).to(dtype).transpose(1, 2)
+    given = [
+        v,
+        torch.randn(heads, heads * width) * 0.2,
+        torch.randn(heads) if bias else None,
+        torch.tensor([0.6, -0.4, 0.0])[:heads],
+    ]
+    results, probe = [], torch.randn(2, heads, 70)
+    for kind in (None, torch.float64):
+        inputs = [x if x is None else x.detach().to(kind or x.dtype).requires_grad_() for x in given]
+        delta, sigma = FusedScores.apply(*inputs, exponential) if kind is None else key_scores(*inputs, exponential=exponential)
+        leaves = [x for x in inputs if x is not None]
+        results.append((delta, sigma, *torch.autograd.grad((delta * probe).sum(), leaves)))
+    for place, (ours, exact) in enumerate(zip(*results, strict=True)):
+        assert relative_error(ours, exact) < (1e-2 if place == 2 and dtype == torch.bfloat16 else 1e-5)
+
+
+class Launches(TorchDispatchMode):
+    """Torch operations that launch something, and kernels, in their order; none of either runs on a GPU."""
+
+    def __init__(self, monkeypatch) -> None:
+        super().__init__()
+        from triton.runtime.interpreter import InterpretedFunction
+
+        self.names: list[str] = []
+        monkeypatch.setattr(InterpretedFunction, "run", lambda kernel, *_, **__: self.names.append(kernel.fn.__name__))
+        # Tensors without memory stand for those of a GPU.
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if not function.is_view and not name.startswith(("aten.empty", "aten.new_empty", "aten.detach")):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def launches(monkeypatch, grad: bool = False, segments: Segments | None = None, **rule) -> tuple[list[str], list[str]]:
+    """Of the forward pass at 32K tokens, and of the backward pass."""
+    make = lambda *shape, dtype=torch.float16: torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)  # noqa: E731
+    q, k, v = make(1, 8, 32768, 64), make(1, 2, 32768, 64), make(1, 2, 32768, 64)
+    weight, a = make(2, 128, dtype=torch.float32), make(2, dtype=torch.float32)
+    with monkeypatch.context() as patch, Launches(patch) as counted:
+        out = dynamic_mask_attention(q, k, v, dt_weight=weight, A=a, spans=segments, backend="triton", **rule)
+        forward, counted.names = counted.names, []
+        if grad:
+            torch.autograd.grad(out, [q, k, v, weight, a], torch.empty_like(out))
+    return forward, counted.names
+
+
+@needs_interpreter
+@pytest.mark.parametrize("rule", [{"keep_window_size": 1024}, {"keep_window_size": 1024, "window": 64, "sinks": 4}], ids=str)
+def test_the_host_queues_few_launches_before_attention(monkeypatch, rule):
+    forward, _ = launches(monkeypatch, **rule)
+    assert forward[-1] == "forward_kernel"
+    assert len(forward) <= 12, forward
+
+
+@needs_interpreter
+def test_training_takes_few_launches(monkeypatch):
+    forward, backward = launches(monkeypatch, grad=True, keep_window_size=2048)
+    assert len(forward) <= 12, forward
+    assert len(backward) <= 17, backward
+
+
+PROGRAM = """
+import torch
+from attnsieve.nn.scores_triton import FusedScores
+from attnsieve.nn.selection_triton import ends
+
+start = torch.zeros(1, 8192, dtype=torch.int32)
+for documents in ((None, None), (start, start)):
+    ends(torch.zeros(1, 2, 8192), *documents, 256, 16, 2, True)
+for dtype in (torch.float32, torch.bfloat16):
+    v, weight, a = (torch.zeros(size, requires_grad=True) for size in ((1, 2, 300, 64), (2, 128), (2,)))
+    delta, _ = FusedScores.apply(v.to(dtype), weight, a, a, True)
+    delta.sum().backward()
+"""
+
+
+def test_kernels_compile_for_a_gpu():
+    pytest.importorskip("triton")
+    selection = {"_begin_kernel", "_descend_kernel", "_drop_kernel"}
+    assert set(compiled(PROGRAM)) == selection | {"_scores_kernel", "_gradients_kernel"}
