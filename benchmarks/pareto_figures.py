@@ -8,7 +8,7 @@ OUT-plans.jsonl, draws OUT-MODEL-METRIC.png (into --figures, if given), and writ
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby, product
@@ -55,13 +55,14 @@ def main() -> None:
     rows = joined(arguments.source, arguments.out) if arguments.source.is_dir() else read_rows(arguments.source)
     if arguments.join_only:
         return
-    figures = arguments.figures or arguments.out.parent
+    figures, usual = arguments.figures or arguments.out.parent, main_dtype(rows)
+    rows, others = [row for row in rows if row.dtype == usual], [row for row in rows if row.dtype != usual]
     for model, metric in product(sorted({row.model for row in rows}), METRICS):
-        own = [row for row in rows if row.model == model and row.dtype == main_dtype(rows) and row.task in DRAWN]
+        own = [row for row in rows if row.model == model and row.task in DRAWN]
         for shown, mark in ((SHOWN, ""), (SHOWN_PROMPT, "-prompt")):
             if any(family(row.plan) in shown for row in own):
                 print(save(curves(own, shown, metric), figures / f"{arguments.out.name}-{model}-{metric}{mark}.png"))
-    text = "\n\n".join([targets(rows), caches(rows), table(rows)])
+    text = "\n\n".join([targets(rows), caches(rows), table(rows), *(other_dtype(others, dtype) for dtype in dtypes(others))])
     arguments.out.with_name(f"{arguments.out.name}.md").write_text(text + "\n", encoding="utf-8")
     print(targets(rows))
 
@@ -100,8 +101,17 @@ def curves(rows: Sequence[Row], shown: Sequence[str], metric: str) -> Any:
 
 
 def main_dtype(rows: Sequence[Row]) -> str:
-    """The dtype of sparse runs; dense ones in others are there for comparison."""
-    return max((row.dtype for row in rows if row.plan != "dense"), default=rows[0].dtype)
+    """That of most rows; others are there for comparison."""
+    return Counter(row.dtype for row in rows).most_common(1)[0][0]
+
+
+def dtypes(rows: Sequence[Row]) -> list[str]:
+    """Those with sparse runs."""
+    return sorted({row.dtype for row in rows if row.plan != "dense"})
+
+
+def other_dtype(rows: Sequence[Row], dtype: str) -> str:
+    return f"{dtype}:\n\n{table([row for row in rows if row.dtype == dtype])}"
 
 
 def runs_of(rows: Sequence[Row]) -> dict[tuple[str, str, int], list[dict[str, Row]]]:
