@@ -8,7 +8,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from attnsieve import UserError
-from attnsieve.evaluation.scoring import _batches, fork, generate, log_probs_at, score_answers, score_documents, spread
+from attnsieve.evaluation.scoring import _batches, fork, generate, log_probs_at, score_documents, spread
 from attnsieve.evaluation.tokens import Budget, as_chat, cut_middle, encode, shared_length, split_answer
 from tests.evaluation_tiny import model, tokenizer
 
@@ -78,6 +78,11 @@ def test_chat_and_cutting():
     tokens = tokenizer(bos=True)
     assert cut_middle(tokens, "0123456789", 11) == "0123456789"
     assert cut_middle(tokens, "0123456789", 7) == "01789"
+
+
+def score_answers(network, tokens, questions):
+    (scores,) = score_documents(network, tokens, [questions])
+    return scores
 
 
 @pytest.mark.parametrize("asked", [1, 4])

@@ -37,11 +37,6 @@ class AnswerScore:
     logits: Tensor | None = None
 
 
-def score_answers(model: Any, tokenizer: Any, questions: Sequence[Question]) -> list[AnswerScore]:
-    """Teacher-forced scores of (prompt, answer) pairs about one document; see `score_documents`."""
-    return next(score_documents(model, tokenizer, [questions]))
-
-
 @torch.inference_mode()
 def score_documents(model: Any, tokenizer: Any, documents: Iterable[Sequence[Question]]) -> Iterator[list[AnswerScore]]:
     """Teacher-forced scores of the (prompt, answer) pairs of every document, in order.
