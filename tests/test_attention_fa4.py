@@ -160,11 +160,11 @@ def test_tiles_are_counted_as_they_are_listed(n):
 
 @needs_interpreter
 def test_keys_are_copied_in_front():
-    from attnsieve.backends.fa4.copies import with_keys_in_front
+    from attnsieve.backends.fa4.copies import KeysInFront
 
     x = torch.randn(2, 70, 3, 24, dtype=torch.float64).transpose(1, 2)
     index = torch.randint(0, 90, (3, 40), dtype=torch.int32)
-    got = with_keys_in_front(x, index)
+    got = KeysInFront(x.shape, index)(x)
     assert torch.equal(got[:, :, 40:], x)
     for head in range(3):
         assert torch.equal(got[:, head, :40], x[:, head, index[head].clamp_max(69).long()])
@@ -172,8 +172,9 @@ def test_keys_are_copied_in_front():
 
 def test_the_copy_compiles_for_a_gpu():
     pytest.importorskip("triton")
-    copy = "from attnsieve.backends.fa4.copies import with_keys_in_front as copy"
-    call = "copy(torch.zeros(1, 2, 300, 80, dtype=torch.bfloat16), torch.zeros(2, 128, dtype=torch.int32))"
+    copy = "from attnsieve.backends.fa4.copies import KeysInFront"
+    x = "torch.zeros(1, 2, 300, 80, dtype=torch.bfloat16)"
+    call = f"KeysInFront((1, 2, 300, 80), torch.zeros(2, 128, dtype=torch.int32))({x})"
     assert compiled(f"import torch\n{copy}\n{call}") == ["_copy_kernel"]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from attnsieve.backends import cost, graph, kinds
 from attnsieve.backends.call import DECODE_QUERIES, Call
 from attnsieve.backends.kinds import Known
-from attnsieve.device import on_device_of
+from attnsieve.device import captured, on_device_of
 from attnsieve.errors import UserError, require
 from attnsieve.layout import Layout
 from attnsieve.spans import Spans
@@ -78,7 +78,7 @@ def compute(
     kind = kinds.kind_of(q, k, v, layout, spans, scale, backend) if key_bias is None else None
     known = None if kind is None else kinds.known(layout, kind)
     if known is None or known.again is None:
-        call = _call(q, k, v, layout, spans, scale, key_bias)
+        call = _call(q, k, v, layout, known.spans if known is not None and spans is None else spans, scale, key_bias)
         known = _decide(backend, call, kind) if known is None else known
         if known.again is None:
             return known.backend, *_run(known.backend, call)
@@ -91,8 +91,10 @@ def _decide(backend: str, call: Call, kind: Hashable | None) -> Known:
     name = _choose(backend, call)
     make_again = getattr(_module(name), "again", None)
     if kind is None or (make_again is None and call.q.shape[2] <= DECODE_QUERIES):
-        return Known(name, None)
-    decided = Known(name, None if make_again is None else make_again(call))
+        return Known(name)
+    decided = (
+        Known(name, spans=None if captured(call.q) else call.spans) if make_again is None else Known(name, make_again(call))
+    )
     kinds.remember(call.layout, kind, decided)
     return decided
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from attnsieve import Spans, attend, compile_layout
-from attnsieve.backends.fa4.copies import with_keys_in_front
+from attnsieve.backends.fa4.copies import KeysInFront
 from attnsieve.bench.masks import selected
 from attnsieve.layout import Layout
 from attnsieve.patterns import (
@@ -93,7 +93,7 @@ def step(row: list[Pattern]) -> None:
 def copied() -> None:
     """Columns in front of K, some of positions that are still to come."""
     k = torch.randn(2, N, 3, 40, device=DEVICE, dtype=DTYPE).transpose(1, 2)
-    with_keys_in_front(k, torch.randint(N + 50, (3, 128), dtype=torch.int32, device=DEVICE))
+    KeysInFront(k.shape, torch.randint(N + 50, (3, 128), dtype=torch.int32, device=DEVICE))(k)
 
 
 def main() -> None:

@@ -102,12 +102,12 @@ def test_fa4_moves_columns_of_narrow_heads(width, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [64, 80, 128])
 def test_keys_are_copied_in_front(width, dtype):
-    from attnsieve.backends.fa4.copies import with_keys_in_front
+    from attnsieve.backends.fa4.copies import KeysInFront
 
     x = torch.randn(2, 517, 3, width, device="cuda", dtype=dtype).transpose(1, 2)
     index = torch.randint(0, 600, (3, 256), dtype=torch.int32, device="cuda")
     listed = index.clamp_max(516).long()[None, :, :, None].expand(2, -1, -1, width)
-    assert torch.equal(with_keys_in_front(x, index), torch.cat([x.gather(2, listed), x], dim=2))
+    assert torch.equal(KeysInFront(x.shape, index)(x), torch.cat([x.gather(2, listed), x], dim=2))
 
 
 @needs_fa4

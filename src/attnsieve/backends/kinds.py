@@ -23,10 +23,12 @@ _MOST_KINDS = 64
 
 
 class Known(NamedTuple):
-    """Who computes calls of a kind, and how it repeats them; without `again`, as any other call."""
+    """Who computes calls of a kind, and how it repeats them. Without `again`, as any other call; those that come without spans then
+    have these, whose making takes four launches."""
 
     backend: str
-    again: Again | None
+    again: Again | None = None
+    spans: Spans | None = None
 
 
 def kind_of(

@@ -8,6 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnsieve.backends.triton.common import rows_of
+from attnsieve.backends.triton.launch import Launch
+
 _STEP = 64
 
 
@@ -16,9 +19,6 @@ def _copy_kernel(
     source,
     target,
     index,
-    s_batch,
-    s_head,
-    s_token,
     heads,
     front,
     tokens,
@@ -35,18 +35,26 @@ def _copy_kernel(
     token = tl.where(slot < front, tl.minimum(listed, tokens - 1), slot - front).to(tl.int64)
     o_d = tl.arange(0, DP)
     mask = ok[:, None] & (o_d < D)[None, :]
-    p_source = source + i_row // heads * s_batch + i_row % heads * s_head
-    value = tl.load(p_source + token[:, None] * s_token + o_d[None, :], mask=mask)
+    p_source = source.p + i_row // heads * source.s_batch + i_row % heads * source.s_head
+    value = tl.load(p_source + token[:, None] * source.s_row + o_d[None, :], mask=mask)
     p_target = target + (i_row * (front + tokens) + slot)[:, None] * D + o_d[None, :]
     tl.store(p_target, value, mask=mask)
 
 
-def with_keys_in_front(x: Tensor, index: Tensor) -> Tensor:
-    """[B, H, F + T, D] of x [B, H, T, D] and index int32 [H, F] of its keys; numbers from T on stand for keys of any value."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    (batch, heads, tokens, width), front = x.shape, index.shape[1]
-    out = torch.empty(batch, heads, front + tokens, width, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(front + tokens, _STEP), batch * heads)
-    widths = {"D": width, "DP": int(triton.next_power_of_2(width)), "STEP": _STEP}
-    _copy_kernel[grid](x, out, index, x.stride(0), x.stride(1), x.stride(2), heads, front, tokens, **widths, num_warps=4)
-    return out
+class KeysInFront:
+    """Copies x [B, H, T, D] of this shape, with the keys that `index` int32 [H, F] numbers in front; numbers from T on stand for
+    keys of any value."""
+
+    def __init__(self, shape: torch.Size, index: Tensor) -> None:
+        batch, heads, tokens, width = shape
+        front = index.shape[1]
+        self._shape, self._index = (batch, heads, front + tokens, width), index
+        grid = (triton.cdiv(front + tokens, _STEP), batch * heads, 1)
+        widths = {"D": width, "DP": int(triton.next_power_of_2(width)), "STEP": _STEP}
+        self._launch = Launch(_copy_kernel, grid, heads, front, tokens, **widths, num_warps=4)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, H, F + T, D]."""
+        out = x.new_empty(self._shape)
+        self._launch(rows_of(x), out, self._index)
+        return out

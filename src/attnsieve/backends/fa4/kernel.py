@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from attnsieve.backends.facts import facts
 from attnsieve.device import captured
 from attnsieve.layout import Layout
 
+T = TypeVar("T")
+
 
 def attend(call: Call) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, D], LSE [B, Hq, Tq]."""
@@ -26,7 +28,7 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     if known.window is not None:
         return _forward(call, window_size_left=known.window - 1, window_size_right=0)
     mask = built(call)
-    lists = _lists(call, mask)
+    lists = _of_last_shape(call, "lists", lambda: _cut(call, mask))
     if mask.keep is None:
         return _forward(call, causal=True, block_sparse_tensors=lists, pack_gqa=False)
     rest = {"mask_mod": _predicate(mask.keep), "aux_tensors": mask.vectors, "block_sparse_tensors": lists, "pack_gqa": False}
@@ -52,13 +54,13 @@ def _forward(call: Call, **mask: Any) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2), lse
 
 
-def _lists(call: Call, mask: TileMask) -> Any:
-    """The lists of the call's query tiles. Cutting them out is four launches: those of the last shape are kept, which may be large."""
-    last: dict[tuple[int, int], Any] = call.layout.schedule(("fa4 cut", call.q.shape[1], call.k.shape[1]), dict)
-    shape = (call.q.shape[2], call.k.shape[2])
+def _of_last_shape(call: Call, name: str, make: Callable[[], T]) -> T:
+    """What `make` returned for the last call, if that had this shape: things that take launches or are large."""
+    last: dict[Any, T] = call.layout.schedule(("fa4", name, call.q.shape[1], call.k.shape[1]), dict)
+    shape = (call.q.shape, call.k.shape, call.v.shape, call.q.dtype)
     found = last.get(shape)
     if found is None:
-        found = _cut(call, mask)
+        found = make()
         if not captured(call.q):
             last.clear()
             last[shape] = found
@@ -66,6 +68,7 @@ def _lists(call: Call, mask: TileMask) -> Any:
 
 
 def _cut(call: Call, mask: TileMask) -> Any:
+    """The lists of the call's query tiles."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     first, stop = (call.k.shape[2] - call.q.shape[2]) // TILE, -(-call.k.shape[2] // TILE)
@@ -82,9 +85,10 @@ def _predicate(name: str) -> Callable[..., Any]:
 
 
 def _with_columns(call: Call, index: Tensor) -> Call:
-    from attnsieve.backends.fa4.copies import with_keys_in_front
+    from attnsieve.backends.fa4.copies import KeysInFront
 
-    return replace(call, k=with_keys_in_front(call.k.detach(), index), v=with_keys_in_front(call.v.detach(), index))
+    of_k, of_v = _of_last_shape(call, "copies", lambda: [KeysInFront(x.shape, index) for x in (call.k, call.v)])
+    return replace(call, k=of_k(call.k), v=of_v(call.v))
 
 
 def built(call: Call) -> TileMask:
