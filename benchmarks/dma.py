@@ -1,11 +1,12 @@
 """DMA on a GPU, selection included: forward, forward and backward, and decode, beside dense attention and sliding windows.
 
-    python benchmarks/dma.py forward backward decode windows --seconds 90 --out benchmarks/results/dma.jsonl
+    python benchmarks/dma.py forward backward decode windows windows-backward --seconds 90 --out benchmarks/results/dma.jsonl
 
 forward, backward: `dynamic_mask_attention` from q, k, v to the output (and to the gradients of q, k, v, dt_weight and A): scores,
-selection, tile lists and attention. decode: a step with the bounded cache after n tokens, as a CUDA graph. windows: the same
-kernels on a sliding window of w keys, whose layout is given. Dense kernels are measured once for each length. Lines come in the
-order of what they tell; after --seconds no further one is started; lines that the file holds already are not repeated.
+selection, tile lists and attention. decode: a step with the bounded cache after n tokens, as a CUDA graph. windows,
+windows-backward: a sliding window of w keys by our kernels, FlashAttention 4 (its window_size) and FlexAttention, lists built
+before. Dense kernels are measured once for each length. Lines come in the order of what they tell; after --seconds no further
+one is started; lines that the file holds already are not repeated.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,13 @@ import torch
 from experiment import RESULTS, Rows, draw, publish
 from torch import Tensor
 
+from attnsieve.attention import attend
 from attnsieve.backends.call import Call
 from attnsieve.backends.cost import device_name
 from attnsieve.bench import kernels
-from attnsieve.bench.check import check_rows
+from attnsieve.bench.case import Case
+from attnsieve.bench.check import Verdict, check_rows
+from attnsieve.bench.flex import compiled
 from attnsieve.bench.rows import Row, write
 from attnsieve.bench.shapes import SHAPES, Shape, shape_of
 from attnsieve.bench.suite import Skipped, Suite
@@ -41,6 +46,15 @@ BUDGETS = {
     "backward": (2048, 1024, 512),
     "decode": (2048, 1024, 512),
     "windows": (1024, 2048, 512),
+    "windows-backward": (2048, 1024, 512),
+}
+# What a row of a suite is called.
+OPS = {
+    "forward": "prefill",
+    "backward": "forward_backward",
+    "decode": "decode",
+    "windows": "prefill",
+    "windows-backward": "forward_backward",
 }
 DECODE_LENGTHS = (4096, 1048576, 131072, 32768, 262144)
 FILL = 16384  # tokens that fill a cache at once
@@ -106,7 +120,7 @@ class Bench:
         yield from self.dense("prefill", n)
         inputs = Inputs.random(self.shape, n, self.dtype, self.device)
         verdict = check_rows(inputs.call(budget), inputs.attend(budget), None)
-        yield self._row("prefill", n, n, budget, lambda: inputs.attend(budget), verdict.error, verdict.budget)
+        yield self._row("prefill", n, budget, lambda: inputs.attend(budget), verdict)
 
     def backward(self, n: int, budget: int) -> Iterator[Row]:
         """The kernels' gradients were checked with op forward_backward of the suite, the module's by tests/gpu."""
@@ -115,7 +129,7 @@ class Bench:
         d_out = torch.randn_like(inputs.q)
         run = lambda: torch.autograd.grad(inputs.attend(budget), inputs.leaves(), d_out)  # noqa: E731
         verdict = check_rows(inputs.call(budget), inputs.attend(budget).detach(), None)
-        yield self._row("forward_backward", n, n, budget, run, verdict.error, verdict.budget)
+        yield self._row("forward_backward", n, budget, run, verdict)
 
     def decode(self, n: int, budget: int) -> Iterator[Row]:
         yield from self.dense("decode", n)
@@ -125,27 +139,39 @@ class Bench:
             cache.attend(part.q, part.k, part.v, *key_scores(part.v, part.weight, None, part.a))
         scores = key_scores(step.v, step.weight, None, step.a)
         run = recorded(lambda: cache.attend(step.q, step.k, step.v, *scores), self.device)
-        yield replace(self._row("decode", 1, n, budget, run, None, None), peak_bytes=cache.nbytes)
+        yield replace(self._row("decode", n, budget, run, None), peak_bytes=cache.nbytes)
 
-    def windows(self, n: int, budget: int) -> Iterator[Row]:
-        masks = [f"window({budget})"]
-        suite = Suite("prefill", masks, [self.shape], [n], self.by, [], self.dtype, self.device, 1, self.budget_ms)
-        yield from self.dense("prefill", n)
-        for row in suite.rows():
-            if isinstance(row, Skipped):
-                print(row)
-            else:
-                dense = self._dense["prefill", n]
-                yield replace(row, baseline=dense and dense.name, baseline_ms_p50=dense and dense.ms)
+    def windows(self, n: int, budget: int, op: str) -> Iterator[Row]:
+        """Outputs are checked on sampled rows; of gradients those of ours, by op forward_backward of the suite."""
+        yield from self.dense(op, n)
+        call = Case.of(f"window({budget})+", n, self.shape, self.dtype, self.device).call()
+        leaves = [call.q, call.k, call.v]
+        d_out = torch.randn_like(call.q)
+        for name in self.by:
+            attended = partial(window_kernels(budget)[name], call)
+            try:
+                verdict = check_rows(call, attended(), None)
+                run = attended
+                if op == "forward_backward":
+                    for leaf in leaves:
+                        leaf.requires_grad_()
+                    run = lambda attended=attended: torch.autograd.grad(attended(), leaves, d_out)  # noqa: E731
+                row = self._row(op, n, budget, run, verdict)
+            except Exception as error:  # others' kernels fail in their own ways, and then the rest is still measured
+                print(f"skipped {name} window({budget}) at {n}: {error}")
+                continue
+            finally:
+                for leaf in leaves:
+                    leaf.requires_grad_(False)
+            yield replace(row, backend=name, mask=f"window({budget})", includes_mask_building=False)
 
-    def _row(
-        self, op: str, q_len: int, n: int, budget: int, run: Callable[[], Any], error: float | None, allowed: float | None
-    ) -> Row:
+    def _row(self, op: str, n: int, budget: int, run: Callable[[], Any], verdict: Verdict | None) -> Row:
         gpu = torch.device(self.device).type == "cuda"
         torch.cuda.reset_peak_memory_stats() if gpu else None
         run()
         peak = torch.cuda.max_memory_allocated() if gpu else None
         times, dense = measure(run, self.budget_ms, device=self.device), self._dense[op, n]
+        q_len = 1 if op == "decode" else n
         kept, pairs = budget * n - budget * (budget - 1) / 2 if budget < n else n * (n + 1) / 2, n * (n + 1) / 2
         return Row(
             op=op,
@@ -165,12 +191,51 @@ class Bench:
             includes_mask_building=True,
             baseline=dense and dense.name,
             baseline_ms_p50=dense and dense.ms,
-            error=error,
-            error_budget=allowed,
+            error=verdict and verdict.error,
+            error_budget=verdict and verdict.budget,
             peak_bytes=peak,
             device=device_name(torch.device(self.device)),
             shape=self.shape.name,
         )
+
+
+def window_kernels(window: int) -> dict[str, Callable[[Call], Tensor]]:
+    """Differentiable attention to the newest `window` keys of a call, by name; the layout is that window."""
+
+    def ours(backend: str) -> Callable[[Call], Any]:
+        return lambda call: attend(call.q, call.k, call.v, call.layout, scale=call.scale, backend=backend)
+
+    def fa4(call: Call) -> Tensor:
+        from flash_attn.cute.interface import flash_attn_func
+
+        q, k, v = (tensor.transpose(1, 2) for tensor in (call.q, call.k, call.v))
+        out: Tensor = flash_attn_func(q, k, v, softmax_scale=call.scale, window_size=(window - 1, 0))[0]
+        return out.transpose(1, 2)
+
+    def flex(call: Call) -> Tensor:
+        mask = flex_window(call.k.shape[2], window, call.k.device)
+        out: Tensor = compiled()(call.q, call.k, call.v, block_mask=mask, scale=call.scale, enable_gqa=call.group > 1)
+        return out
+
+    return {"triton": ours("triton"), "auto": ours("auto"), "fa4": fa4, "flex": flex}
+
+
+@lru_cache(maxsize=1)
+def flex_window(n: int, window: int, device: torch.device) -> Any:
+    """A BlockMask, tile by tile: create_block_mask looks at n^2 pairs."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    tile = 128
+    index = torch.arange(-(-n // tile), device=device)
+    apart = (index[:, None] - index) * tile  # rows of a tile are so many keys behind those of another
+    seen, whole = (apart >= 0) & (apart - tile + 1 < window), (apart > 0) & (apart + tile - 1 < window)
+
+    def lists(kept: Tensor) -> tuple[Tensor, Tensor]:
+        order = kept.int().argsort(dim=1, descending=True, stable=True)
+        return kept.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+    rule = lambda b, h, i, j: (j <= i) & (i - j < window)  # noqa: E731
+    return BlockMask.from_kv_blocks(*lists(seen & ~whole), *lists(whole), tile, rule, seq_lengths=(n, n))
 
 
 def recorded(run: Callable[[], object], device: str) -> Callable[[], object]:
@@ -220,20 +285,23 @@ def report(path: Path, rows: list[dict[str, Any]]) -> None:
     publish(path, "DMA, selection included", header, body)
     panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for row in ordered:
-        name = row["mask"] if row["mask"].startswith(("dma", "window")) else row["backend"]
+        window = row["mask"].startswith("window")
+        name = (
+            f"{row['backend']}, {row['mask']}" if window else row["mask"] if row["mask"].startswith("dma") else row["backend"]
+        )
         panels.setdefault(row["op"], {}).setdefault(name, []).append((row["kv_len"], row["ms_p50"], 0.0))
     draw(path, panels, "tokens", "ms", log_y=True)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="+", choices=("forward", "backward", "decode", "windows"))
+    parser.add_argument("suites", nargs="+", choices=tuple(OPS))
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--budget-ms", type=float, default=100.0, help="how long one measurement is repeated")
     parser.add_argument("--lengths", default="", help="instead of all, as 4096,32768")
     parser.add_argument("--budgets", default="", help="w, instead of all")
     parser.add_argument("--baselines", default="cudnn,flash,fa4", help="those that are missing are skipped")
-    parser.add_argument("--windows-by", default="triton,fa4", help="backends of windows; flex-triton takes seconds to compile")
+    parser.add_argument("--windows-by", default="triton,fa4", help="kernels of windows; flex takes seconds to compile")
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS / "dma.jsonl")
@@ -244,19 +312,20 @@ def main() -> None:
     arguments, start = parse(), time.monotonic()
     bench, found = Bench(arguments), Rows(arguments.out)
     for suite, n, budget in lines(arguments):
-        mask = f"window({budget})" if suite == "windows" else f"dma-{budget}"
-        op = {"forward": "prefill", "backward": "forward_backward", "windows": "prefill"}.get(suite, suite)
-        if found.find({"op": op, "mask": mask, "kv_len": n, "shape": arguments.shape}):
+        window, op = suite.startswith("windows"), OPS[suite]
+        mask = f"window({budget})" if window else f"dma-{budget}"
+        key = {"op": op, "mask": mask, "kv_len": n, "shape": arguments.shape}
+        if all(found.find(key | ({"backend": name} if window else {})) for name in bench.by):
             continue
         if time.monotonic() - start > arguments.seconds:
             print(f"out of time, not measured: {suite} {n} {mask}")
             continue
         try:
-            for row in getattr(bench, suite)(n, budget):
+            for row in bench.windows(n, budget, op) if window else getattr(bench, suite)(n, budget):
                 print(f"[{time.monotonic() - start:5.1f} s] {row}", flush=True)
                 write([row], arguments.out)
-        except torch.OutOfMemoryError:
-            print(f"out of memory: {suite} {n} {mask}")
+        except Exception as error:  # one line must not cost the others
+            print(f"no row: {suite} {n} {mask}: {error!r}")
     found = Rows(arguments.out)
     if found.all:
         report(arguments.out, found.all)

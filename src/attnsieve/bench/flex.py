@@ -24,14 +24,15 @@ def attend(call: Call, kernel: str) -> Tensor:
     """
     mask = call.layout.schedule(("flex", call.q.shape[1]), lambda: _block_mask(call))
     options = {"BACKEND": kernel} if kernel == "FLASH" else {}
-    out: Tensor = _compiled()(
+    out: Tensor = compiled()(
         call.q, call.k, call.v, block_mask=mask, scale=call.scale, enable_gqa=call.group > 1, kernel_options=options
     )
     return out
 
 
 @cache
-def _compiled() -> Any:
+def compiled() -> Any:
+    """flex_attention, compiled anew for every shape and mask."""
     from torch.nn.attention.flex_attention import flex_attention
 
     # Beyond this limit compiled functions fall back to eager code, which ignores the lists: then rather fail.
