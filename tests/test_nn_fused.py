@@ -68,6 +68,17 @@ def test_documents_windows_and_sinks_equal_the_plain_ones(documents, union):
 
 
 @needs_interpreter
+def test_segments_of_spans_equal_the_plain_ones():
+    from attnsieve.nn.segments_triton import of_spans
+
+    rows = [(2, 0, 0, 290, 10), (0, 0, 0, 0, 7), (0, 0, 0, 7, 1), (0, 0, 0, 8, 0), *((1, 0, 0, 3 * x, 2) for x in range(1, 30))]
+    spans = Spans.of(rows)
+    plain = Segments.of_spans(spans, 4, 300)
+    for ours, expected in zip(of_spans(spans, 4, 300), (plain.start, plain.stop), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@needs_interpreter
 @pytest.mark.parametrize("exponential", [False, True])
 @pytest.mark.parametrize(("dtype", "heads", "width", "bias"), [(torch.float32, 3, 20, True), (torch.bfloat16, 2, 16, False)])
 def test_scores_and_their_gradients_equal_float64(dtype, heads, width, bias, exponential):
@@ -111,13 +122,14 @@ class Launches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def launches(monkeypatch, grad: bool = False, segments: Segments | None = None, **rule) -> tuple[list[str], list[str]]:
+def launches(monkeypatch, grad: bool = False, documents: int = 0, **rule) -> tuple[list[str], list[str]]:
     """Of the forward pass at 32K tokens, and of the backward pass."""
     make = lambda *shape, dtype=torch.float16: torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)  # noqa: E731
     q, k, v = make(1, 8, 32768, 64), make(1, 2, 32768, 64), make(1, 2, 32768, 64)
     weight, a = make(2, 128, dtype=torch.float32), make(2, dtype=torch.float32)
+    spans = Spans(*(torch.empty(5, documents, dtype=torch.int64, device="meta"))) if documents else None
     with monkeypatch.context() as patch, Launches(patch) as counted:
-        out = dynamic_mask_attention(q, k, v, dt_weight=weight, A=a, spans=segments, backend="triton", **rule)
+        out = dynamic_mask_attention(q, k, v, dt_weight=weight, A=a, spans=spans, backend="triton", **rule)
         forward, counted.names = counted.names, []
         if grad:
             torch.autograd.grad(out, [q, k, v, weight, a], torch.empty_like(out))
@@ -133,6 +145,12 @@ def test_the_host_queues_few_launches_before_attention(monkeypatch, rule):
 
 
 @needs_interpreter
+def test_documents_add_few(monkeypatch):
+    forward, _ = launches(monkeypatch, documents=3, keep_window_size=1024)
+    assert len(forward) <= 17, forward
+
+
+@needs_interpreter
 def test_training_takes_few_launches(monkeypatch):
     forward, backward = launches(monkeypatch, grad=True, keep_window_size=2048)
     assert len(forward) <= 12, forward
@@ -142,8 +160,11 @@ def test_training_takes_few_launches(monkeypatch):
 PROGRAM = """
 import torch
 from attnsieve.nn.scores_triton import FusedScores
+from attnsieve import Spans
+from attnsieve.nn.segments_triton import of_spans
 from attnsieve.nn.selection_triton import ends
 
+of_spans(Spans.packed([100, 200]), 1, 300)
 start = torch.zeros(1, 8192, dtype=torch.int32)
 for documents in ((None, None), (start, start)):
     ends(torch.zeros(1, 2, 8192), *documents, 256, 16, 2, True)
@@ -157,4 +178,4 @@ for dtype in (torch.float32, torch.bfloat16):
 def test_kernels_compile_for_a_gpu():
     pytest.importorskip("triton")
     selection = {"_begin_kernel", "_descend_kernel", "_drop_kernel"}
-    assert set(compiled(PROGRAM)) == selection | {"_scores_kernel", "_gradients_kernel"}
+    assert set(compiled(PROGRAM)) == selection | {"_segments_kernel", "_scores_kernel", "_gradients_kernel"}

@@ -49,7 +49,7 @@ def dynamic_mask_attention(
     rule = SelectionRule(keep_window_size, window, sinks, union)
     segments = _segments(spans, k.shape[0], q.shape[2], k.shape[2])
     if segments is not None:
-        q, k, v = blank(q, segments), blank(k, segments), blank(v, segments)
+        q, k, v = blank(segments, q, k, v)
     delta, sigma = key_scores(v, dt_weight, dt_bias, A, exponential=exponential)
     if cache is not None:
         require(cache.rule == rule, f"the cache was made for {cache.rule}, the layer asks for {rule}: start a new cache")
@@ -62,10 +62,10 @@ def dynamic_mask_attention(
     return out
 
 
-def blank(tensor: Tensor, segments: Segments) -> Tensor:
-    """[B, H, T, D] with zeros in the padding among its slots, the last T of the segments: 0 * NaN would spread."""
-    real = segments.real[:, -tensor.shape[2] :]
-    return tensor.masked_fill(~real[:, None, :, None], 0.0)
+def blank(segments: Segments, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """[B, H, T, D] each, with zeros in the padding among its slots, the last T of the segments: 0 * NaN would spread."""
+    padding = segments.padding[:, None, :, None]
+    return tuple(tensor.masked_fill(padding[:, :, -tensor.shape[2] :], 0.0) for tensor in tensors)
 
 
 def _segments(spans: Spans | Segments | None, batch: int, q_slots: int, k_slots: int) -> Segments | None:

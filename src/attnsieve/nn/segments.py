@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnsieve.device import on_device_of
 from attnsieve.errors import require
 from attnsieve.spans import Spans
 
@@ -31,6 +32,8 @@ class Segments:
     @classmethod
     def of_spans(cls, spans: Spans, batch: int, slots: int) -> Segments:
         """The key slots of `spans`, which must not overlap. Empty spans are ignored."""
+        if spans.batch.is_cuda and not torch.compiler.is_compiling():
+            return cls(*_fused(spans, batch, slots))
         spare = torch.where(spans.k_len > 0, spans.k_start, slots)
         after = torch.where(spans.k_len > 0, spans.k_start + spans.k_len, slots)
         depth = torch.zeros(batch, slots + 1, dtype=torch.int32, device=spans.batch.device)
@@ -69,3 +72,15 @@ class Segments:
     def real(self) -> Tensor:
         """bool [B, n]: slots that are no padding."""
         return self.stop > self.start
+
+    @property
+    def padding(self) -> Tensor:
+        """bool [B, n]: the other slots."""
+        return self.stop == self.start
+
+
+def _fused(spans: Spans, batch: int, slots: int) -> tuple[Tensor, Tensor]:
+    from attnsieve.nn.segments_triton import of_spans
+
+    with on_device_of(spans.batch):
+        return of_spans(spans, batch, slots)  # type: ignore[no-any-return]

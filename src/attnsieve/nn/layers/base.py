@@ -98,7 +98,7 @@ def causal_attention(
         stop = torch.full((1, slots), slots, dtype=torch.int32, device=q.device)
     else:
         stop = last_slots(segments, slots).stop
-        q, k, v = blank(q, segments), blank(k, segments), blank(v, segments)
+        q, k, v = blank(segments, q, k, v)
     if window is not None:
         index = torch.arange(slots, dtype=torch.int32, device=q.device)
         stop = torch.minimum(stop, index + window)
