@@ -28,6 +28,7 @@ from attnsieve.show import (
     mask_gallery,
     mass_grid,
     result_figure,
+    result_table,
     save,
     stability_figure,
     stability_text,
@@ -198,6 +199,16 @@ def test_the_usual_figures(tmp_path):
         "kinds.png",
     ]
     assert names(draw_results(tmp_path, result_rows()[:8])) == ["answer_nll.png", "exact_match.png"]
+
+
+def test_rows_of_several_models_and_many_tasks_are_drawn_apart(tmp_path):
+    rows = [{**row, "metric": "kl", "model": "one", "dtype": "float32"} for row in result_rows()[:4]]
+    many = [{**row, "task": f"task {n}"} for row in rows for n in range(25)]
+    drawn = [path.name for path in draw_results(tmp_path, [*many, *({**row, "model": "two"} for row in rows)])]
+    assert drawn == ["kl-one.png", "kl-one-2.png", "kl-two.png"]
+    text = result_table([*rows, *({**row, "dtype": "bfloat16"} for row in rows)])
+    assert text.count(" bfloat16 ") == text.count(" float32 ") == 4
+    assert " one " not in text
 
 
 def test_drawing_does_not_touch_pyplot():

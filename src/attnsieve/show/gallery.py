@@ -15,7 +15,7 @@ from attnsieve.show.heads import head_figure
 from attnsieve.show.kinds import kind_map
 from attnsieve.show.lengths import length_figure
 from attnsieve.show.masks import mask_gallery
-from attnsieve.show.results import Row, result_figure
+from attnsieve.show.results import Row, by_source, pages, result_figure
 from attnsieve.show.stability import stability_figure
 from attnsieve.show.views import head_view, spread_heads, typical_heads
 
@@ -48,9 +48,17 @@ def draw_all(
 
 
 def draw_results(folder: str | Path, rows: Sequence[Row]) -> list[Path]:
-    """One figure per metric of the rows, METRIC.png in `folder`; the paths that were written."""
-    metrics = sorted({str(row["metric"]) for row in rows})
-    return [save(result_figure(rows, metric), Path(folder) / f"{metric.replace(' ', '-')}.png") for metric in metrics]
+    """One figure per metric of the rows, METRIC.png in `folder`; the paths that were written.
+
+    Rows of several models or dtypes get figures of their own, with these in their names, and numbers where one has no room.
+    """
+    written = []
+    for source, own in by_source(rows).items():
+        for metric in sorted({str(row["metric"]) for row in own}):
+            for number, some in enumerate(pages([row for row in own if row["metric"] == metric]), 1):
+                name = " ".join([metric, source, *([str(number)] if number > 1 else [])]).split()
+                written.append(save(result_figure(some, metric), Path(folder) / f"{'-'.join(name)}.png"))
+    return written
 
 
 def draw_measurement(folder: str | Path, measurement: Measurement, plan: Plan | None = None) -> list[Path]:

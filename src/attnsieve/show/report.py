@@ -28,7 +28,7 @@ from attnsieve.patterns import Captured, Pattern
 from attnsieve.plan import Plan
 from attnsieve.profiling import Profile
 from attnsieve.show.kinds import KINDS, kind_of
-from attnsieve.show.results import Row
+from attnsieve.show.results import Row, told_apart
 from attnsieve.show.views import check_place, model_of, typical_heads
 
 # The page's code, in this order.
@@ -92,7 +92,7 @@ def report_data(
         "floor": FLOOR,
         "boxcox": _boxcox(plan),
         "maps": {},
-        "rows": [dict(row) for row in rows] if rows else None,
+        "rows": [dict(row) for row in told_apart(rows)] if rows else None,
         "first": "0:0",
         "provenance": {"plan": plan.provenance if plan else None, "profile": profile.provenance if profile else None},
     }

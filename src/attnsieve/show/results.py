@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
+# What rows may differ in besides what curves show.
+SOURCE = ("model", "dtype")
 # The plan's name in rows of dense attention.
 DENSE = "dense"
 METRIC_NAMES = {
@@ -52,7 +54,7 @@ def result_table(rows: Iterable[Row]) -> str:
             with_error(row.get("dense_value")),
             with_error(row.get("paired_difference"), row.get("paired_stderr"), sign=True),
         ]
-        for row in sorted(rows, key=lambda row: (task_name(row), row["length"], row["metric"]))
+        for row in sorted(told_apart(list(rows)), key=lambda row: (task_name(row), row["length"], row["metric"]))
     ]
     return markdown(header, cells, left=(0, 3, 4))
 
@@ -89,6 +91,41 @@ def result_figure(rows: Sequence[Row], metric: str) -> Figure:
         axes.set_xlabel("density, % of causal pairs kept", fontsize=9)
     _legend(figure, families, columns)
     return figure
+
+
+def told_apart(rows: Sequence[Row]) -> list[Row]:
+    """The rows; those of several models or dtypes with both in the names of their variants."""
+    differing = [field for field in SOURCE if len({row.get(field) for row in rows}) > 1]
+    return [row if not differing else {**row, "variant": _joined(row, "variant", *differing)} for row in rows]
+
+
+def by_source(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of one model in one dtype each, by names that say what differs: "" where there is one."""
+    differing = [field for field in SOURCE if len({row.get(field) for row in rows}) > 1]
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(_joined(row, *differing), []).append(row)
+    return found
+
+
+def pages(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows in the order of their tasks, in parts that have room in one figure."""
+    parts: list[list[Row]] = []
+    for task in sorted({task_name(row) for row in rows}):
+        own = [row for row in rows if task_name(row) == task]
+        if parts and _panels([*parts[-1], *own]) <= MOST_PANELS:
+            parts[-1] += own
+        else:
+            parts.append(own)
+    return parts
+
+
+def _panels(rows: Sequence[Row]) -> int:
+    return len({task_name(row) for row in rows}) * len({row["length"] for row in rows})
+
+
+def _joined(row: Row, *fields: str) -> str:
+    return " ".join(str(row[field]) for field in fields if row.get(field))
 
 
 def task_name(row: Row) -> str:
