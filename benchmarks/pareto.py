@@ -13,7 +13,7 @@ one of them. Rows are written as they come, and runs that a file there holds alr
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,10 +50,10 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=whole_numbers, default=[1024, 2048])
     parser.add_argument("--items", type=whole_numbers, default=[8], help="documents per task, for all lengths or for each")
     parser.add_argument("--tasks", type=names, default=list(MANY))
-    parser.add_argument("--only", type=names, default=[""], help="starts of plans' names; dense is always there")
-    parser.add_argument("--first", type=names, default=[""], help="starts of the names of plans to run before others")
+    parser.add_argument("--only", type=names, default=[""], help="plans' names, or starts of names; dense is always there")
+    parser.add_argument("--first", type=names, default=[""], help="names, or starts, of plans to run before others")
     parser.add_argument(
-        "--railed", type=names, default=[], help="starts of names of plans to run with all keys for rows that ask, too"
+        "--railed", type=names, default=[], help="names, or starts, of plans to run with all keys for rows that ask, too"
     )
     parser.add_argument("--groups", type=names, default=list(GROUPS))
     parser.add_argument("--longest", type=names, default=[], help="MODEL=LENGTH: leave out what is longer")
@@ -167,7 +167,7 @@ class Worker:
         """Run one of the plans at hand that nobody has run on this cell; whether there was one."""
         ready = tuple(group for group in self.arguments.groups if self.shelf.has(cell.length, group))
         plans = plans_at(self.shelf, cell.length, ready, tuple(self.arguments.railed))
-        wanted = [name for name in plans if name.startswith(tuple(self.arguments.only)) and name.startswith(tuple(starts))]
+        wanted = meant(meant(plans, self.arguments.only), starts)
         return any(self._try(cell, name, *plans[name]) for name in rotated(wanted, self.share))
 
     def _try(self, cell: Cell, name: str, plan: Plan, digest: str) -> bool:
@@ -207,14 +207,21 @@ def opened(name: str, dtype: str, device: str, rows: Path, progress: bool) -> tu
 
 @cache
 def plans_at(shelf: Shelf, length: int, groups: tuple[str, ...], rails: tuple[str, ...]) -> dict[str, tuple[Plan, str]]:
-    """The plans of groups that are made, those whose names start so also with rails, and their digests."""
+    """The plans of groups that are made, those that `rails` means also with rails, and their digests."""
     plans = {name: plan for group in groups for name, plan in shelf.get(length, group).items()}
     return {name: (plan, plan_digest(plan)) for name, plan in plans_with_rails(plans, rails).items()}
 
 
 def plans_with_rails(plans: dict[str, Plan], rails: tuple[str, ...]) -> dict[str, Plan]:
-    """`plans`, and those whose names start so with rails."""
-    return plans | railed({name: plan for name, plan in plans.items() if rails and name.startswith(rails)})
+    """`plans`, and those that `rails` means with rails."""
+    return plans | railed({name: plans[name] for name in meant(plans, rails)})
+
+
+def meant(names: Iterable[str], starts: Sequence[str]) -> list[str]:
+    """The names that stand among `starts`, and those that begin with one that is no name itself."""
+    names = list(names)
+    open_ends = tuple(start for start in starts if start not in names)
+    return [name for name in names if name in starts or name.startswith(open_ends)]
 
 
 def run_of(row: Row) -> tuple[Any, ...]:

@@ -35,7 +35,12 @@ def script(monkeypatch):
 def test_two_shards_make_plans_rows_and_figures(script, tmp_path, capsys):
     model, out = save_tiny_model(tmp_path / "tiny", positions=1024), tmp_path / "out"
     sizes = ["--lengths", 900, "--items", 2, "--tasks", "kv,passkey", "--calibration", 1, "--device", "cpu", "--out", out]
-    few = ["--groups", "fixed,budget-kv,profiled", "--only", "budget,streaming-llm-0.2,dam-paper,streaming-llm-prompt"]
+    few = [
+        "--groups",
+        "fixed,budget-kv,profiled",
+        "--only",
+        "budget,streaming-llm-0.2,streaming-llm-0.25,dam-paper,streaming-llm-prompt",
+    ]
     few += ["--railed", "streaming-llm-0.25"]
     script("pareto", model, *sizes, *few, "--shard", "0/2")
     rows = read_rows(out / "rows-0.jsonl")
@@ -84,6 +89,27 @@ def test_two_shards_make_plans_rows_and_figures(script, tmp_path, capsys):
     text = (tmp_path / "results" / "eval.md").read_text()
     # Of both tasks the best of ours and of the published ones stand above the table.
     assert text.count("| tiny ") == len(plans - {"dense"}) * 2 + 4
+
+
+def test_a_list_is_worked_through_in_order(script, tmp_path, capsys):
+    model, out = save_tiny_model(tmp_path / "tiny", positions=1024), tmp_path / "out"
+    size = f"{model} --lengths 900 --items 2 --calibration 1 --device cpu"
+    (tmp_path / "list").write_text(
+        f"# the first line\n{size} --tasks passkey --groups fixed \\\n  --only window-0.2\n\n"
+        f"{size} --tasks kv --groups fixed,chosen --only window-0.25,keys-0.9\n"
+        f"{size} --tasks passkey --groups fixed --only window-0.25\n"
+    )
+    script("worklist", tmp_path / "list", "--out", out, "--shard", "0/2")
+    found = [(row.task, row.plan) for row in read_rows(out / "rows-0.jsonl") if row.metric == "answer_nll"]
+    assert found == [
+        ("passkey", "dense"), ("passkey", "window-0.2"),
+        ("kv", "dense"), ("kv", "window-0.25"), ("kv", "keys-0.9"),
+        ("passkey", "window-0.25"),
+    ]  # fmt: skip
+    capsys.readouterr()
+    script("worklist", tmp_path / "list", "--out", out, "--shard", "1/2")
+    assert not (out / "rows-1.jsonl").exists()
+    assert capsys.readouterr().out.startswith("ended with")
 
 
 def test_nothing_begins_after_the_time(script, tmp_path):
