@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnsieve import Spans, UserError, attend, attention, compile_layout
-from attnsieve.backends import kinds
+from attnsieve.backends import kinds, whole
 from attnsieve.backends.call import Call
 from attnsieve.patterns import columns, diagonals, sink, window
 from attnsieve.testing import assert_within_budget
@@ -132,3 +133,16 @@ def test_nothing_outlives_its_layout(backend, q_len):
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_spans_of_whole_batches_are_made_once():
+    whole._known.clear()
+    q, k, _ = inputs()
+    assert whole.whole_spans(q, k) is whole.whole_spans(q.clone(), k)
+    assert whole.whole_spans(q, k[:, :, :30]).whole == (1, 40, 30)
+    for n in range(200):
+        assert whole.whole_spans(q, torch.empty(1, 2, n, 1)).k_len.tolist() == [n]
+    assert len(whole._known) <= whole._MOST
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        whole.whole_spans(q, k[:, :, :7])
+    assert whole.whole_spans(q, k[:, :, :7]).k_len.tolist() == [7]

@@ -41,8 +41,8 @@ def run(program: str) -> None:
 )
 def test_kernels_get_the_same_arguments(q_len, kernels, fresh):
     run(f"""
-again, inputs = repeated({q_len}), tensors({q_len})
-first, second, third = (launched(again, *inputs, None) for _ in range(3))
+again, inputs, whole = repeated({q_len}), tensors({q_len}), Spans.full(1, {q_len}, 256)
+first, second, third = (launched(again, *inputs, whole) for _ in range(3))
 assert [launch[:2] for launch in first[0]] == [("triton", name) for name in {kernels}]
 assert [launch[:2] for launch in third[0]] == [("code", name) for name in {kernels}]
 different = 0
@@ -58,28 +58,28 @@ assert 0 < different <= {fresh}
 def test_only_what_compiled_code_serves_is_launched_without_triton(q_len):
     run(f"""
 from triton import knobs
-again, (q, k, v) = repeated({q_len}), tensors({q_len})
+again, (q, k, v), whole = repeated({q_len}), tensors({q_len}), Spans.full(1, {q_len}, 256)
 ways = lambda *inputs: {{launch[0] for launch in launched(again, *inputs)[0]}}
 for _ in range(3):
-    ways(q, k, v, None)
+    ways(q, k, v, whole)
 longer = torch.zeros(1, 2, 272, 64, dtype=k.dtype)
-assert ways(q, longer[:, :, :256], longer[:, :, 16:], None) == {{"code"}}
-assert ways(*tensors({q_len}), None) == {{"code"}}
+assert ways(q, longer[:, :, :256], longer[:, :, 16:], whole) == {{"code"}}
+assert ways(*tensors({q_len}), whole) == {{"code"}}
 assert ways(q, k, v, Spans.full(1, {q_len}, 256)) == {{"code"}}
 # An address that is no multiple of 16, a stride that is none, strides beyond 32 bits.
 shifted = torch.zeros(k.numel() + 1, dtype=k.dtype)[1:].view(1, 2, 256, 64)
-assert "triton" in ways(q, shifted, v, None)
+assert "triton" in ways(q, shifted, v, whole)
 odd = torch.zeros(1, 2, 256, 65, dtype=k.dtype)[..., :64]
-assert "triton" in ways(q, odd, v, None)
+assert "triton" in ways(q, odd, v, whole)
 far = torch.zeros(64, dtype=k.dtype).as_strided(k.shape, (2**32, 0, 0, 1))
-assert "triton" in ways(q, far, v, None)
+assert "triton" in ways(q, far, v, whole)
 spans = Spans.of([(0, 0, {q_len}, 0, 256)])
 assert "triton" in ways(q, k, v, spans)
-assert ways(q, k, v, None) == {{"code"}}
+assert ways(q, k, v, whole) == {{"code"}}
 # Profilers listen to launches.
 listener = lambda *_: None
 knobs.runtime.launch_enter_hook.add(listener)
-assert ways(q, k, v, None) == {{"triton"}}
+assert ways(q, k, v, whole) == {{"triton"}}
 knobs.runtime.launch_enter_hook.remove(listener)
-assert ways(q, k, v, None) == {{"code"}}
+assert ways(q, k, v, whole) == {{"code"}}
 """)

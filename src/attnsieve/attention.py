@@ -12,7 +12,8 @@ from torch import Tensor
 from attnsieve.backends import cost, graph, kinds
 from attnsieve.backends.call import DECODE_QUERIES, Call
 from attnsieve.backends.kinds import Known
-from attnsieve.device import captured, on_device_of
+from attnsieve.backends.whole import whole_spans
+from attnsieve.device import on_device_of
 from attnsieve.errors import UserError, require
 from attnsieve.layout import Layout
 from attnsieve.spans import Spans
@@ -57,6 +58,7 @@ def attend(
     reason. Every backend computes exactly the kept pairs: "dense" serves layouts that keep all of them, no others.
     """
     if torch.compiler.is_compiling():
+        spans = Spans.full(q.shape[0], q.shape[2], k.shape[2], q.device) if spans is None else spans
         out, lse = _in_graph(backend, _call(q, k, v, layout, spans, scale, key_bias))
     else:
         _, out, lse = compute(q, k, v, layout, spans=spans, scale=scale, key_bias=key_bias, backend=backend)
@@ -76,9 +78,10 @@ def compute(
 ) -> tuple[str, Tensor, Tensor]:
     """`attend`, not recorded by torch.compile: the name of the backend that computed, output and LSE."""
     kind = kinds.kind_of(q, k, v, layout, spans, scale, backend) if key_bias is None else None
+    spans = whole_spans(q, k) if spans is None else spans
     known = None if kind is None else kinds.known(layout, kind)
     if known is None or known.again is None:
-        call = _call(q, k, v, layout, known.spans if known is not None and spans is None else spans, scale, key_bias)
+        call = _call(q, k, v, layout, spans, scale, key_bias)
         known = _decide(backend, call, kind) if known is None else known
         if known.again is None:
             return known.backend, *_run(known.backend, call)
@@ -91,18 +94,13 @@ def _decide(backend: str, call: Call, kind: Hashable | None) -> Known:
     name = _choose(backend, call)
     make_again = getattr(_module(name), "again", None)
     if kind is None or (make_again is None and call.q.shape[2] <= DECODE_QUERIES):
-        return Known(name)
-    decided = (
-        Known(name, spans=None if captured(call.q) else call.spans) if make_again is None else Known(name, make_again(call))
-    )
+        return Known(name, None)
+    decided = Known(name, None if make_again is None else make_again(call))
     kinds.remember(call.layout, kind, decided)
     return decided
 
 
-def _call(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, spans: Spans | None, scale: float | None, key_bias: Tensor | None
-) -> Call:
-    spans = Spans.full(q.shape[0], q.shape[2], k.shape[2], q.device) if spans is None else spans
+def _call(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spans: Spans, scale: float | None, key_bias: Tensor | None) -> Call:
     return Call(q, k, v, layout, spans, q.shape[-1] ** -0.5 if scale is None else scale, key_bias)
 
 

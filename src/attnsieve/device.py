@@ -20,3 +20,8 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 def captured(tensor: Tensor) -> bool:
     """Whether a graph records what is launched on the tensor's device: nothing is computed before the graph is replayed."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def stream_of(tensor: Tensor) -> int:
+    """The stream on which kernels for the tensor are launched, 0 on a CPU."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0

@@ -16,19 +16,17 @@ from attnsieve.backends.call import DECODE_QUERIES
 from attnsieve.layout import Layout
 from attnsieve.spans import Spans
 
-# q, k, v and the spans (None: every batch row is one sequence that fills all slots) -> output and LSE.
-Again = Callable[[Tensor, Tensor, Tensor, Spans | None], tuple[Tensor, Tensor]]
+# q, k, v and the spans -> output and LSE.
+Again = Callable[[Tensor, Tensor, Tensor, Spans], tuple[Tensor, Tensor]]
 # A text that grows by chunks, or prompts of all lengths, would be remembered for ever.
 _MOST_KINDS = 64
 
 
 class Known(NamedTuple):
-    """Who computes calls of a kind, and how it repeats them. Without `again`, as any other call; those that come without spans then
-    have these, whose making takes four launches."""
+    """Who computes calls of a kind, and how it repeats them; without `again`, as any other call."""
 
     backend: str
-    again: Again | None = None
-    spans: Spans | None = None
+    again: Again | None
 
 
 def kind_of(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime import driver
 
 from attnsieve.backends.call import DECODE_QUERIES, Call
 from attnsieve.backends.triton.common import Places, places_of
@@ -16,7 +14,6 @@ from attnsieve.backends.triton.decode import Decode, decode
 from attnsieve.backends.triton.forward import Prefill, forward
 from attnsieve.backends.triton.gradients import gradients
 from attnsieve.backends.triton.tuning import forward_tiles
-from attnsieve.device import captured
 from attnsieve.spans import Spans
 
 
@@ -38,24 +35,13 @@ class Repeated:
 
     def __init__(self, call: Call) -> None:
         self._run = Decode(call) if call.q.shape[2] <= DECODE_QUERIES else Prefill(call, forward_tiles(call))
-        self._known: tuple[Hashable, Places] | None = None
+        self._last: tuple[Spans, Places] | None = None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans | None) -> tuple[Tensor, Tensor]:
-        return self._run(q, k, v, None, self._places(q, k.shape[2], spans))
-
-    def _places(self, q: Tensor, keys: int, spans: Spans | None) -> Places:
-        """The places of `spans`; without, those of sequences that fill their batch rows, made once while the number of keys and the
-        stream are the same."""
-        made_for: Hashable = spans
-        if spans is None:
-            made_for = (keys, driver.active.get_current_stream(q.get_device()) if q.is_cuda else 0)
-        known = self._known
-        if known is not None and known[0] == made_for:
-            return known[1]
-        places = places_of(Spans.full(q.shape[0], q.shape[2], keys, q.device) if spans is None else spans)
-        if not captured(q):
-            self._known = made_for, places
-        return places
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
+        last = self._last
+        if last is None or last[0] is not spans:
+            self._last = last = (spans, places_of(spans))
+        return self._run(q, k, v, None, last[1])
 
 
 class _Attend(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,17 +36,17 @@ class Geometry:
     call: Call
     tiles: Tiles
 
-    @property
+    @cached_property
     def packed(self) -> int:
         """Query heads in a program, padded to a power of two."""
         shared = self.call.layout.heads == self.call.k.shape[1]
         return _power_of_2(self.call.group) if shared else 1
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return max(self.tiles.rows, self.packed)
 
-    @property
+    @cached_property
     def positions(self) -> int:
         """Positions of a query tile."""
         return self.rows // self.packed

@@ -1,0 +1,31 @@
+"""Spans of calls that come without any: every batch row is one sequence that fills all slots."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from attnsieve.device import captured, stream_of
+from attnsieve.spans import Spans
+
+# Making them is four launches. They are nobody else's, so that nothing is written to them.
+_known: dict[tuple[object, ...], Spans] = {}
+_MOST = 64
+
+
+def whole_spans(q: Tensor, k: Tensor) -> Spans:
+    """`Spans.full` of q [B, Hq, Tq, D] and k [B, Hkv, Tk, D], made once while the sizes and the stream are the same: other streams
+    would not wait for it."""
+    sizes = (q.shape[0], q.shape[2], k.shape[2])
+    if captured(q):
+        # A graph computes nothing before it is replayed, and is replayed when what is known here may be gone.
+        return Spans.full(*sizes, q.device)
+    key = (sizes, q.device, stream_of(q))
+    found = _known.get(key)
+    if found is None:
+        found = Spans.full(*sizes, q.device)
+        # Within torch's modes that pretend to compute, tensors of other types are made.
+        if type(found.batch) is Tensor:
+            if len(_known) >= _MOST:
+                _known.clear()
+            _known[key] = found
+    return found
