@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,6 +116,7 @@ class Launches(TorchDispatchMode):
         monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)

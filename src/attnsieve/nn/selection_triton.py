@@ -65,7 +65,7 @@ def ends(sigma: Tensor, start: Tensor | None, stop: Tensor | None, budget: int, 
     for block in _blocks(n):
         parent, old = old, Old(*(planes[:3] if old is None else planes[3:]))
         # The first level reads all keys; further ones few, which a warp counts without waiting for others.
-        step, warps = (2048, 8) if parent is None else (256, 1)
+        step, warps = (max(2048, triton.next_power_of_2(n >> 9)), 8) if parent is None else (256, 1)
         _descend_kernel[(triton.cdiv(n, block), batch * heads)](
             order, documents, parent, old, n, min(budget, n), heads, node, block, STEP=step, num_warps=warps
         )
@@ -157,9 +157,12 @@ def _descend_kernel(p_order, documents, parent, old, n, budget, heads, node, blo
 @triton.jit
 def _passes(key, ok, low, ties, seen):
     """Which keys are among those of `_threshold`; seen: keys before these that equal `low`."""
-    tie = (ok & (key == low)).to(tl.int32)
-    rank = seen + tl.cumsum(tie, 0)
-    return ok & ((key > low) | ((tie != 0) & (rank > ties))), seen + tl.sum(tie, 0)
+    keep = ok & (key >= low)
+    if ties > 0:
+        tie = (ok & (key == low)).to(tl.int32)
+        keep = keep & ((key > low) | (seen + tl.cumsum(tie, 0) > ties))
+        seen += tl.sum(tie, 0)
+    return keep, seen
 
 
 @triton.jit
@@ -182,17 +185,21 @@ def _threshold(p_old, n_old, p_new, n_new, wanted, STEP: tl.constexpr):
 
 @triton.jit
 def _count(p_old, n_old, p_new, n_new, a, b, c, STEP: tl.constexpr):
-    """How many of two runs of keys are at least a, b and c."""
-    n_a, n_b, n_c = tl.zeros([STEP], tl.int32), tl.zeros([STEP], tl.int32), tl.zeros([STEP], tl.int32)
+    """How many of two runs of keys are at least a, b and c, which ascend."""
+    # Ten bits each: up to 1023 steps.
+    counts = tl.zeros([STEP], tl.int32)
     for x in range(0, n_old, STEP):
-        o = x + tl.arange(0, STEP)
-        key = tl.load(p_old + o, mask=o < n_old, other=-(2**31))
-        n_a, n_b, n_c = n_a + (key >= a), n_b + (key >= b), n_c + (key >= c)
+        counts += _compared(p_old, x + tl.arange(0, STEP), n_old, a, b, c)
     for x in range(0, n_new, STEP):
-        o = x + tl.arange(0, STEP)
-        key = tl.load(p_new + o, mask=o < n_new, other=-(2**31))
-        n_a, n_b, n_c = n_a + (key >= a), n_b + (key >= b), n_c + (key >= c)
-    return tl.sum(n_a, 0), tl.sum(n_b, 0), tl.sum(n_c, 0)
+        counts += _compared(p_new, x + tl.arange(0, STEP), n_new, a, b, c)
+    return tl.sum(counts & 1023, 0), tl.sum((counts >> 10) & 1023, 0), tl.sum(counts >> 20, 0)
+
+
+@triton.jit
+def _compared(p_keys, x, n, a, b, c):
+    """Three bits, ten places apart: whether keys x are at least a, b and c."""
+    key = tl.load(p_keys + x, mask=x < n, other=-(2**31))
+    return tl.where(key >= c, 1 + 2**10 + 2**20, tl.where(key >= b, 1 + 2**10, tl.where(key >= a, 1, 0)))
 
 
 @triton.jit
