@@ -114,9 +114,15 @@ class Launches(TorchDispatchMode):
         monkeypatch.setattr(InterpretedFunction, "run", lambda kernel, *_, **__: self.names.append(kernel.fn.__name__))
         # Tensors without memory stand for those of a GPU.
         monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
+        stream = SimpleNamespace(cuda_stream=0)
+        answers = {
+            "current_device": -1,
+            "get_device_capability": (8, 0),
+            "current_stream": stream,
+            "is_current_stream_capturing": False,
+        }
+        for question, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, question, lambda *_, answer=answer: answer)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
