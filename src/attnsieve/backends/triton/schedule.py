@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attnsieve.backends.triton.common import LISTED_ALL, LISTED_BLOCKS, LISTED_FLAGGED, LISTED_NOTHING, Lists, Marks, Mask
 from attnsieve.backends.triton.lists import Summary, count_tiles, fill_tiles
-from attnsieve.backends.triton.single_keys import BlockKeys, KeyLists, list_block_keys, list_keys
+from attnsieve.backends.triton.single_keys import KeyLists, block_lists, list_keys
 from attnsieve.backends.triton.survey import BY_LIST, BY_TILE, FLAGGED, SLACK, WINDOW, Survey, survey
 from attnsieve.backends.triton.vectors import (
     Before,
@@ -34,14 +34,14 @@ from attnsieve.backends.triton.vectors import (
     list_flagged,
     words_of_distances,
 )
-from attnsieve.layout import Blocks, Layout
+from attnsieve.layout import Layout
 from attnsieve.patterns import FOREVER
 
 # Listing every key must halve the keys read to pay for its lists, which hold a row's keys for every query tile.
 _LISTING_GAIN = 2
 _LISTING_SHARE = 0.25
 _ROOT = 1024
-# Up to this many keys a program that makes a list holds at once.
+# The most keys that a program which makes a list holds at once.
 _AT_ONCE = 4096
 # Kernels read the next entries of a list before they know that there are any.
 _SPARE = 4 * 64
@@ -106,7 +106,7 @@ def stretches(layout: Layout, built: Schedule, positions: int) -> tuple[Lists, i
 def _build(layout: Layout, positions: int, keys: int, listing: bool) -> Schedule:
     if layout.blocks is not None and layout.blocks.keys < layout.blocks.rows:
         rest = _build(replace(layout, blocks=None, schedules={}), positions, keys, listing=False)
-        singles = _block_lists(layout, layout.blocks, positions)
+        singles = block_lists(layout, layout.blocks, positions, _SPARE)
         return replace(rest, singles=singles, listed=LISTED_BLOCKS.value)
     choice, found = _choose(layout, positions, keys, listing)
     block = 1 if layout.blocks is None else layout.blocks.rows
@@ -243,21 +243,6 @@ def _tile_kernel(layout: Layout, built: Schedule, outer: int, by_key: bool) -> t
     return (outer, layout.sequences * layout.heads), {**sizes, "BY_KEY": by_key, "STEP": 256, "num_warps": 1}
 
 
-def _block_lists(layout: Layout, blocks: Blocks, positions: int) -> Lists:
-    """The keys of every row of blocks, those that all its rows keep by nothing else first; query tiles must divide the rows."""
-    rows, tiles = blocks.index.shape[2], -(-layout.length // positions)
-    start = layout.end.new_empty(*blocks.index.shape[:2], tiles, dtype=torch.int64)
-    count = torch.empty_like(start, dtype=torch.int32)
-    items = layout.end.new_empty(blocks.index.numel() * blocks.keys + _SPARE)
-    lists = Lists(start, torch.empty_like(count), count, items)
-    source = BlockKeys(blocks.count.contiguous(), blocks.index.contiguous(), blocks.index.shape[3])
-    ends = layout.end.expand(*blocks.index.shape[:2], -1).contiguous()
-    list_block_keys[(rows, blocks.index.shape[:2].numel())](
-        source, ends, lists, layout.length, rows, tiles, blocks.rows, blocks.keys, positions, layout.offset is None, STEP=1024
-    )
-    return lists
-
-
 def _key_lists(layout: Layout, built: Schedule, positions: int, marks: Marks | None, *, drop: bool) -> Lists:
     """Lists of all keys that `end` keeps, refined from those of longer tiles so that few keys are looked at twice."""
     root = None
@@ -277,7 +262,7 @@ def _list_keys(
     lists = KeyLists(start, whole, count, items, None if sort else torch.empty_like(items))
     read = layout.length if root is None else _room(layout, built, _ROOT)
     once = read <= _AT_ONCE
-    step = max(256, 1 << (read - 1).bit_length()) if once else 1024
+    step = max(256, 1 << (read - 1).bit_length()) if once else 2048
     list_keys[(count.shape[-1], layout.sequences * layout.heads)](
         built.mask,
         root,
@@ -292,7 +277,7 @@ def _list_keys(
         drop,
         once,
         STEP=step,
-        num_warps=8 if step > 2048 else 4,
+        num_warps=4 if once and step <= 2048 else 8,
     )
     return lists
 

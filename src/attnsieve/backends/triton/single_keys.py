@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
+from attnsieve.backends.triton.common import Lists
 from attnsieve.backends.triton.lists import place
+from attnsieve.layout import Blocks, Layout
 
 
 class BlockKeys(NamedTuple):
@@ -27,6 +30,24 @@ class KeyLists(NamedTuple):
     count: Any
     items: Any
     ends: Any
+
+
+def block_lists(layout: Layout, blocks: Blocks, positions: int, spare: int) -> Lists:
+    """The keys of every row of blocks, those that all its rows keep by nothing else first; query tiles must divide the rows.
+
+    Followed by `spare` entries.
+    """
+    rows, tiles = blocks.index.shape[2], -(-layout.length // positions)
+    start = layout.end.new_empty(*blocks.index.shape[:2], tiles, dtype=torch.int64)
+    count = torch.empty_like(start, dtype=torch.int32)
+    items = layout.end.new_empty(blocks.index.numel() * blocks.keys + spare)
+    lists = Lists(start, torch.empty_like(count), count, items)
+    source = BlockKeys(blocks.count.contiguous(), blocks.index.contiguous(), blocks.index.shape[3])
+    ends = layout.end.expand(*blocks.index.shape[:2], -1).contiguous()
+    list_block_keys[(rows, blocks.index.shape[:2].numel())](
+        source, ends, lists, layout.length, rows, tiles, blocks.rows, blocks.keys, positions, layout.offset is None, STEP=1024
+    )
+    return lists
 
 
 @triton.jit
