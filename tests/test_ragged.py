@@ -258,8 +258,8 @@ from attnsieve.ragged import Kept, RaggedStore
 kept = Kept.of([window(9), columns(20)] * {group}, 2, 300)
 k = torch.zeros(1, 2, 1, {width}, dtype={dtype})
 store = RaggedStore(kept, kept.index(torch.device("cpu"), 8), k, k)
-ragged.append(store.memory, store.index, k, k)
-ragged.attend(k.expand(1, 2, 1, {width}).repeat_interleave({group}, 1), store.memory, store.index, 0.1)
+q = k.repeat_interleave({group}, 1)
+ragged.Step(q, store.memory, store.index, 0.1)(q, k, k)
 """
 
 

@@ -83,3 +83,18 @@ assert ways(q, k, v, whole) == {{"triton"}}
 knobs.runtime.launch_enter_hook.remove(listener)
 assert ways(q, k, v, whole) == {{"code"}}
 """)
+
+
+def test_steps_over_ragged_storage():
+    run("""
+from attnsieve.backends.triton.ragged import Step
+from attnsieve.ragged import Kept, RaggedStore
+kept = Kept.of([columns(0, 9, 99) | window(h + 5) for h in range(4)], 2, 512)
+q, k, v = tensors(1, 1)
+store = RaggedStore(kept, kept.index(q.device, 8), k, v)
+step = Step(q, store.memory, store.index, 0.125)
+ways = [[launch[:2] for launch in launched(step, q, k, v)[0]] for _ in range(3)]
+names = ["append_kernel", "attend_kernel", "combine_kernel"]
+assert ways[0] == ways[1] == [("triton", name) for name in names]
+assert ways[2] == [("code", name) for name in names]
+""")

@@ -1,6 +1,8 @@
-"""Who computes a decode step over ragged storage."""
+"""Who computes the decode steps over ragged storage."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -10,10 +12,12 @@ from attnsieve.backends.ragged import Index, Memory
 from attnsieve.errors import UserError, require
 
 BACKENDS = ("auto", "portable", "triton")
+# q [B, Hq, 1, D], k [B, Hkv, 1, D], v [B, Hkv, 1, Dv] -> out, LSE.
+Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, memory: Memory, index: Index, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    """Store one token per row and attend to what it keeps; see `RaggedStore.step`."""
+def step_of(q: Tensor, v: Tensor, memory: Memory, index: Index, scale: float, backend: str) -> Step:
+    """What stores one token per row and attends to what it keeps, for tensors like q and v; see `RaggedStore.step`."""
     require(backend in BACKENDS, f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
     reason = triton.why_not_tensors(q, v, scale)
     if backend == "triton" and reason is not None:
@@ -21,7 +25,10 @@ def step(q: Tensor, k: Tensor, v: Tensor, memory: Memory, index: Index, scale: f
     if backend == "triton" or (backend == "auto" and q.is_cuda and reason is None):
         from attnsieve.backends.triton import ragged as kernels
 
-        kernels.append(memory, index, k, v)
-        return kernels.attend(q, memory, index, scale)
-    portable.append(memory, index, k, v)
-    return portable.attend(q, memory, index, scale)
+        return kernels.Step(q, memory, index, scale)
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        portable.append(memory, index, k, v)
+        return portable.attend(q, memory, index, scale)
+
+    return step

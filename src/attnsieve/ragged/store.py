@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Self
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from attnsieve.backends.ragged import Index, Memory
 from attnsieve.device import on_device_of
 from attnsieve.errors import require
-from attnsieve.ragged.decode import step
+from attnsieve.ragged.decode import Step, step_of
 from attnsieve.ragged.kept import Kept
 
 
@@ -31,6 +31,7 @@ class RaggedStore:
             value.new_zeros(batch, kept.slots, value.shape[-1]),
             torch.zeros(batch, heads, 2, dtype=torch.int32, device=key.device),
         )
+        self._steps: dict[Hashable, Step] = {}
 
     @property
     def nbytes(self) -> int:
@@ -44,8 +45,11 @@ class RaggedStore:
         corner on. Raises UserError for tensors that do not fit the stored ones and a backend that cannot serve.
         """
         self._check(k, v)
+        kind = (q.shape, q.dtype, q.device, scale, backend)
+        if kind not in self._steps:
+            self._steps[kind] = step_of(q, v, self.memory, self.index, scale, backend)
         with on_device_of(q):
-            return step(q, k, v, self.memory, self.index, scale, backend)
+            return self._steps[kind](q, k, v)
 
     def fill(self, k: Tensor, v: Tensor, start: Sequence[int], past: int) -> None:
         """Store those of the next T tokens that rows after them can read, in place of keys that none of those reads.
@@ -91,6 +95,7 @@ class RaggedStore:
         new = object.__new__(type(self))
         new.kept, new.index = self.kept, self.index
         new.memory = Memory(*(tensor.index_select(0, rows.to(tensor.device)) for tensor in self.memory))
+        new._steps = {}
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

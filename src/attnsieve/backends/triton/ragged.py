@@ -17,6 +17,7 @@ from torch import Tensor
 from attnsieve.backends.ragged import Index, Memory
 from attnsieve.backends.triton.common import head_base, rows_of
 from attnsieve.backends.triton.geometry import padded, padded_value
+from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.shares import COMBINED, Source, attend_share, combine_shares, shape_of
 from attnsieve.backends.triton.tuning import decode_tuning
 
@@ -88,7 +89,7 @@ def _places(index, at, x, shape):
 
 
 @triton.jit
-def attend_kernel(q, memory, p_acc, p_sum, index, scale, kv_heads, slots, shape, STAGES: tl.constexpr):
+def attend_kernel(q, p_acc, p_sum, memory, index, scale, kv_heads, slots, shape, STAGES: tl.constexpr):
     """One share of one group: p_acc, p_sum [B, items, ...] as `shares.attend_share` says."""
     item, b = tl.program_id(0), tl.program_id(1)
     p_item = index.items + item * 4
@@ -119,37 +120,30 @@ def combine_kernel(p_acc, p_sum, p_out, p_lse, first_item, items, shape, STEP: t
     tl.store(p_lse + o_head, lse)
 
 
-def append(memory: Memory, index: Index, k: Tensor, v: Tensor) -> None:
-    """Store the next token of every batch row; k [B, Hkv, 1, D], v [B, Hkv, 1, Dv]."""
-    batch, kv_heads, _, width = k.shape
-    append_kernel[(kv_heads, batch)](
-        rows_of(k),
-        rows_of(v),
-        memory,
-        index.heads,
-        index.entries,
-        kv_heads,
-        memory.key.shape[1],
-        width,
-        padded(width),
-        v.shape[-1],
-        padded(v.shape[-1]),
-    )
+class Step:
+    """Steps of one text: of tensors like q [B, Hq, 1, D], over this memory."""
 
+    def __init__(self, q: Tensor, memory: Memory, index: Index, scale: float) -> None:
+        batch, heads, _, width = q.shape
+        kv_heads, slots, v_width = memory.state.shape[1], memory.key.shape[1], memory.value.shape[-1]
+        group, items = heads // kv_heads, len(index.items)
+        widths = (width, padded(width), v_width, padded(v_width))
+        tuning = decode_tuning(padded(width) + padded_value(v_width), q.dtype)
+        shape = shape_of(group, group, tuning.keys, width, v_width, q.dtype)
+        attend = (memory, index, scale, kv_heads, slots, shape)
+        self._shares, self._out = (batch, items, group, padded_value(v_width)), (batch, heads, 1, v_width)
+        self._append = Launch(append_kernel, (kv_heads, batch, 1), memory, index.heads, index.entries, kv_heads, slots, *widths)
+        self._attend = Launch(attend_kernel, (items, batch, 1), *attend, **tuning.options(listed=True))
+        self._combine = Launch(combine_kernel, (heads, batch, 1), index.first_item, items, shape, COMBINED)
 
-def attend(q: Tensor, memory: Memory, index: Index, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of the newest position, already stored. q [B, Hq, 1, D]; out [B, Hq, 1, Dv] in q's dtype, LSE [B, Hq, 1]."""
-    batch, heads, _, width = q.shape
-    kv_heads, slots, v_width = memory.state.shape[1], memory.key.shape[1], memory.value.shape[-1]
-    group, items = heads // kv_heads, len(index.items)
-    acc = q.new_empty(batch, items, group, padded_value(v_width), dtype=torch.float32)
-    sums = q.new_empty(batch, items, group, dtype=torch.float32)
-    out = q.new_empty(batch, heads, 1, v_width)
-    lse = q.new_empty(batch, heads, 1, dtype=torch.float32)
-    tuning = decode_tuning(padded(width) + padded_value(v_width), q.dtype)
-    shape = shape_of(group, group, tuning.keys, width, v_width, q.dtype)
-    attend_kernel[(items, batch)](
-        rows_of(q), memory, acc, sums, index, scale, kv_heads, slots, shape, **tuning.options(listed=True)
-    )
-    combine_kernel[(heads, batch)](acc, sums, out, lse, index.first_item, items, shape, COMBINED)
-    return out, lse
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the next token of every batch row, k [B, Hkv, 1, D] and v [B, Hkv, 1, Dv], and attend: out [B, Hq, 1, Dv] in q's
+        dtype, LSE [B, Hq, 1]."""
+        self._append(rows_of(k), rows_of(v))
+        acc = q.new_empty(self._shares, dtype=torch.float32)
+        sums = q.new_empty(self._shares[:3], dtype=torch.float32)
+        out = q.new_empty(self._out)
+        lse = q.new_empty(self._out[:3], dtype=torch.float32)
+        self._attend(rows_of(q), acc, sums)
+        self._combine(acc, sums, out, lse)
+        return out, lse
