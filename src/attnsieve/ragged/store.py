@@ -44,9 +44,9 @@ class RaggedStore:
         q [B, Hq, 1, D]; k [B, Hkv, 1, D]; v [B, Hkv, 1, Dv]. `backend`: auto, portable or triton. Exact for rows from the
         corner on. Raises UserError for tensors that do not fit the stored ones and a backend that cannot serve.
         """
-        self._check(k, v)
-        kind = (q.shape, q.dtype, q.device, scale, backend)
+        kind = (*((x.shape, x.dtype, x.device) for x in (q, k, v)), scale, backend)
         if kind not in self._steps:
+            self._check(k, v)
             self._steps[kind] = step_of(q, v, self.memory, self.index, scale, backend)
         with on_device_of(q):
             return self._steps[kind](q, k, v)
