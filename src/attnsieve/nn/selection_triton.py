@@ -25,7 +25,8 @@ LEVEL = 4096
 # Keys for which no order is left to ask: they have gone or do not exist. NaN comes next.
 _GONE = tl.constexpr(2**31 - 1)
 _NAN = tl.constexpr(2**31 - 2)
-_LEAST = tl.constexpr(-(2**31))
+# How far the thresholds of nearby rows often lie apart.
+_NEAR = tl.constexpr(2**16)
 
 
 class Documents(NamedTuple):
@@ -38,7 +39,8 @@ class Documents(NamedTuple):
 class Old(NamedTuple):
     """Old keys that leave in a block, ascending: int32 [R, n] each, those of the block from row p on at p and after it.
 
-    order: their place in the order of scores, see `_order`; index; count: how many, at p.
+    order: their place in the order of scores, see `_order`; index; count: how many, at p, and from which order on keys are alive there,
+    at p + 1, for guesses.
     """
 
     order: Any
@@ -119,21 +121,25 @@ def _descend_kernel(p_order, documents, parent, old, n, budget, heads, node, blo
     start, stop = _document(documents, n, i_r // heads, p, True)
     stop = tl.minimum(stop, p + block)
     n_left = 0
+    low = tl.cast(-(2**30), tl.int32)
     if (start < p) & (stop - start > budget):
         first, n_old = start, 0
         p_old, p_index = p_order, p_order
+        step = tl.cast(2**30, tl.int64)
         if parent is not None:
             top = p // node * node
             p_old, p_index = parent.order + i_r * n + top, parent.index + i_r * n + top
             n_old = tl.where(start < top, tl.load(parent.count + i_r * n + top), 0)
             first = tl.maximum(start, top)
+            low = tl.load(parent.count + i_r * n + top + 1, mask=top + 1 < n, other=0)
+            step = tl.cast(_NEAR, tl.int64)
         # How many of these keys are alive t rows after the document's start: min(budget, t) less those that outlive the parent.
         rest = n_old - tl.minimum(budget, first - start)
         p_new = p_order + i_r * n
         alive = tl.minimum(budget, p - start) + rest
-        low, ties_low = _threshold(p_old, n_old, p_new + first, p - first, alive, STEP)
+        low, ties_low = _threshold(p_old, n_old, p_new + first, p - first, alive, low, step, STEP)
         outliving = budget + rest
-        high, ties_high = _threshold(p_old, n_old, p_new + first, stop - first, outliving, STEP)
+        high, ties_high = _threshold(p_old, n_old, p_new + first, stop - first, outliving, low, tl.cast(_NEAR, tl.int64), STEP)
         p_out, p_out_index = old.order + i_r * n + p, old.index + i_r * n + p
         seen_low, seen_high = 0, 0
         for x in range(0, n_old + p - first, STEP):
@@ -152,6 +158,7 @@ def _descend_kernel(p_order, documents, parent, old, n, budget, heads, node, blo
             tl.store(p_out_index + at, index, mask=leaves != 0)
             n_left += tl.sum(leaves, 0)
     tl.store(old.count + i_r * n + p, n_left)
+    tl.store(old.count + i_r * n + p + 1, low, mask=p + 1 < n)
 
 
 @triton.jit
@@ -166,20 +173,23 @@ def _passes(key, ok, low, ties, seen):
 
 
 @triton.jit
-def _threshold(p_old, n_old, p_new, n_new, wanted, STEP: tl.constexpr):
+def _threshold(p_old, n_old, p_new, n_new, wanted, guess, step, STEP: tl.constexpr):
     """The `wanted` best of two runs of keys in the order of time, the most recent of equal ones: those above `low` and, of those that
-    equal it, all but the first `ties`."""
+    equal it, all but the first `ties`. It is looked for between `guess` and `step` or 16 steps more, then everywhere: thresholds of
+    nearby rows are near, and at first nothing is known."""
     # At least `wanted` keys are not below `low`, fewer are not below `high`.
     low, high = tl.cast(-(2**31), tl.int64), tl.cast(2**31, tl.int64)
     found = n_old + n_new
+    a = tl.maximum(guess.to(tl.int64), low + 1)
+    b, c = tl.minimum(a + step, high - 1), tl.minimum(a + 16 * step, high - 1)
     while (found != wanted) & (high - low > 1):
-        a = low + tl.maximum((high - low) // 4, 1)
-        b = low + (high - low) // 2
-        c = low + (high - low) * 3 // 4
         n_a, n_b, n_c = _count(p_old, n_old, p_new, n_new, a.to(tl.int32), b.to(tl.int32), c.to(tl.int32), STEP)
         high = tl.where(n_a < wanted, a, tl.where(n_b < wanted, b, tl.where(n_c < wanted, c, high)))
         low = tl.where(n_c >= wanted, c, tl.where(n_b >= wanted, b, tl.where(n_a >= wanted, a, low)))
         found = tl.where(n_c >= wanted, n_c, tl.where(n_b >= wanted, n_b, tl.where(n_a >= wanted, n_a, found)))
+        a = low + tl.maximum((high - low) // 4, 1)
+        b = low + (high - low) // 2
+        c = low + (high - low) * 3 // 4
     return low.to(tl.int32), found - wanted
 
 
