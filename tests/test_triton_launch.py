@@ -81,6 +81,9 @@ listener = lambda *_: None
 knobs.runtime.launch_enter_hook.add(listener)
 assert ways(q, k, v, whole) == {{"triton"}}
 knobs.runtime.launch_enter_hook.remove(listener)
+chain, knobs.runtime.launch_exit_hook = knobs.runtime.launch_exit_hook, listener
+assert ways(q, k, v, whole) == {{"triton"}}
+knobs.runtime.launch_exit_hook = chain
 assert ways(q, k, v, whole) == {{"code"}}
 """)
 

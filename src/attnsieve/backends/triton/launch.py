@@ -68,8 +68,7 @@ class _Code:
 
     def launch(self, first: tuple[Any, ...]) -> bool:
         """Launch it unless it was compiled for other arguments, or somebody listens to launches; whether it was."""
-        runtime = knobs.runtime
-        if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+        if _is_heard(knobs.runtime.launch_enter_hook) or _is_heard(knobs.runtime.launch_exit_hook):
             return False
         bare: list[Any] = []
         bits = 0
@@ -107,6 +106,11 @@ class _Code:
             bare = (*addresses, *own) if served else None
             self._same = x, bare
         return bare
+
+
+def _is_heard(hook: Any) -> bool:
+    """Whether somebody listens to launches: a chain with members, or what was put in its place."""
+    return bool(getattr(hook, "calls", hook))
 
 
 def _numbers(x: Any) -> tuple[int, ...]:
