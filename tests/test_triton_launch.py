@@ -1,12 +1,11 @@
 """Launches that are repeated: from the third one on Triton is not asked, and the kernel gets what Triton would have given it."""
 
-from importlib.util import find_spec
-
 import pytest
 
 from tests.gpu_compiler import run_without_interpreter
 
-pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="by other versions launches are Triton's")
 START = """
 from dataclasses import replace
 import torch
