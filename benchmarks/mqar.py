@@ -21,7 +21,7 @@ import argparse
 import re
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from experiment import RESULTS, Budget, Rows, Training, autocast, device_of, draw, mean_and_error, publish, written
+from experiment import RESULTS, Budget, Rows, Training, autocast, device_of, mean_and_error
+from mqar_report import LAYERS, named, report
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -37,7 +38,6 @@ from attnsieve.errors import require
 from attnsieve.nn import DmaConfig, DmaForCausalLM, RecallTask
 from attnsieve.nn.mqar import IGNORED
 
-LAYERS = ("mha", "gqa", "mqa", "mla", "dma", "dma-window", "nsa", "swa")
 WHOLE = ("mha", "gqa", "mqa", "mla")  # these keep all keys
 SHAPES = "512x64,1024x64,512x128,2048x64,1024x128,256x64,512x256,2048x128,256x128,1024x256,256x256,2048x256,256x32,512x32"
 TOKENS = 32768  # of a step at most
@@ -63,7 +63,6 @@ class Recipe:
 RECIPE = Recipe()
 Result = tuple["Cell", dict[str, Any]]
 Shape = tuple[int, int, int, bool]  # tokens, width, heads, noise
-Seeds = dict[int, dict[str, float]]  # accuracy by pairs
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,6 @@ class Cell:
                 "nsa_window": max(1, keep // 2),
             },
         }[self.layer]
-
-
-KEY = tuple(field.name for field in fields(Cell))  # what tells rows of different models apart
 
 
 class Reader(nn.Module):
@@ -281,76 +277,6 @@ def told(cell: Cell, numbers: dict[str, Any]) -> str:
     accuracy = ", ".join(f"{pairs}: {value:.3f}" for pairs, value in numbers["accuracy"].items())
     shape = f"{named(asdict(cell))}, w {cell.keep}, lr {cell.rate:g}, seed {cell.seed}"
     return f"{cell.layer:10} {shape}: accuracy by pairs {accuracy} ({run})"
-
-
-def named(row: dict[str, Any]) -> str:
-    """ "512 tokens, d 128, 4 heads, noise": all that a model is compared within."""
-    name = f"{row['length']} tokens, d {row['width']}" + (f", {row['heads']} heads" if row["heads"] > 1 else "")
-    return name + (", noise" if row["noise"] else "") + ("" if row["convolution"] else ", no convolution")
-
-
-def report(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Accuracy by layer, share of keys kept and pairs: the best learning rate of every seed, mean over seeds."""
-    finished = [row for row in rows if row["finished"]]
-    finished.sort(key=lambda row: (not row["convolution"], row["noise"], row["heads"], row["length"], row["width"]))
-    best: dict[str, dict[str, Seeds]] = {}
-    for row in finished:
-        of_seed = best.setdefault(named(row), {}).setdefault(method(row), {})
-        earlier = of_seed.get(row["seed"], {})
-        if not earlier or sum(row["accuracy"].values()) > sum(earlier.values()):
-            of_seed[row["seed"]] = row["accuracy"]
-    methods = sorted({method(row) for row in finished}, key=lambda name: (LAYERS.index(name.split(",")[0]), name))
-    body = [
-        [shape, str(pairs), *(written(at(found.get(name, {}), pairs)) for name in methods)]
-        for shape, found in best.items()
-        for pairs in pairs_of(found)
-    ]
-    notes = (
-        "Share of asked values that are the most likely token, by pairs; w of the n tokens a row; best of the learning rates."
-    )
-    notes += " Mean and standard error over the seeds, one seed where no error is given."
-    done, begun = ({tuple(row[name] for name in KEY) for row in some} for some in (finished, rows))
-    cut = len(begun - done)
-    notes += f" {cut} of {len(begun)} models ran out of time before their last step and are left out." if cut else ""
-    publish(path, "Associative recall", ["model", "pairs", *methods], body, notes)
-    panels, marks = panels_of({shape: found for shape, found in best.items() if "no convolution" not in shape} or best)
-    if panels:  # none where all layers keep all keys
-        draw(path, panels, "pairs (dashed: w)", "accuracy", marks=marks)
-
-
-def panels_of(best: dict[str, dict[str, Seeds]]) -> tuple[dict[str, Any], dict[str, float]]:
-    """Curves of each shape and share of keys, and the w to be marked."""
-    panels, marks = {}, {}
-    for shape, found in best.items():
-        for part in sorted({name.partition(", ")[2] for name in found} - {""}):
-            name = f"{shape}, {part}"
-            some = {layer: seeds for layer, seeds in found.items() if layer.partition(", ")[2] in ("", part)}
-            panels[name] = {layer.partition(",")[0]: curve(seeds, pairs_of(found)) for layer, seeds in some.items()}
-            panels[name]["any value of the row"] = [(float(pairs), 1 / pairs, 0.0) for pairs in pairs_of(found)]
-            keep = int(shape.split()[0]) // int(part.partition("/")[2])
-            marks |= {name: float(keep)} if keep <= max(pairs_of(found)) else {}
-    return panels, marks
-
-
-def pairs_of(found: dict[str, Seeds]) -> list[int]:
-    """All numbers of pairs."""
-    return sorted({int(pairs) for seeds in found.values() for accuracy in seeds.values() for pairs in accuracy})
-
-
-def at(seeds: Seeds, pairs: int) -> list[float]:
-    """Accuracy of each seed at this number of pairs."""
-    return [accuracy[str(pairs)] for accuracy in seeds.values()]
-
-
-def curve(seeds: Seeds, pairs: list[int]) -> list[tuple[float, float, float]]:
-    """(pairs, mean, standard error over the seeds)."""
-    return [(float(some), *mean_and_error(at(seeds, some))) for some in pairs]
-
-
-def method(row: dict[str, Any]) -> str:
-    """ "dma, w = n/8": the layer and the share of the keys that its rows keep."""
-    part = row["length"] // row["keep"]
-    return str(row["layer"]) if part == 1 else f"{row['layer']}, w = n/{part}"
 
 
 def parse() -> argparse.Namespace:

@@ -63,8 +63,25 @@ def test_recall(command, tmp_path, capsys):
             file.write(json.dumps(cut | {"finished": False}) + "\n")
     command("mqar", *sizes, *options, "--layers", "swa", "--minutes", 0)
     assert len(rows_of(out)) == len(rows) + 2
-    assert "1 of 11 models ran out of time before their last step and are left out" in out.with_suffix(".md").read_text()
+    assert "1 of 11 models ran out of time before their last step" in out.with_suffix(".md").read_text()
     assert "0.01, seed" in capsys.readouterr().out
+
+
+def test_recall_of_models_that_did_not_learn_or_did_not_end():
+    module = importlib.import_module("mqar_report")
+    right, guess = {"8": 0.9, "2": 1.0}, {"8": 0.125, "2": 0.5}
+    cells = [
+        ({0: right, 1: {"8": 0.7, "2": 1.0}}, {}, "0.800 ± 0.100"),
+        ({0: guess, 1: right}, {2: right}, "0.900 (1 of 2)"),
+        ({0: guess}, {1: right}, "not learned"),
+        ({}, {0: right, 1: guess}, "0.900 cut"),
+        ({}, {0: guess}, "-"),
+    ]
+    assert [module.written_cell(ended, cut, 8) for ended, cut, _ in cells] == [wanted for *_, wanted in cells]
+    panels, _ = module.panels_of({"32 tokens": {"mha": {0: guess}, "dma, w = n/8": {0: guess, 1: right}}})
+    assert set(panels["32 tokens, w = n/8"]) == {"dma", "any value of the row", "w / pairs"}
+    assert panels["32 tokens, w = n/8"]["w / pairs"] == [(2.0, 1.0, 0.0), (8.0, 0.5, 0.0)]
+    assert panels["32 tokens, w = n/8"]["dma"] == [(2.0, 1.0, 0.0), (8.0, 0.9, 0.0)]
 
 
 def test_recall_of_layers_that_keep_all_keys(command, tmp_path):
