@@ -59,15 +59,15 @@ export -f left measure language conversion recall run
 {
     count=$(tr ',' '\n' <<< "$gpus" | wc -l)
     xargs -P $(((5 * count + 1) / 2)) --process-slot-var=slot -I{} bash -c "run {}" << JOBS
+250 language swa 1 1600 -long
+150 recall 512x128,1024x128 dma,dma-window,swa --rates 7e-4
 150 recall 512x64,1024x64,512x128 mha,dma,dma-window,swa
 400 language dma-window,mha 1 1600 -long
 150 recall 2048x64,1024x128,256x64 mha,dma,dma-window,swa
-250 language swa 1 1600 -long
 330 conversion 256 1000
 200 language dma-window,swa 2
 150 recall 512x256,2048x128,1024x256 mha,dma,dma-window,swa
 330 conversion 512 1000
-150 recall 512x64,1024x64,2048x64 mha,dma,dma-window,swa --rates 3e-3
 100 recall 512x256x4 mha,gqa,mqa,mla,dma-window,swa,nsa
 200 language mla,gqa 1
 120 recall 256x128,256x256,2048x256 mha,dma,dma-window,swa
