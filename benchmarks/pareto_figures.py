@@ -32,12 +32,13 @@ CACHES = ("snapkv", "h2o")
 SHOWN = (
     "budget", "budget-kv", "keys", "keys-guarded", "minference", "xattention", "streaming-llm",
     "budget-guarded", "dam-robust", "dam-adaptive", "flashprefill", "moa", "bigbird", "longformer", "window",
-    "budget-all", "keys-by-all",
+    "budget-all", "keys-by-all", "budget-near", "budget-all-near",
 )  # fmt: skip
 # Those whose rows that ask, and decode steps, read every key.
 SHOWN_PROMPT = (
     "budget-prompt", "keys-prompt", "minference-prompt", "xattention-prompt", "streaming-llm-prompt", "flashprefill-prompt",
     "budget-all-prompt", "budget-fitted-prompt", "budget-all-fitted-prompt",
+    "budget-near-fitted-prompt", "budget-all-near-fitted-prompt",
 )  # fmt: skip
 OURS = ("budget", "keys", "dam", "probed")
 LEAST_DENSITY, TICKS = 3, (0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 1, 2, 5)  # percent; nats

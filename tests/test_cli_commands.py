@@ -232,6 +232,10 @@ def test_eval_writes_rows_that_show_reads(work, tmp_path):
         (["fit", "{}/profile", "{}/profile", "--mass", ".5", "--out", "{}/x"], "expected a saved measurement"),
         (["measure", "{}/model", "--out", "{}/x"], "say what to measure on"),
         (["measure", "{}/model", "--data", "synthetic", "--candidates", "windw(3)", "--out", "{}/x"], "did you mean window?"),
+        (
+            ["measure", "{}/model", "--data", "a", "--candidates", "dense()", "--rows", "64", "--out", "{}/x"],
+            "write them into yours",
+        ),
         (["show", "{}/nowhere"], "is not there: give the directory"),
         (["show", "{}/model"], "expected a saved plan, profile or measurement"),
         (["show", "{}/plan", "{}/plan"], "a second plan"),

@@ -138,13 +138,19 @@ def test_the_usual_candidates_keep_sinks_and_the_newest_keys():
     kinds = [("dynamic" if rule.dynamic else "static") for rule in rules]
     assert kinds.count("dynamic") > 5
     assert str(rules[-1]) == "dense()"
-    assert [atom.tokens for rule in rules[:5] for atom in rule if atom.name == "window"] == [20, 40, 80, 160, 320]
     assert len(set(rules)) == len(rules)
-    guarded = default_candidates(1000, last_rows=64, share="kv")
+    guarded = default_candidates(1000, last_rows=64, rows=16, share="kv")
     assert all("last_queries(64" in str(rule) for rule in guarded[:-1])
     assert all('share="kv"' in str(rule) for rule in guarded if "mass" in str(rule))
+    assert all("rows=16" in str(rule) for rule in guarded if "probed_keys" in str(rule))
     with pytest.raises(UserError, match="at least 40 tokens, got 39"):
         default_candidates(39, local=20)
+
+
+@pytest.mark.parametrize(("length", "widths"), [(40, [20]), (639, [20]), (640, [20, 40]), (1280, [20, 40, 80])])
+def test_no_usual_window_reaches_over_more_than_a_sixteenth_of_a_text(length, widths):
+    static = [rule for rule in default_candidates(length, local=20)[:-1] if not rule.dynamic]
+    assert [atom.tokens for rule in static for atom in rule if atom.name == "window"] == widths
 
 
 GROUPED = [*CANDIDATES[:2], 'window(1) | top_blocks(1, block=8, share="kv")']

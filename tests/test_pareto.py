@@ -91,6 +91,20 @@ def test_two_shards_make_plans_rows_and_figures(script, tmp_path, capsys):
     assert text.count("| tiny ") == len(plans - {"dense"}) * 2 + 4
 
 
+def test_near_plans_take_no_wide_window(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    plans = importlib.import_module("pareto_plans")
+    model, tokenizer = load_model(str(save_tiny_model(tmp_path / "tiny", positions=1024)), device="cpu")
+    workshop = plans.Workshop(model, tokenizer, ("kv",), "python-docs", 1, tmp_path / "measured")
+    monkeypatch.setattr(plans, "STRICT", (0.5,))
+    made = plans.near_budgets(workshop, 700)
+    assert set(made) == {f"budget{every}-near{rails}-0.5" for every in ("", "-all") for rails in ("", "-fitted-prompt")}
+    heads = [pattern for plan in made.values() for layer in plan.patterns for pattern in layer]
+    assert {atom.tokens for pattern in heads for atom in pattern if atom.name == "window"} == {32}
+    (measured, _) = plans.measured(workshop, 700, "none", rows=64)
+    assert "sink(4) | window(350)" in measured.candidates
+
+
 def test_a_list_is_worked_through_in_order(script, tmp_path, capsys):
     model, out = save_tiny_model(tmp_path / "tiny", positions=1024), tmp_path / "out"
     size = f"{model} --lengths 900 --items 2 --calibration 1 --device cpu"

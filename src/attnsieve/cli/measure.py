@@ -34,6 +34,13 @@ def measure(
     last_rows: Annotated[
         int, typer.Option(help="For the usual ones: the last queries of a prompt keep every key, this many.", min=0)
     ] = 0,
+    rows: Annotated[
+        int,
+        typer.Option(
+            help="For the usual ones: of 64 queries, how many choose keys for all. All 64 copy best; choosing takes longest.",
+            min=1,
+        ),
+    ] = 8,
     share: Annotated[
         str, typer.Option(help="For the usual ones: kv lets the query heads of a KV group choose together.")
     ] = "none",
@@ -58,10 +65,10 @@ def measure(
     require(bool(data or tasks), "say what to measure on: --data FILE, --tasks kv, or both")
     rules: list[Pattern] = [Pattern.parse(text) for text in candidates or []]
     require(
-        not rules or (not last_rows and share == "none"),
-        "--last-rows and --share are for the usual candidates: write them into yours",
+        not rules or (not last_rows and share == "none" and rows == 8),
+        "--last-rows, --rows and --share are for the usual candidates: write them into yours",
     )
-    rules = rules or default_candidates(max(wanted), last_rows=last_rows, share=share)  # type: ignore[arg-type]
+    rules = rules or default_candidates(max(wanted), last_rows=last_rows, rows=rows, share=share)  # type: ignore[arg-type]
     read = text_reader(data or [], tasks)
     network, tokenizer = options.load(model, device, dtype)
     texts = [text for length in sorted(set(wanted)) for text in read(tokenizer, length, documents, seed)]
