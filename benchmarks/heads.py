@@ -44,8 +44,10 @@ def main() -> None:
     lab = Restoring(runs, cell, Board(arguments.out / "claims"), arguments.plan.name, plan, stop)
     lab.wait(arguments.out)
     lab.run(lab.with_heads(lab.best_layers(arguments.out, arguments.layers)))
+    written = arguments.out / "heads.md"
+    written.write_text(f"{restored(join(arguments.out))}\n", encoding="utf-8")  # Should what follows be cut off.
     kept = kept_by_questions(model, tokenizer, plan, cell)
-    arguments.out.joinpath("heads.md").write_text(report(join(arguments.out), plan, kept), encoding="utf-8")
+    written.write_text(report(join(arguments.out), plan, kept), encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:
