@@ -222,3 +222,12 @@ def test_restored_layers_and_heads(script, tmp_path):
     text = (out / "heads.md").read_text()
     assert text.count("| narrow") == 7
     assert text.count("sink(1) \\| window(8)") == 8
+
+
+def test_the_summary_says_who_holds_and_who_is_above(script, capsys):
+    script("pareto_summary", BENCHMARKS / "results" / "eval-spread.jsonl", "--model", "qwen2.5-coder-0.5b", "--tasks", "kv")
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines()]
+    cells = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines if len(line) > 2}
+    assert len(cells["budget 20 %, with rails"]) == 5
+    assert cells["budget-prompt-0.2"][:3] == ["3", "3", "3"]
+    assert cells["kv 4K, rails"][0].startswith("-")
