@@ -42,13 +42,13 @@ def _short_blocks(monkeypatch):
     from attnsieve.nn import selection_triton
 
     monkeypatch.setattr(selection_triton, "ROWS", 8)
-    monkeypatch.setattr(selection_triton, "LEVEL", 40)
+    monkeypatch.setattr(selection_triton, "LEVELS", (40, 66))
 
 
 @needs_interpreter
 @pytest.mark.usefixtures("_short_blocks")
 @pytest.mark.parametrize("kind", ["random", "ties", "equal", "rising", "falling"])
-@pytest.mark.parametrize(("n", "budget"), [(1, 1), (7, 9), (40, 1), (41, 6), (67, 20), (67, 66)])
+@pytest.mark.parametrize(("n", "budget"), [(1, 1), (7, 9), (40, 1), (41, 6), (66, 20), (67, 66), (150, 1), (150, 31)])
 def test_ends_equal_those_of_the_heap(n, budget, kind):
     sigma = scores(kind, n)
     ends = fused(sigma, SelectionRule(budget))
@@ -186,6 +186,7 @@ of_spans(Spans.packed([100, 200]), 1, 300)
 start = torch.zeros(1, 8192, dtype=torch.int32)
 for documents in ((None, None), (start, start)):
     ends(torch.zeros(1, 2, 8192), *documents, 256, 16, 2, True)
+ends(torch.zeros(1, 1, 131072), None, None, 256, 0, 0, False)
 for dtype in (torch.float32, torch.bfloat16):
     v, weight, a = (torch.zeros(size, requires_grad=True) for size in ((1, 2, 300, 64), (2, 128), (2,)))
     delta, _ = FusedScores.apply(v.to(dtype), weight, a, a, True)

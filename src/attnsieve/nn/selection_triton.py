@@ -20,8 +20,8 @@ from torch import Tensor
 
 # Rows that one warp goes through, one after the other.
 ROWS = 64
-# Texts longer than this many rows have blocks of blocks.
-LEVEL = 4096
+# Texts longer than this many rows have blocks of blocks, and these blocks of their own.
+LEVELS = (4096, 65536)
 # Keys for which no order is left to ask: they have gone or do not exist. NaN comes next.
 _GONE = tl.constexpr(2**31 - 1)
 _NAN = tl.constexpr(2**31 - 2)
@@ -64,10 +64,9 @@ def ends(sigma: Tensor, start: Tensor | None, stop: Tensor | None, budget: int, 
     order, *planes = torch.empty(7, batch * heads, n, dtype=torch.int32, device=sigma.device).unbind()
     _begin_kernel[(triton.cdiv(n, 1024), batch * heads)](sigma.contiguous(), documents, order, result, n, heads, STEP=1024)
     old, node = None, 0
-    for block in _blocks(n):
-        parent, old = old, Old(*(planes[:3] if old is None else planes[3:]))
-        # The first level reads all keys; further ones few, which a warp counts without waiting for others.
-        step, warps = (max(2048, triton.next_power_of_2(n >> 9)), 8) if parent is None else (256, 1)
+    for level, block in enumerate(_blocks(n)):
+        parent, old = old, Old(*(planes[3:] if level % 2 else planes[:3]))
+        step, warps = _reading(node, n)
         _descend_kernel[(triton.cdiv(n, block), batch * heads)](
             order, documents, parent, old, n, min(budget, n), heads, node, block, STEP=step, num_warps=warps
         )
@@ -79,8 +78,21 @@ def ends(sigma: Tensor, start: Tensor | None, stop: Tensor | None, budget: int, 
 
 
 def _blocks(n: int) -> tuple[int, ...]:
-    """Rows of the blocks of each level. With two levels both read about as many keys, n^2 / 2B and n B / ROWS."""
-    return (ROWS,) if n <= LEVEL else (ROWS << max(1, (n // ROWS).bit_length() // 2 - 1), ROWS)
+    """Rows of the blocks of each level: all levels read about as many keys."""
+    bits = (n // ROWS).bit_length()
+    if n <= LEVELS[0]:
+        return (ROWS,)
+    if n <= LEVELS[1]:
+        return ROWS << bits // 2, ROWS
+    return ROWS << 2 * (bits - 1) // 3, ROWS << bits // 3, ROWS
+
+
+def _reading(node: int, n: int) -> tuple[int, int]:
+    """Keys that a program reads at a time, and its warps: at the first level it reads all, further on as many as its parent has rows.
+    Few are counted by one warp, which waits for no other. Counters hold up to 1023 steps."""
+    if node == 0:
+        return max(2048, triton.next_power_of_2(n >> 9)), 8
+    return (256, 1) if node <= 4096 else (max(1024, triton.next_power_of_2(node >> 8)), 4)
 
 
 @triton.jit
