@@ -244,6 +244,8 @@ def dkv_hopper(
         dk = warpgroup_mma(gl.convert_layout(ds.to(DTYPE), left), q_tile, dk, is_async=True)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
     dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+    # The last copies hold no rows, but they write where the sums now are on their way to memory.
+    async_copy.wait_group(0)
 
     if p_db is not None:
         p_bias = p_db + (batch * (H if GP > 1 else H // G) + kv_head) * k_slots + k_start + j
