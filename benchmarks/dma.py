@@ -264,8 +264,9 @@ def numbers(text: str) -> list[int]:
 
 
 def report(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A line per operation, mask and length; and the times against the length."""
-    ordered = sorted(rows, key=lambda row: (row["op"], row["kv_len"], row["mask"], row["backend"]))
+    """A line per operation, mask, kernel and length, of repeated ones the last; and the times against the length."""
+    what = lambda row: (row["op"], row["kv_len"], row["mask"], row["backend"])  # noqa: E731
+    ordered = sorted({what(row): row for row in rows}.values(), key=what)
     number = lambda value, digits=2: "-" if value is None else f"{value:.{digits}f}"  # noqa: E731
     header = ["op", "tokens", "mask", "backend", "lists and selection", "ms", "over fastest dense", "efficiency", "MiB"]
     body = [
