@@ -82,6 +82,20 @@ def test_padding_and_gradients_through_the_lse(heads, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", [lambda n: compile_layout([window(20) | sink(2)], n), lambda n: selected(n, 1, "cpu", n)])
+@pytest.mark.parametrize("removed", [-torch.inf, torch.finfo(torch.float32).min])
+def test_keys_removed_by_their_bias_have_no_gradient(layout, removed, backend):
+    """Rows of a program that are no queries, beyond the sequence or the group, add nothing there."""
+    call = make(layout(37), group=3, n=37, dtype=torch.float32)
+    with torch.no_grad():
+        call.key_bias[..., 3::5] = removed
+    gradients = loss_gradients(call, backend.run)
+    for gradient, wanted in zip(gradients, loss_gradients(in_float64(call), reference.run), strict=True):
+        assert relative_error(gradient, wanted) < 100 * torch.finfo(torch.float32).eps
+    assert not gradients[1][..., 3::5, :].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bias_equal_for_all_keys_has_no_gradient(backend):
     """Softmax does not see a shift of a row: the gradients of its keys' biases sum to 0. In half precision they missed that by
     more than 1 % while delta was summed from the rounded output."""

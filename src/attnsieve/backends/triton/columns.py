@@ -19,6 +19,8 @@ from attnsieve.backends.triton.common import Rows, load_rows, rows_of
 LSE_COLUMN = tl.constexpr(0)
 BIAS_COLUMN = tl.constexpr(3)
 DELTA_COLUMN = tl.constexpr(6)
+# Stands for a bias of -inf: rows that are no queries have columns of zeros, and 0 * inf is NaN.
+_REMOVED = tl.constexpr(-3e38)
 
 
 def columns_dtype(call: Call) -> torch.dtype:
@@ -123,7 +125,9 @@ def _bias_kernel(bias, p_out, scale, heads, slots, STEP: tl.constexpr):
     ok = slot < slots
     p_bias = bias.p + (o_bh // heads) * bias.s_batch + (o_bh % heads) * bias.s_head + slot * bias.s_row
     DTYPE: tl.constexpr = p_out.dtype.element_ty
-    columns = split(tl.load(p_bias, mask=ok, other=0.0).to(tl.float32) / scale, BIAS_COLUMN, DTYPE)
+    value = tl.load(p_bias, mask=ok, other=0.0).to(tl.float32) / scale
+    # Not `tl.maximum`: NaN stays NaN.
+    columns = split(tl.where(value < _REMOVED, _REMOVED, value), BIAS_COLUMN, DTYPE)
     columns += indicator(LSE_COLUMN, STEP, tl.float32)
     p_part = p_out + (o_bh * slots + slot)[:, None] * 16 + tl.arange(0, 16)[None, :]
     tl.store(p_part, columns.to(DTYPE), mask=ok[:, None])
