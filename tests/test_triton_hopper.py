@@ -27,7 +27,7 @@ from attnsieve.backends.triton import columns, gradients, hopper
 from attnsieve.layout import Layout
 
 columns.columns_dtype = lambda call: torch.bfloat16
-gradients._hopper = lambda call, built: hopper
+gradients._hopper = lambda *_: hopper
 n, group, width = 256, {group}, {width}
 tensor = lambda heads: torch.zeros(1, heads, n, width, dtype=torch.{dtype})
 bias = torch.zeros(1, 2, n) if {bias} else None
@@ -45,12 +45,12 @@ def test_the_kernel_compiles(group, width, dtype, bias):
     assert "dkv_hopper" in compiled(PROGRAM.format(group=group, width=width, dtype=dtype, bias=bias))
 
 
-def _serves(monkeypatch, layout, *, width=128, v_width=128, dtype=torch.bfloat16, capability=(9, 0)):
+def _serves(monkeypatch, layout, *, width=128, v_width=128, dtype=torch.bfloat16, capability=(9, 0), view=lambda x: x):
     monkeypatch.setattr(hopper, "_capability", lambda device: capability)
     n = layout.length
     q, v = torch.zeros(1, 2, n, width, dtype=dtype), torch.zeros(1, 2, n, v_width, dtype=dtype)
-    call = Call(q, q, v, layout, Spans.full(1, n, n, "cpu"), 1.0)
-    return hopper.serves(call, schedule(layout, 16, 64))
+    call = Call(q, view(q), v, layout, Spans.full(1, n, n, "cpu"), 1.0)
+    return hopper.serves(call, schedule(layout, 16, 64), v)
 
 
 def _listed(n=64):
@@ -67,6 +67,21 @@ def test_it_serves_lists_of_all_keys_on_hopper(monkeypatch):
 )
 def test_it_leaves_other_calls_to_triton(monkeypatch, other):
     assert not _serves(monkeypatch, _listed(), **other)
+
+
+VIEWS = {
+    "rows apart": (lambda x: torch.cat([x, x], -1)[..., :128], True),
+    "all the same": (lambda x: x[..., :1, :1].expand(x.shape), True),
+    "an odd number apart": (lambda x: torch.nn.functional.pad(x, (0, 1))[..., :-1], False),
+    "at an odd address": (lambda x: torch.cat([x, x], -1)[..., 1:129], False),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_rows_must_begin_where_they_can_be_copied(monkeypatch, view):
+    """The kernel does not compile for others."""
+    view, served = VIEWS[view]
+    assert _serves(monkeypatch, _listed(), view=view) == served
 
 
 def test_it_leaves_key_tiles_to_triton(monkeypatch):

@@ -98,7 +98,7 @@ def key_gradients(
     if built.tiles is not None:
         _add_tiles(geometry, built, common)
     if built.singles is not None:
-        hopper = None if tiles is not None else _hopper(call, built)
+        hopper = None if tiles is not None else _hopper(call, built, d_out)
         if hopper is None:
             _add_singles(geometry, built, common)
         else:
@@ -172,13 +172,13 @@ def _stretches(geometry: Geometry, built: Schedule, rows: int) -> tuple[tuple[in
     return (triton.cdiv(longest, geometry.tiles.keys), per_head * call.layout.heads, len(call.spans)), lists
 
 
-def _hopper(call: Call, built: Schedule) -> Any:
+def _hopper(call: Call, built: Schedule, d_out: Tensor) -> Any:
     """The module of the Hopper kernel where it serves the call, else None. Gluon is experimental and differs between versions."""
     if not call.q.is_cuda or triton.__version__.split(".")[:2] != ["3", "6"]:
         return None
     from attnsieve.backends.triton import hopper
 
-    return hopper if hopper.serves(call, built) else None
+    return hopper if hopper.serves(call, built, d_out) else None
 
 
 def _sum_heads(grad: Tensor, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -38,8 +39,8 @@ TILES = Tiles(rows=64, keys=128, warps=8, stages=3)
 STRETCH_ROWS = 1024
 
 
-def serves(call: Call, built: Schedule) -> bool:
-    """Whether the kernel computes this call's gradients of listed keys; the call is on a GPU."""
+def serves(call: Call, built: Schedule, d_out: Tensor) -> bool:
+    """Whether the kernel computes this call's gradients of listed keys from those of its output; all on a GPU."""
     width = call.q.shape[-1]
     return (
         _capability(call.q.device) == (9, 0)
@@ -48,7 +49,13 @@ def serves(call: Call, built: Schedule) -> bool:
         and width in (64, 128)
         and built.listed == LISTED_ALL.value
         and built.mask.cut is None
+        and all(map(_is_aligned, (call.q, call.k, call.v, d_out)))
     )
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether Triton knows that rows begin at multiples of 16 bytes, or `common.rows_of` makes it so: else they cannot be copied."""
+    return x.stride(-1) != 1 or (x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:-1]))
 
 
 @functools.cache
