@@ -192,11 +192,24 @@ def test_unchecked_nan_stays_to_the_end():
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [((0,), "keep_window_size"), ((2.5,), "keep_window_size"), ((4, -1), "window"), ((4, 0, -2), "sinks")],
+    [
+        ((0,), "keep_window_size"),
+        ((2.5,), "keep_window_size"),
+        ((2**31,), "keep_window_size"),
+        ((4, -1), "window"),
+        ((4, 2**31 - 1), "window"),
+        ((4, 0, -2), "sinks"),
+    ],
 )
 def test_bad_rules_are_refused(arguments, word):
     with pytest.raises(UserError, match=word):
         SelectionRule(*arguments)
+
+
+def test_a_rule_of_any_size_keeps_what_there_is():
+    most = SelectionRule(2**29, 2**29, 2**29)
+    assert most.ends(torch.randn(1, 2, 9)).eq(9).all()
+    assert SelectionRule(1, 2**29).ends(torch.randn(1, 2, 9)).eq(9).all()
 
 
 def test_bad_scores_are_refused():

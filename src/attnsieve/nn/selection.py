@@ -16,6 +16,9 @@ from attnsieve.nn.fused import fused_ends
 from attnsieve.nn.quantile import kth_position
 from attnsieve.nn.segments import Segments
 
+# Sums of them and of slots are int32.
+_MOST = 2**29
+
 
 @dataclass(frozen=True)
 class SelectionRule:
@@ -37,7 +40,8 @@ class SelectionRule:
     def __post_init__(self) -> None:
         for name, least in (("keep_window_size", 1), ("window", 0), ("sinks", 0)):
             value = getattr(self, name)
-            require(type(value) is int and value >= least, f"{name} must be a whole number of at least {least}, got {value!r}")
+            good = type(value) is int and least <= value <= _MOST
+            require(good, f"{name} must be a whole number of at least {least} (and at most 2^29), got {value!r}")
 
     @property
     def slots(self) -> int:
