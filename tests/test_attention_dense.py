@@ -1,5 +1,7 @@
 """The dense backend: exact where a layout keeps everything, refused everywhere else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,6 +30,28 @@ def test_equals_the_oracle(q_len, k_len, dtype):
     call = make(q_len, k_len, dtype=dtype)
     assert backend.why_not(call) is None
     assert_within_budget(*backend.run(call), call)
+
+
+@pytest.mark.parametrize("backend", ["dense", "auto"])
+@pytest.mark.parametrize(("q_len", "heads"), [(70, 4), (1, 4), (33, 2)])
+def test_memory_may_be_laid_out_in_another_way(q_len, heads, backend):
+    def turns(x):
+        yield x.mT.contiguous().mT
+        yield x[:, :, :1].expand_as(x)
+        yield torch.cat([x, x], -1)[..., 1 : x.shape[-1] + 1]
+
+    call = make(q_len, 70, heads)
+    for q, k, v in zip(*map(turns, (call.q, call.k, call.v)), strict=True):
+        out, lse = attend(q, k, v, call.layout, backend=backend, return_lse=True)
+        assert_within_budget(out, lse, replace(call, q=q, k=k, v=v))
+
+
+def test_refuses_widths_that_differ():
+    call = make(70, 70)
+    narrow = call.v[..., :8]
+    assert attend(call.q, call.k, narrow, call.layout).shape[-1] == 8
+    with pytest.raises(UserError, match="equal widths, got 24 and 8"):
+        attend(call.q, call.k, narrow, call.layout, backend="dense")
 
 
 def test_a_capacity_beyond_the_keys_is_dense_too():

@@ -5,7 +5,8 @@ import torch
 
 from attnsieve import Spans, attend, compile_layout
 from attnsieve.errors import UserError
-from attnsieve.patterns import window
+from attnsieve.patterns import dense, window
+from tests.interpreter import needs_interpreter
 
 
 def inputs(**change):
@@ -32,6 +33,8 @@ def inputs(**change):
         ("compiled for 6", {"length": 6}),
         ("does not fit", {"spans": Spans.of([(0, 0, 8, 2, 8)])}),
         ("unknown backend", {"backend": "fastest"}),
+        ("at least one", {"q": (2, 0, 8, 16)}),
+        ("at least one wide", {"q": (2, 4, 8, 0), "k": (2, 2, 8, 0)}),
     ],
 )
 def test_refuses(message, change):
@@ -49,6 +52,37 @@ def test_refuses_whole_numbers():
     call = inputs()
     with pytest.raises(UserError, match="not floating"):
         attend(**(call | {name: call[name].long() for name in "qkv"}))
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable", "dense", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf, -torch.inf, torch.tensor(0.25), "0.25"])
+def test_refuses_scales_that_are_no_finite_numbers(scale, backend):
+    call = inputs(heads=4) | {"layout": compile_layout([dense()] * 4, 8), "backend": backend}
+    for _ in range(2):
+        with pytest.raises(UserError, match="scale must be a finite number, got"):
+            attend(**call, scale=scale)
+        attend(**call, scale=0.25)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "portable", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize("rule", [window(3), dense()], ids=str)
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 8, 8), (0, 1, 8), (1, 0, 8), (1, 0, 0)])
+def test_nothing_is_computed_of_nothing(batch, queries, keys, rule, backend):
+    call = inputs(q=(batch, 4, queries, 16), k=(batch, 2, keys, 16), v=(batch, 2, keys, 16))
+    call |= {"layout": compile_layout([rule] * 4, 8), "backend": backend, "return_lse": True}
+    for _ in range(2):
+        out, lse = attend(**call)
+        assert out.shape == (batch, 4, queries, 16)
+        assert lse.shape == (batch, 4, queries)
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize("queries", [8, 9])
+def test_slots_of_no_sequence_are_empty(queries, backend):
+    call = inputs(q=(2, 4, queries, 16), k=(2, 2, 9, 16), v=(2, 2, 9, 16), length=9, spans=Spans.of([]), backend=backend)
+    out, lse = attend(**call, return_lse=True)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
 
 
 def test_takes_what_fits():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from importlib import import_module
+from math import isfinite
+from numbers import Real
 from types import ModuleType
 
 import torch
@@ -46,8 +48,8 @@ def attend(
 
     q [B, Hq, Tq, D]; k [B, Hkv, Tk, D]; v [B, Hkv, Tk, Dv]; key_bias [B, Hkv, Tk] or None. Query head h reads KV head
     h // (Hq // Hkv). The layout has Hq heads, or Hkv when the heads of a group share a mask. `spans` says where the
-    sequences are; by default every batch row is one, its queries the last Tq of Tk positions. `scale` defaults to
-    1 / sqrt(D). Returns out [B, Hq, Tq, Dv] in q's dtype and, with `return_lse`, the LSE [B, Hq, Tq] in float32 (float64
+    sequences are; by default every batch row is one, its queries the last Tq of Tk positions. `scale`, a finite number,
+    defaults to 1 / sqrt(D). Returns out [B, Hq, Tq, Dv] in q's dtype and, with `return_lse`, the LSE [B, Hq, Tq] in float32 (float64
     for float64 inputs; -inf for rows that keep no key, whose output is 0). Differentiable in q, k, v and key_bias; gradients
     repeat bit for bit under torch.use_deterministic_algorithms(True). One operation under torch.compile.
 
@@ -101,7 +103,8 @@ def _decide(backend: str, call: Call, kind: Hashable | None) -> Known:
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spans: Spans, scale: float | None, key_bias: Tensor | None) -> Call:
-    return Call(q, k, v, layout, spans, q.shape[-1] ** -0.5 if scale is None else scale, key_bias)
+    # Widths of 0 are refused later.
+    return Call(q, k, v, layout, spans, max(q.shape[-1], 1) ** -0.5 if scale is None else scale, key_bias)
 
 
 def _choose(backend: str, call: Call) -> str:
@@ -151,7 +154,7 @@ def _module(backend: str) -> ModuleType:
 
 def _check(call: Call) -> None:
     """Raise UserError for shapes, dtypes or devices that do not fit together. Never reads a GPU."""
-    problem = _problem_of_shapes(call) or _problem_of_parts(call)
+    problem = _problem_of_scale(call.scale) or _problem_of_shapes(call) or _problem_of_parts(call)
     if problem is not None:
         raise UserError(problem)
     q, k = call.q, call.k
@@ -159,6 +162,13 @@ def _check(call: Call) -> None:
         call.spans.check(q.shape[0], q.shape[2], k.shape[2], call.layout.length)
     elif not torch.compiler.is_compiling():
         require(k.shape[2] <= call.layout.length, f"K has {k.shape[2]} slots, the layout is compiled for {call.layout.length}")
+
+
+def _problem_of_scale(scale: object) -> str | None:
+    """What is wrong with the number that scores are multiplied by."""
+    if isinstance(scale, Real) and not isinstance(scale, bool) and isfinite(scale):
+        return None
+    return f"scale must be a finite number, got {scale!r}"
 
 
 def _problem_of_shapes(call: Call) -> str | None:
@@ -171,8 +181,10 @@ def _problem_of_shapes(call: Call) -> str | None:
         return f"batch sizes differ: {shapes()}"
     if k.shape[1:3] != v.shape[1:3] or q.shape[3] != k.shape[3]:
         return f"k must match v in heads and tokens, q in width: {shapes()}"
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        return f"query heads must be a multiple of KV heads: {shapes()}"
+    if 0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]:
+        return f"query heads must be a multiple of KV heads, at least one: {shapes()}"
+    if q.shape[3] == 0:
+        return f"q and k must be at least one wide: {shapes()}"
     if call.whole and q.shape[2] > k.shape[2]:
         return f"there are more queries than keys: {shapes()}"
     return None

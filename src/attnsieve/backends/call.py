@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from attnsieve.layout import Layout
@@ -43,6 +44,9 @@ class Call:
 
 def why_not_plain(call: Call, kernels: str) -> str | None:
     """Why kernels that know neither bias nor padding, and give no gradients, cannot serve a call; None if they can."""
+    if call.q.numel() == 0:
+        # Without queries torch's kernel for CPUs divides by zero, which ends the process.
+        return f"there are no queries, which {kernels} do not expect"
     if call.key_bias is not None:
         return f"{kernels} add no key bias"
     if call.needs_grad:
@@ -50,3 +54,13 @@ def why_not_plain(call: Call, kernels: str) -> str | None:
     if not call.whole:
         return f"the sequences do not fill their batch rows (padding or packing), which {kernels} cannot see"
     return None
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied first where others' kernels would misread it: they take for granted, and do not always check, that rows are
+    contiguous and begin at multiples of 16 bytes."""
+    *steps, last = tensor.stride()
+    bits = tensor.data_ptr()
+    for step in steps:
+        bits |= step * tensor.element_size()
+    return tensor if last == 1 and bits % 16 == 0 else tensor.clone(memory_format=torch.contiguous_format)

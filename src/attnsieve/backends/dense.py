@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnsieve.backends.call import Call, why_not_plain
+from attnsieve.backends.call import Call, aligned, why_not_plain
 from attnsieve.backends.facts import facts
 
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
@@ -17,24 +17,28 @@ _CUDNN_QUERIES = 64
 
 def why_not(call: Call) -> str | None:
     """The reason why this backend cannot serve `call`, or None."""
-    reason = why_not_plain(call, "torch's dense kernels") or (_why_not_cuda(call) if call.q.is_cuda else None)
+    reason = why_not_plain(call, "torch's dense kernels") or _why_not_inputs(call)
     if reason is not None:
         return reason
     return None if facts(call.layout).dense else "the layout leaves pairs out"
 
 
-def _why_not_cuda(call: Call) -> str | None:
+def _why_not_inputs(call: Call) -> str | None:
     width, v_width = call.q.shape[-1], call.v.shape[-1]
+    if width != v_width:
+        return f"torch's dense kernels need equal widths, got {width} and {v_width}"
+    if not call.q.is_cuda:
+        return None
     if call.q.dtype not in _CUDA_DTYPES:
         return f"torch's flash kernels take float16 and bfloat16, got {call.q.dtype}"
-    if width != v_width or width % 8 or width > _CUDA_WIDEST:
-        return f"torch's flash kernels need equal widths, a multiple of 8 up to {_CUDA_WIDEST}, got {width} and {v_width}"
+    if width % 8 or width > _CUDA_WIDEST:
+        return f"torch's flash kernels need widths that are a multiple of 8 up to {_CUDA_WIDEST}, got {width}"
     return None
 
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, D] in q's dtype, LSE [B, Hq, Tq] in float32 (float64 for float64 inputs)."""
-    q, k, v = call.q.detach(), call.k.detach(), call.v.detach()
+    q, k, v = (aligned(tensor.detach()) for tensor in (call.q, call.k, call.v))
     past = k.shape[2] - q.shape[2]
     if past == 0:
         return _kernel(q, k, v, call.scale, causal=True)

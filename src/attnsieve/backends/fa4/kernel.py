@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from attnsieve.backends.call import Call
+from attnsieve.backends.call import Call, aligned
 from attnsieve.backends.fa4 import TILE
 from attnsieve.backends.fa4.columns import move_columns, rows_by_end
 from attnsieve.backends.fa4.lists import TileLists, lists_of_blocks, lists_of_rule
@@ -49,7 +49,7 @@ class TileMask:
 def _forward(call: Call, **mask: Any) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    q, k, v = (tensor.transpose(1, 2) for tensor in (call.q, call.k, call.v))
+    q, k, v = (aligned(tensor).transpose(1, 2) for tensor in (call.q, call.k, call.v))
     out, lse = _flash_attn_fwd(q, k, v, softmax_scale=call.scale, return_lse=True, **mask)[:2]
     return out.transpose(1, 2), lse
 

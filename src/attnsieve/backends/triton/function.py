@@ -22,7 +22,7 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and call.needs_grad:
         out, lse = _Attend.apply(call, call.q, call.k, call.v, call.key_bias)
         return out, lse
-    if call.q.shape[2] <= DECODE_QUERIES:
+    if _is_decoded(call):
         return decode(call)
     return forward(call, forward_tiles(call))
 
@@ -34,7 +34,7 @@ class Repeated:
     """
 
     def __init__(self, call: Call) -> None:
-        self._run = Decode(call) if call.q.shape[2] <= DECODE_QUERIES else Prefill(call, forward_tiles(call))
+        self._run = Decode(call) if _is_decoded(call) else Prefill(call, forward_tiles(call))
         self._last: tuple[Spans, Places] | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
@@ -42,6 +42,11 @@ class Repeated:
         if last is None or last[0] is not spans:
             self._last = last = (spans, places_of(spans))
         return self._run(q, k, v, None, last[1])
+
+
+def _is_decoded(call: Call) -> bool:
+    """Whether there are queries, and few."""
+    return 0 < call.q.shape[2] <= DECODE_QUERIES and len(call.spans) > 0
 
 
 class _Attend(torch.autograd.Function):
