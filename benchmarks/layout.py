@@ -39,7 +39,7 @@ _BUILDS = 5
 def fresh(layout: Layout, chosen: bool) -> Layout:
     """Nothing remembered; as one that serves a single call, or as one that the host may read."""
     known = layout.most_keys is None and chosen
-    return replace(layout, schedules={}, passing=chosen, windows=known)
+    return replace(layout, passing=chosen, windows=known)
 
 
 def builder(call: Call, chosen: bool) -> Callable[[], object]:

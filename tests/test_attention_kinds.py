@@ -1,6 +1,9 @@
 """Calls like an earlier one skip checks and choices, never answers or refusals; nothing that is remembered outlives its layout."""
 
+import contextlib
+import copy
 import gc
+import pickle
 import weakref
 from dataclasses import replace
 
@@ -146,3 +149,28 @@ def test_spans_of_whole_batches_are_made_once():
     with FakeTensorMode(allow_non_fake_inputs=True):
         whole.whole_spans(q, k[:, :, :7])
     assert whole.whole_spans(q, k[:, :, :7]).k_len.tolist() == [7]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_copies_of_a_layout_begin_anew(backend):
+    layout, call = compile_layout(ROW, 64), inputs()
+    first, others = attend(*call, layout, backend=backend), compile_layout([window(3)] * 4, 64)
+    for one in (copy.deepcopy(layout), pickle.loads(pickle.dumps(layout)), copy.copy(layout)):
+        assert not one.schedules
+        assert layout.schedules
+        torch.testing.assert_close(attend(*call, one, backend=backend), first)
+    changed = replace(layout, end=others.end, offset=None)
+    torch.testing.assert_close(attend(*call, changed, backend=backend), attend(*call, others, backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap])
+def test_transforms_of_torch_leave_nothing_behind(transform, backend):
+    whole._known.clear()
+    layout, (q, k, v) = compile_layout(ROW, 64), inputs()
+    # Most backends cannot be transformed.
+    with contextlib.suppress(RuntimeError):
+        transform(lambda x: attend(q * x, k, v, layout, backend=backend).sum())(
+            torch.ones(4 if transform is torch.vmap else ())
+        )
+    attend(q, k, v, layout, backend=backend)

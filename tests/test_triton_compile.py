@@ -69,7 +69,7 @@ def test_schedules_of_a_static_layout_are_built_once():
 def test_layouts_that_share_a_vector_are_told_apart():
     layout = compile_layout([window(5) | diagonals(9)] * 2, 70)
     call = make(layout)
-    for one in (layout, replace(layout, offset=torch.zeros_like(layout.offset), schedules={})):
+    for one in (layout, replace(layout, offset=torch.zeros_like(layout.offset))):
         compiled = torch.compile(lambda q, one=one: attend(q, call.k, call.v, one), backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(call.q), attend(call.q, call.k, call.v, one))
 

@@ -188,7 +188,7 @@ def test_chosen_layouts_are_not_read(pattern):
         tiles_by_key(layout, built)
     assert host.reads == 0
     with Reading() as host:
-        schedule(replace(layout, passing=False, windows=False, schedules={}), ROWS, KEYS)
+        schedule(replace(layout, passing=False, windows=False), ROWS, KEYS)
     assert host.reads > 0
 
 
@@ -249,7 +249,7 @@ selected = MASKS["dma-512"](4096, 2, "cpu")
 stretches(selected, schedule(selected, 128, 64), 256)
 index = torch.zeros(1, 2, 32, 9, dtype=torch.int32)
 keys = Blocks(128, 1, torch.ones(1, 2, 32, dtype=torch.int32), index)
-schedule(replace(layout, blocks=keys, schedules={}), 128, 64)
+schedule(replace(layout, blocks=keys), 128, 64)
 """
 
 

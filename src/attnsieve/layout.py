@@ -64,10 +64,15 @@ class Layout:
     corner: Tensor | None = None
     corner_rows: Tensor | None = None
     blocks: Blocks | None = None
-    schedules: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     most_keys: int | None = None
     passing: bool = False
     windows: bool = False
+    # Of these vectors and no others: `replace` and copies begin with none.
+    schedules: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied; compiled kernels cannot be."""
+        return {**self.__dict__, "schedules": {}}
 
     def __post_init__(self) -> None:
         require(self.end.dtype == torch.int32 and self.end.ndim == 3, f"end must be int32 [Z, H, n], got {_kind(self.end)}")
@@ -98,16 +103,14 @@ class Layout:
         return cast(T, self.schedules[key])
 
     def to(self, device: torch.device | str) -> Layout:
-        """A copy on `device`, without schedules; self if it is there already."""
+        """A copy on `device`; self if it is there already."""
         if torch.device(device) == self.device:
             return self
         blocks = self.blocks and self.blocks.to(device)
         offset, corner, rows = (
             None if part is None else part.to(device) for part in (self.offset, self.corner, self.corner_rows)
         )
-        return replace(
-            self, end=self.end.to(device), offset=offset, corner=corner, corner_rows=rows, blocks=blocks, schedules={}
-        )
+        return replace(self, end=self.end.to(device), offset=offset, corner=corner, corner_rows=rows, blocks=blocks)
 
     def keep(self, z: int, h: int, i: Tensor, j: Tensor) -> Tensor:
         """bool: whether query positions `i` keep key positions `j` (int64, broadcastable, below `length`)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from attnsieve.device import captured, stream_of
@@ -23,9 +24,13 @@ def whole_spans(q: Tensor, k: Tensor) -> Spans:
     found = _known.get(key)
     if found is None:
         found = Spans.full(*sizes, q.device)
-        # Within torch's modes that pretend to compute, tensors of other types are made.
-        if type(found.batch) is Tensor:
+        if _is_real(found.batch):
             if len(_known) >= _MOST:
                 _known.clear()
             _known[key] = found
     return found
+
+
+def _is_real(tensor: Tensor) -> bool:
+    """Not what torch makes while it only pretends to compute, or within torch.func's transforms."""
+    return type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

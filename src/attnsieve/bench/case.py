@@ -62,7 +62,7 @@ class Case:
         """`layout` with nothing remembered that backends derive from it; keys that DMA selects are selected again."""
         if is_selected(self.mask):
             return reselected(self.mask, layout)
-        return replace(layout, schedules={})
+        return replace(layout)
 
     def call(self) -> Call:
         """Random inputs and the mask."""

@@ -102,7 +102,7 @@ def layout(case: Case, backend: str, budget_ms: float = 200.0) -> Iterator[Row]:
     else:
         call = case.call()
     build = _builder(call, backend)
-    times, peak = _measured(lambda: build(replace(call.layout, schedules={})), case.device, budget_ms)
+    times, peak = _measured(lambda: build(replace(call.layout)), case.device, budget_ms)
     yield _Made("layout", case, backend, call, None, None).row(times, peak)
 
 

@@ -35,7 +35,7 @@ class Static:
     def first(self, n: int) -> Static:
         """What it says of the first `n` positions: a longer text never changes earlier rows."""
         base = self.layout
-        parts: dict[str, Any] = {"length": n, "end": base.end[..., :n].contiguous(), "schedules": {}}
+        parts: dict[str, Any] = {"length": n, "end": base.end[..., :n].contiguous()}
         if base.offset is not None:
             parts["offset"] = base.offset[..., :n].contiguous()
         if base.corner is not None and base.corner_rows is not None:
@@ -99,7 +99,7 @@ def join(static: Static, sequences: int, parts: Sequence[Part]) -> Layout:
             part.put(offset, part.chosen.offset)
     windows = base.windows and not any(part.chosen.mortal for part in parts)
     blocks = _join_blocks(static, sequences, parts)
-    return replace(base, end=end, offset=offset, blocks=blocks, schedules={}, passing=True, windows=windows)
+    return replace(base, end=end, offset=offset, blocks=blocks, passing=True, windows=windows)
 
 
 def _join_blocks(static: Static, sequences: int, parts: Sequence[Part]) -> Blocks | None:

@@ -105,7 +105,7 @@ def stretches(layout: Layout, built: Schedule, positions: int) -> tuple[Lists, i
 
 def _build(layout: Layout, positions: int, keys: int, listing: bool) -> Schedule:
     if layout.blocks is not None and layout.blocks.keys < layout.blocks.rows:
-        rest = _build(replace(layout, blocks=None, schedules={}), positions, keys, listing=False)
+        rest = _build(replace(layout, blocks=None), positions, keys, listing=False)
         singles = block_lists(layout, layout.blocks, positions, _SPARE)
         return replace(rest, singles=singles, listed=LISTED_BLOCKS.value)
     choice, found = _choose(layout, positions, keys, listing)
