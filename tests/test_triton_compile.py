@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnsieve import Spans, attend, compile_layout
+from attnsieve import Spans, UserError, attend, compile_layout
 from attnsieve.backends import graph
 from attnsieve.backends.call import Call
 from attnsieve.nn import dynamic_mask_attention
-from attnsieve.patterns import columns, diagonals, random_blocks, window
+from attnsieve.patterns import columns, dense, diagonals, random_blocks, window
 from tests.interpreter import needs_interpreter
 from tests.laws.samples import dam
 
@@ -115,3 +115,23 @@ def test_selected_keys():
 def test_the_operation_is_what_it_says(pattern, backend):
     call = make(compile_layout([pattern, window(9)], 64), n=24, dtype=torch.float16 if backend == "triton" else torch.float32)
     torch.library.opcheck(torch.ops.attnsieve.attend.default, (*graph._arguments(call), backend))
+
+
+@pytest.mark.parametrize("backend", ["dense", "portable", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize("q_len", [24, 3])
+def test_its_results_are_laid_out_as_graphs_are_told(q_len, backend):
+    layout = compile_layout([dense() if backend == "dense" else window(9)] * 4, 64)
+    tensors = [torch.randn(2, length, heads, 8).transpose(1, 2) for heads, length in ((4, q_len), (2, 24), (2, 24))]
+    arguments = (*graph._arguments(Call(*tensors, layout, Spans.full(2, q_len, 24), 0.3)), backend)
+    torch.library.opcheck(torch.ops.attnsieve.attend.default, arguments, test_utils="test_faketensor")
+    if backend != "dense":
+        out, lse = torch.ops.attnsieve.attend(*arguments)
+        gradients = torch.ops.attnsieve.attend_backward.default
+        torch.library.opcheck(gradients, (out, lse, out, lse, *arguments), test_utils="test_faketensor")
+
+
+def test_the_reference_has_no_gradients_in_graphs_and_says_so():
+    call = make(compile_layout([window(9)] * 4, 70))
+    out = torch.compile(lambda q: attend(q, call.k, call.v, call.layout, backend="reference"), backend="aot_eager")(call.q)
+    with pytest.raises(UserError, match="has no gradients"):
+        out.sum().backward()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnsieve.backends.call import Call
+from attnsieve.errors import require
 from attnsieve.layout import Blocks, Layout
 from attnsieve.spans import Spans
 
@@ -36,13 +37,17 @@ def operation(choose: Choose, run: Run) -> Callable[[str, Call], tuple[Tensor, T
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         call = _call(*arguments[:-1])
         out, lse = run(choose(arguments[-1], call), call)
-        # Graphs are told strides beforehand: those that most backends return.
-        return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+        # Graphs are told strides beforehand: of the output those that most backends return.
+        return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
     def backward(d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
         call = _with_leaves(_call(*arguments[:-1]))
         name = choose(arguments[-1], call)
+        require(
+            name != "reference", "backend 'reference' has no gradients under torch.compile: take 'portable' or none by name"
+        )
         found = _of_triton(call, out, lse, d_out, d_lse) if name == "triton" else _by_autograd(name, run, call, d_out, d_lse)
+        found = [x.contiguous() for x in found]
         return found if call.key_bias is not None else [*found, _like_bias(None, out)]
 
     attend = torch.library.custom_op("attnsieve::attend", forward, mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor)")
