@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 from importlib.util import find_spec
 
 import pytest
@@ -268,3 +269,18 @@ ragged.Step(q, store.memory, store.index, 0.1)(q, k, k)
 def test_kernels_compile_for_a_gpu(dtype, width, group):
     names = compiled(PROGRAM.format(dtype=dtype, width=width, group=group))
     assert names == ["append_kernel", "attend_kernel", "combine_kernel"]
+
+
+def test_steps_refuse_what_does_not_fit_and_copies_take_them_anew():
+    kept = Kept.of([window(5)] * 4, 2, 64)
+    q, k, v = (torch.randn(1, heads, 1, 16) for heads in (4, 2, 2))
+    store = RaggedStore(kept, kept.index(q.device, 8), k, v)
+    store.step(q, k, v, 0.25)
+    two = [torch.cat([x, x], 2) for x in (k, v)]
+    for wrong in ((q[:, :3], k, v), (q.double(), k, v), (q[..., :8], k, v), (q.expand(2, -1, -1, -1), k, v), (q, *two)):
+        with pytest.raises(UserError, match="a step takes one token"):
+            store.step(*wrong, 0.25)
+    with pytest.raises(UserError, match="scale must be a finite number, got nan"):
+        store.step(q, k, v, torch.nan)
+    again = pickle.loads(pickle.dumps(store))
+    torch.testing.assert_close(again.step(q, k, v, 0.25), store.step(q, k, v, 0.25))

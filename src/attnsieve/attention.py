@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from importlib import import_module
-from math import isfinite
-from numbers import Real
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from attnsieve.backends import cost, graph, kinds
-from attnsieve.backends.call import DECODE_QUERIES, Call
+from attnsieve.backends.call import DECODE_QUERIES, Call, problem_of_scale
 from attnsieve.backends.kinds import Known
 from attnsieve.backends.whole import whole_spans
 from attnsieve.device import on_device_of
@@ -154,7 +152,7 @@ def _module(backend: str) -> ModuleType:
 
 def _check(call: Call) -> None:
     """Raise UserError for shapes, dtypes or devices that do not fit together. Never reads a GPU."""
-    problem = _problem_of_scale(call.scale) or _problem_of_shapes(call) or _problem_of_parts(call)
+    problem = problem_of_scale(call.scale) or _problem_of_shapes(call) or _problem_of_parts(call)
     if problem is not None:
         raise UserError(problem)
     q, k = call.q, call.k
@@ -162,13 +160,6 @@ def _check(call: Call) -> None:
         call.spans.check(q.shape[0], q.shape[2], k.shape[2], call.layout.length)
     elif not torch.compiler.is_compiling():
         require(k.shape[2] <= call.layout.length, f"K has {k.shape[2]} slots, the layout is compiled for {call.layout.length}")
-
-
-def _problem_of_scale(scale: object) -> str | None:
-    """What is wrong with the number that scores are multiplied by."""
-    if isinstance(scale, Real) and not isinstance(scale, bool) and isfinite(scale):
-        return None
-    return f"scale must be a finite number, got {scale!r}"
 
 
 def _problem_of_shapes(call: Call) -> str | None:

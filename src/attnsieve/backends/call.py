@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -40,6 +42,13 @@ class Call:
     def needs_grad(self) -> bool:
         tensors = (self.q, self.k, self.v, self.key_bias)
         return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def problem_of_scale(scale: object) -> str | None:
+    """What is wrong with the number that scores are multiplied by."""
+    if isinstance(scale, Real) and not isinstance(scale, bool) and isfinite(scale):
+        return None
+    return f"scale must be a finite number, got {scale!r}"
 
 
 def why_not_plain(call: Call, kernels: str) -> str | None:

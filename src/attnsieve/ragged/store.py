@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from attnsieve.backends.call import problem_of_scale
 from attnsieve.backends.ragged import Index, Memory
 from attnsieve.device import on_device_of
 from attnsieve.errors import require
@@ -46,7 +47,7 @@ class RaggedStore:
         """
         kind = (*((x.shape, x.dtype, x.device) for x in (q, k, v)), scale, backend)
         if kind not in self._steps:
-            self._check(k, v)
+            self._check_step(q, k, v, scale)
             self._steps[kind] = step_of(q, v, self.memory, self.index, scale, backend)
         with on_device_of(q):
             return self._steps[kind](q, k, v)
@@ -98,6 +99,10 @@ class RaggedStore:
         new._steps = {}
         return new
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: no kernels."""
+        return {**self.__dict__, "_steps": {}}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self.select(torch.arange(len(self.memory.key)))
 
@@ -119,6 +124,18 @@ class RaggedStore:
         below = torch.nn.functional.pad((self.index.entries < length).cumsum(-1), (1, 0))
         state[:, :, 0] = length
         state[:, :, 1] = below[:, heads.first_column + heads.columns] - below[:, heads.first_column]
+
+    def _check_step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+        self._check(k, v)
+        problem = problem_of_scale(scale)
+        require(problem is None, str(problem))
+        (batch, heads, _, width), found = k.shape, tuple(q.shape)
+        fits = len(found) == 4 and (found[0], *found[2:]) == (batch, 1, width) and found[1] % heads == 0
+        require(
+            fits and k.shape[2] == v.shape[2] == 1 and (q.dtype, q.device) == (k.dtype, k.device),
+            f"a step takes one token, q [{batch}, a multiple of {heads}, 1, {width}] in {k.dtype} on {k.device}, "
+            f"got q {found} in {q.dtype} on {q.device}, k {tuple(k.shape)}, v {tuple(v.shape)}",
+        )
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         for given, stored, name in ((k, self.memory.key, "keys"), (v, self.memory.value, "values")):
