@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnsieve import Spans
@@ -48,7 +51,7 @@ def _short_blocks(monkeypatch):
 @needs_interpreter
 @pytest.mark.usefixtures("_short_blocks")
 @pytest.mark.parametrize("kind", ["random", "ties", "equal", "rising", "falling"])
-@pytest.mark.parametrize(("n", "budget"), [(1, 1), (7, 9), (40, 1), (41, 6), (66, 20), (67, 66), (150, 1), (150, 31)])
+@pytest.mark.parametrize(("n", "budget"), [(1, 1), (7, 9), (40, 1), (41, 6), (66, 20), (67, 66), (150, 31)])
 def test_ends_equal_those_of_the_heap(n, budget, kind):
     sigma = scores(kind, n)
     ends = fused(sigma, SelectionRule(budget))
@@ -68,6 +71,34 @@ def test_documents_windows_and_sinks_equal_the_plain_ones(documents, union):
     rule = SelectionRule(6, window=5, sinks=2, union=union)
     sigma[..., ::9] = torch.nan
     assert torch.equal(fused(sigma, rule, segments), rule.ends(sigma, segments, check_nan=False))
+
+
+def edges(n: int) -> st.SearchStrategy[list[int]]:
+    """Slots where documents begin and end, at the edges of blocks often."""
+    return st.lists(st.one_of(st.integers(0, n), st.integers(0, n // 8).map(lambda x: 8 * x)), max_size=8).map(sorted)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("levels", [(100, 100), (0, 100), (0, 0)], ids=["one level", "two levels", "three levels"])
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(data=st.data())
+def test_documents_anywhere_equal_the_plain_ones(levels, data):
+    """Also where a program reads its keys in several steps."""
+    from attnsieve.nn import selection_triton
+
+    n = data.draw(st.integers(8, 50))
+    edge = data.draw(edges(n))
+    # Every third run of slots is padding.
+    rows = [(0, a, b - a, a, b - a) for x, (a, b) in enumerate(itertools.pairwise([0, *edge, n])) if x % 3 != 2]
+    segments = data.draw(st.sampled_from([None, Segments.of_spans(Spans.of(rows), 1, n)]))
+    sigma = torch.tensor(data.draw(st.lists(st.integers(-2, 2), min_size=2 * n, max_size=2 * n))).float().view(1, 2, n)
+    window, sinks, union = data.draw(st.tuples(st.sampled_from([0, 1, 9, n]), st.sampled_from([0, 3]), st.booleans()))
+    rule = SelectionRule(data.draw(st.integers(1, n)), window, sinks, union)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection_triton, "ROWS", 4)
+        patch.setattr(selection_triton, "LEVELS", levels)
+        patch.setattr(selection_triton, "_reading", lambda parent_rows, n: (16, 1))
+        assert torch.equal(fused(sigma, rule, segments), rule.ends(sigma, segments))
 
 
 @needs_interpreter

@@ -1,9 +1,13 @@
-"""Ends on a GPU without sorting: blocks of rows, and in each the keys that leave while its rows go by.
+"""Ends on a GPU without sorting.
 
-A row that competes for a full budget drops one key, the worst it has. So a block of rows drops no more keys than it has rows, some
-of them its own, others *old*: alive at its first row. Which old keys leave in a block follows from two order statistics, of the keys
-before its first row and of those before its last; both are found by narrowing down a value, in the keys of the block's parent (a
-longer block, or the whole text) that leave in the parent. In the shortest blocks rows are gone through one by one, by one warp.
+A row that competes for a full budget drops one key, the worst it has. So a block of rows drops no more keys than it has rows: some of
+its own, and *old* ones, which are alive at its first row. Once the old keys that leave in a block are listed, its rows are gone through
+one by one without a look at any other key; one warp does that for 64 rows (`_drop_kernel`).
+
+An old key leaves in a block if it is alive at the first row and does not outlive the last one. Alive after a row are the best keys up
+to it, as many as the budget: those that are not worse than a threshold, found by narrowing down a value (`_threshold`). Long texts have
+two or three levels of blocks. What leaves in a block leaves in the longer block around it too, its *parent*, so that only the parent's
+old keys and those of its own rows are looked at (`_descend_kernel`); the longest blocks look at the whole text.
 
 Documents: a block's old keys belong to the document that reaches into it, and the block ends for them where that document does.
 """
@@ -39,8 +43,8 @@ class Documents(NamedTuple):
 class Old(NamedTuple):
     """Old keys that leave in a block, ascending: int32 [R, n] each, those of the block from row p on at p and after it.
 
-    order: their place in the order of scores, see `_order`; index; count: how many, at p, and from which order on keys are alive there,
-    at p + 1, for guesses.
+    order: their place in the order of scores, see `_order`. index: which keys they are. count: at p how many; at p + 1, for guesses,
+    from which order on keys are alive at row p.
     """
 
     order: Any
@@ -63,14 +67,14 @@ def ends(sigma: Tensor, start: Tensor | None, stop: Tensor | None, budget: int, 
     result = torch.empty(sigma.shape, dtype=torch.int32, device=sigma.device)
     order, *planes = torch.empty(7, batch * heads, n, dtype=torch.int32, device=sigma.device).unbind()
     _begin_kernel[(triton.cdiv(n, 1024), batch * heads)](sigma.contiguous(), documents, order, result, n, heads, STEP=1024)
-    old, node = None, 0
+    old, parent_rows = None, 0
     for level, block in enumerate(_blocks(n)):
         parent, old = old, Old(*(planes[3:] if level % 2 else planes[:3]))
-        step, warps = _reading(node, n)
+        step, warps = _reading(parent_rows, n)
         _descend_kernel[(triton.cdiv(n, block), batch * heads)](
-            order, documents, parent, old, n, min(budget, n), heads, node, block, STEP=step, num_warps=warps
+            order, documents, parent, old, n, min(budget, n), heads, parent_rows, block, STEP=step, num_warps=warps
         )
-        node = block
+        parent_rows = block
     _drop_kernel[(triton.cdiv(n, ROWS), batch * heads)](
         order, documents, old, result, n, min(budget, n), heads, Widening(window, sinks, int(union)), ROWS=ROWS, num_warps=1
     )
@@ -87,12 +91,12 @@ def _blocks(n: int) -> tuple[int, ...]:
     return ROWS << 2 * (bits - 1) // 3, ROWS << bits // 3, ROWS
 
 
-def _reading(node: int, n: int) -> tuple[int, int]:
-    """Keys that a program reads at a time, and its warps: at the first level it reads all, further on as many as its parent has rows.
-    Few are counted by one warp, which waits for no other. Counters hold up to 1023 steps."""
-    if node == 0:
+def _reading(parent_rows: int, n: int) -> tuple[int, int]:
+    """Keys that a program reads at a time, and its warps. It goes through all keys if there is no parent, else through twice as many
+    as the parent has rows, at the most; few are counted by one warp, which waits for no other. `_count` takes up to 1023 steps."""
+    if parent_rows == 0:
         return max(2048, triton.next_power_of_2(n >> 9)), 8
-    return (256, 1) if node <= 4096 else (max(1024, triton.next_power_of_2(node >> 8)), 4)
+    return (256, 1) if parent_rows <= 4096 else (max(1024, triton.next_power_of_2(parent_rows >> 8)), 4)
 
 
 @triton.jit
@@ -125,8 +129,8 @@ def _begin_kernel(p_sigma, documents, p_order, p_ends, n, heads, STEP: tl.conste
 
 
 @triton.jit
-def _descend_kernel(p_order, documents, parent, old, n, budget, heads, node, block, STEP: tl.constexpr):
-    """List the old keys that leave in a block of `block` rows, from those of its parent of `node` rows and its own."""
+def _descend_kernel(p_order, documents, parent, old, n, budget, heads, parent_rows, block, STEP: tl.constexpr):
+    """List the old keys that leave in a block of `block` rows: of its parent's old keys and of those of the parent's rows before it."""
     # The last blocks of a text have the most keys before them: start with them.
     i_r, i_b = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)
     p = i_b * block
@@ -139,18 +143,18 @@ def _descend_kernel(p_order, documents, parent, old, n, budget, heads, node, blo
         p_old, p_index = p_order, p_order
         step = tl.cast(2**30, tl.int64)
         if parent is not None:
-            top = p // node * node
+            top = p // parent_rows * parent_rows
             p_old, p_index = parent.order + i_r * n + top, parent.index + i_r * n + top
             n_old = tl.where(start < top, tl.load(parent.count + i_r * n + top), 0)
             first = tl.maximum(start, top)
             low = tl.load(parent.count + i_r * n + top + 1, mask=top + 1 < n, other=0)
             step = tl.cast(_NEAR, tl.int64)
-        # How many of these keys are alive t rows after the document's start: min(budget, t) less those that outlive the parent.
-        rest = n_old - tl.minimum(budget, first - start)
+        # The parent does not list those of its old keys that outlive it: they are alive in all of this block.
+        unlisted = tl.minimum(budget, first - start) - n_old
         p_new = p_order + i_r * n
-        alive = tl.minimum(budget, p - start) + rest
+        alive = tl.minimum(budget, p - start) - unlisted
         low, ties_low = _threshold(p_old, n_old, p_new + first, p - first, alive, low, step, STEP)
-        outliving = budget + rest
+        outliving = budget - unlisted
         high, ties_high = _threshold(p_old, n_old, p_new + first, stop - first, outliving, low, tl.cast(_NEAR, tl.int64), STEP)
         p_out, p_out_index = old.order + i_r * n + p, old.index + i_r * n + p
         seen_low, seen_high = 0, 0
@@ -162,8 +166,8 @@ def _descend_kernel(p_order, documents, parent, old, n, budget, heads, node, blo
             key = tl.where(is_old, key, tl.load(p_new + index, mask=is_new, other=0))
             if parent is not None:
                 index = tl.where(is_old, tl.load(p_index + o, mask=is_old, other=0), index)
-            inside, seen_low = _passes(key, is_old | is_new, low, ties_low, seen_low)
-            outlives, seen_high = _passes(key, is_old | is_new, high, ties_high, seen_high)
+            inside, seen_low = _is_best(key, is_old | is_new, low, ties_low, seen_low)
+            outlives, seen_high = _is_best(key, is_old | is_new, high, ties_high, seen_high)
             leaves = (inside & (outlives == 0)).to(tl.int32)
             at = n_left + tl.cumsum(leaves, 0) - 1
             tl.store(p_out + at, key, mask=leaves != 0)
@@ -174,8 +178,8 @@ def _descend_kernel(p_order, documents, parent, old, n, budget, heads, node, blo
 
 
 @triton.jit
-def _passes(key, ok, low, ties, seen):
-    """Which keys are among those of `_threshold`; seen: keys before these that equal `low`."""
+def _is_best(key, ok, low, ties, seen):
+    """Which keys are among the best, by what `_threshold` returns, and how many keys equal `low` so far; seen: before these keys."""
     keep = ok & (key >= low)
     if ties > 0:
         tie = (ok & (key == low)).to(tl.int32)
@@ -186,9 +190,12 @@ def _passes(key, ok, low, ties, seen):
 
 @triton.jit
 def _threshold(p_old, n_old, p_new, n_new, wanted, guess, step, STEP: tl.constexpr):
-    """The `wanted` best of two runs of keys in the order of time, the most recent of equal ones: those above `low` and, of those that
-    equal it, all but the first `ties`. It is looked for between `guess` and `step` or 16 steps more, then everywhere: thresholds of
-    nearby rows are near, and at first nothing is known."""
+    """What parts the `wanted` best of two runs of keys, in the order of time, from the others: the order `low` of the worst of them,
+    and how many of the keys that equal it, the oldest, are not among them.
+
+    Every pass counts the keys from a, b and c on, and goes on between two of `low`, a, b, c and `high`. At first a is `guess`, b and c
+    are 1 and 16 steps above it, because thresholds of nearby rows are near; then they part what is left in quarters.
+    """
     # At least `wanted` keys are not below `low`, fewer are not below `high`.
     low, high = tl.cast(-(2**31), tl.int64), tl.cast(2**31, tl.int64)
     found = n_old + n_new
