@@ -1,5 +1,7 @@
 """FlashAttention-4 and torch's dense kernels on a GPU against the float64 oracle; what they cannot serve is refused by name."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -154,3 +156,17 @@ def test_dense_equals_the_oracle(q_len, n, width, dtype):
     call = make(compile_layout([dense()], 600), q_len=q_len, n=n, width=width, dtype=dtype, batch=2, kv_heads=1, group=4)
     assert dense_backend.why_not(call) is None
     check(call, "dense")
+
+
+@pytest.mark.parametrize("q_len", [517, 1])
+@pytest.mark.parametrize("backend", ["dense", pytest.param("fa4", marks=needs_fa4)])
+def test_memory_may_be_laid_out_in_another_way(backend, q_len):
+    def turns(x):
+        yield x.mT.contiguous().mT
+        # An address and strides that are no multiples of 16 bytes.
+        yield torch.cat([x, x[..., :1]], -1)[..., 1:]
+        yield x[:, :, :1].expand_as(x)
+
+    call = make(compile_layout([dense()] * 4, 517), q_len=q_len)
+    for q, k, v in zip(*map(turns, (call.q, call.k, call.v)), strict=True):
+        check(replace(call, q=q, k=k, v=v), backend)

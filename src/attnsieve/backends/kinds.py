@@ -18,7 +18,7 @@ from attnsieve.spans import Spans
 
 # q, k, v and the spans -> output and LSE.
 Again = Callable[[Tensor, Tensor, Tensor, Spans], tuple[Tensor, Tensor]]
-# A text that grows by chunks, or prompts of all lengths, would be remembered for ever.
+# Kinds of one layout: chunks of a growing text and prompts of all lengths would add up for ever.
 _MOST_KINDS = 64
 
 
@@ -48,7 +48,8 @@ def kind_of(
     rest = (q.dtype, k.dtype, v.dtype, device, k.device, v.device, scale, backend)
     if queries > DECODE_QUERIES:
         return (q_shape, k_shape, v_shape, rest)
-    # A text grows by a key at each step: so kinds of decode differ by powers of two of keys, as predictions of costs do.
+    # A text grows by a key at each step: kinds of decode know the power of two of keys only, as predictions of costs do. What else
+    # is checked of that number is checked here.
     if v_shape[2] != keys or not queries <= keys <= layout.length:
         return None
     return (q_shape, keys.bit_length(), k_shape[:2], k_shape[3], v_shape[:2], v_shape[3], rest)

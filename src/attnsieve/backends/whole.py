@@ -14,8 +14,8 @@ _MOST = 64
 
 
 def whole_spans(q: Tensor, k: Tensor) -> Spans:
-    """`Spans.full` of q [B, Hq, Tq, D] and k [B, Hkv, Tk, D], made once while the sizes and the stream are the same: other streams
-    would not wait for it."""
+    """`Spans.full` of q [B, Hq, Tq, D] and k [B, Hkv, Tk, D], made once per sizes and stream: another stream would not wait until
+    they are written."""
     sizes = (q.shape[0], q.shape[2], k.shape[2])
     if captured(q):
         # A graph computes nothing before it is replayed, and is replayed when what is known here may be gone.

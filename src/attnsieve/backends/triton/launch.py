@@ -21,10 +21,11 @@ _BEYOND = 2**31
 
 
 class Launch:
-    """A kernel, its grid of three numbers, and its last arguments; to be called with the first ones.
+    """A kernel with its grid of three numbers and its last arguments, which stay; it is called with the first ones, which change.
 
-    Those are tensors, None, and tuples of tensors followed by numbers, always of the same kinds and dtypes. Objects of this class
-    may be used by several threads and streams, on the device of their first use.
+    Those are tensors, None, and tuples of tensors followed by numbers (`Rows`, `Places`), always of the same kinds and dtypes. The
+    first two launches are Triton's, later ones call the compiled code where it serves. Objects of this class may be used by several
+    threads and streams, on the device of their first use.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], *last: Any, **options: Any) -> None:
