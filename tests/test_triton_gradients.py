@@ -131,3 +131,13 @@ def test_deterministic_gradients_repeat_bit_for_bit():
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_are_refused(backend):
+    q, k, v = (torch.randn(1, 1, 20, 16, requires_grad=True) for _ in range(3))
+    call = Call(q, k, v, compile_layout([window(9)], 20), Spans.full(1, 20, 20), 0.25)
+    out, _ = backend.run(call)
+    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (gradient + q).sum().backward()

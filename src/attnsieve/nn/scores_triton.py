@@ -48,6 +48,7 @@ class FusedScores(torch.autograd.Function):
         return delta, sigma
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_delta: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         """The gradient of the values has their dtype, with products in it; those of the parameters are summed in float32."""
         if d_delta is None:

@@ -60,6 +60,7 @@ class _Attend(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, key_bias, out, lse = ctx.saved_tensors
         layout, spans, scale = ctx.rest
