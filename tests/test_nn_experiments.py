@@ -44,7 +44,7 @@ def rows_of(path: Path) -> list[dict]:
 def test_recall(command, tmp_path, capsys):
     out = tmp_path / "mqar.jsonl"
     sizes = ["--shapes", "32x16,16x16+noise", "--steps", 3, "--batch", 4, "--vocabulary", 64, "--rates", 0.01]
-    options = ["--device", "cpu", "--minutes", 1, "--test-examples", 4, "--layers", "mha,dma,nsa", "--out", out]
+    options = ["--device", "cpu", "--minutes", 9, "--test-examples", 4, "--layers", "mha,dma,nsa", "--out", out]
     command("mqar", *sizes, *options)
     rows = rows_of(out)
     assert [row["layer"] for row in rows] == ["mha", "dma", "dma", "nsa", "nsa"] * 2
