@@ -27,12 +27,14 @@ def in_float64(call: Call) -> Call:
 def error_budget(call: Call) -> float:
     """What a backend may differ from the float64 oracle: twice the error of dense attention in the same dtype on the same
     inputs, whose probabilities are rounded to that dtype before they meet V, plus one rounding of the output. For float64
-    inputs, where no finer oracle exists, that error is measured in float32 and scaled by the ratio of the roundings."""
+    inputs, where no finer oracle exists, that error is measured in float32, scaled by the ratio of the roundings, and allowed to
+    both sides."""
     measured = torch.float32 if call.q.dtype == torch.float64 else call.q.dtype
     exact = _dense(in_float64(call), torch.float64)
     rounded = _dense(_cast(call, measured), measured)
     ratio = torch.finfo(call.q.dtype).eps / torch.finfo(measured).eps
-    return 2 * relative_error(rounded, exact) * ratio + torch.finfo(call.q.dtype).eps
+    sides = 2 if call.q.dtype == torch.float64 else 1
+    return sides * (2 * relative_error(rounded, exact) * ratio + torch.finfo(call.q.dtype).eps)
 
 
 def _cast(call: Call, dtype: torch.dtype) -> Call:
