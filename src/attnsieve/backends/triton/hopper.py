@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton.columns import DELTA_COLUMN as _DELTA
 from attnsieve.backends.triton.columns import LSE_COLUMN as _LSE
-from attnsieve.backends.triton.common import LISTED_ALL
+from attnsieve.backends.triton.common import LISTED_ALL, head_base, span_of
 from attnsieve.backends.triton.common import LOG2E as _LOG2E
 from attnsieve.backends.triton.geometry import Tiles
 from attnsieve.backends.triton.schedule import Schedule
@@ -33,6 +33,8 @@ from attnsieve.backends.triton.schedule import Schedule
 LOG2E = gl.constexpr(_LOG2E.value)
 LSE_COLUMN = gl.constexpr(_LSE.value)
 DELTA_COLUMN = gl.constexpr(_DELTA.value)
+# The same functions, compiled as Gluon.
+_span_of, _base = gluon.jit(span_of.fn), gluon.jit(head_base.fn)
 
 # 128 keys a program halve what is read of Q and dO; they take all registers of a multiprocessor.
 TILES = Tiles(rows=64, keys=128, warps=8, stages=3)
@@ -72,23 +74,7 @@ def _copy_rows(tile, p_base, slots, s_row, ok, WIDTH: gl.constexpr, layout: gl.c
 
 
 @gluon.jit
-def _base(x, batch, head):
-    return x.p + batch.to(gl.int64) * x.s_batch + head.to(gl.int64) * x.s_head
-
-
-@gluon.jit
-def _span_of(places, i_s):
-    """`common.span_of`."""
-    batch = gl.load(places.p_batch + i_s * places.s_batch)
-    q_start = gl.load(places.p_q_start + i_s * places.s_q_start)
-    k_start = gl.load(places.p_k_start + i_s * places.s_k_start)
-    k_len = gl.load(places.p_k_len + i_s * places.s_k_len).to(gl.int32)
-    first = k_len - gl.load(places.p_q_len + i_s * places.s_q_len).to(gl.int32)
-    return batch, q_start, first, k_start, k_len
-
-
-@gluon.jit
-def _rows(y, batch, head0, q_start, first, stop, R: gl.constexpr, M: gl.constexpr, G: gl.constexpr, layout: gl.constexpr):
+def _rows(y, head0, q_start, first, stop, R: gl.constexpr, M: gl.constexpr, G: gl.constexpr, layout: gl.constexpr):
     """Head and slot [R] of the rows of positions [y, y + M), and whether they are rows of queries before `stop`."""
     r = gl.arange(0, R, layout=gl.SliceLayout(1, layout))
     i = y + r % M
@@ -110,14 +96,14 @@ def _copy_queries(
     wide: gl.constexpr,
     narrow: gl.constexpr,
 ):
-    """Queue the copies of the rows of positions [y, y + M): Q, dO and their columns. place: the arguments of `_rows` after y."""
+    """Queue the copies of the rows of positions [y, y + M): Q, dO and their columns. place: batch, and arguments of `_rows`."""
     q_tiles, d_tiles, c_tiles = tiles
     batch, head0, q_start, first, stop = place
     R: gl.constexpr = q_tiles.shape[1]
-    head, slot, ok = _rows(y, batch, head0, q_start, first, stop, R, M, G, wide)
+    head, slot, ok = _rows(y, head0, q_start, first, stop, R, M, G, wide)
     _copy_rows(q_tiles.index(stage), _base(q, batch, head), slot, q.s_row, ok, D, wide)
     _copy_rows(d_tiles.index(stage), _base(d_out, batch, head), slot, d_out.s_row, ok, D, wide)
-    head, slot, ok = _rows(y, batch, head0, q_start, first, stop, R, M, G, narrow)
+    head, slot, ok = _rows(y, head0, q_start, first, stop, R, M, G, narrow)
     _copy_rows(c_tiles.index(stage), _base(columns, batch, head), slot, columns.s_row, ok, 16, narrow)
     async_copy.commit_group()
 
@@ -182,7 +168,7 @@ def dkv_hopper(
     # How registers hold rows on their way from and to memory, scores [N, R], and sums [N, D] with their left factors.
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
     narrow: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
-    flat: gl.constexpr = gl.BlockedLayout([1, 4], [128 // D, D // 4] if D <= 128 else [1, 32], [WARPS, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1, 4], [128 // D, D // 4], [WARPS, 1], [1, 0])
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, R, 16])
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
