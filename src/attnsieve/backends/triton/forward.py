@@ -278,12 +278,7 @@ class Prefill:
             built.marks,
             call.scale,
             call.q.shape[2],
-            **geometry.constants(),
-            LISTED=built.listed,
-            BLOCK=built.block,
-            STAGES=tiles.stages,
-            num_warps=tiles.warps,
-            maxnreg=tiles.registers,
+            **geometry.options(built),
         )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attnsieve.backends.call import Call
+from attnsieve.backends.triton.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,12 @@ class Geometry:
             # float32 inputs are multiplied in float32, not in tf32.
             "PRECISION": "ieee" if call.q.dtype == torch.float32 else "tf32",
         }
+
+    def options(self, built: Schedule) -> dict[str, Any]:
+        """`constants`, and what kernels that go through the lists of a schedule are launched with besides."""
+        tiles = self.tiles
+        of_schedule = {"LISTED": built.listed, "BLOCK": built.block, "STAGES": tiles.stages}
+        return {**self.constants(), **of_schedule, "num_warps": tiles.warps, "maxnreg": tiles.registers}
 
 
 def padded(width: int) -> int:

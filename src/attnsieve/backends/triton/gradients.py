@@ -70,13 +70,8 @@ def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, d_lse:
         built.marks,
         call.scale,
         call.q.shape[2],
-        **geometry.constants(),
-        LISTED=built.listed,
-        BLOCK=built.block,
-        STAGES=tiles.stages,
+        **geometry.options(built),
         CORRECT=call.key_bias is not None,
-        num_warps=tiles.warps,
-        maxnreg=tiles.registers,
     )
     return d_q
 
@@ -116,18 +111,13 @@ def _add_tiles(geometry: Geometry, built: Schedule, common: tuple[object, ...]) 
         call.scale,
         call.k.shape[2],
         _deterministic(),
-        **geometry.constants(),
-        LISTED=built.listed,
-        BLOCK=built.block,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
-        maxnreg=tiles.registers,
+        **geometry.options(built),
     )
 
 
 def _add_singles(geometry: Geometry, built: Schedule, common: tuple[object, ...]) -> None:
     """Add the sums over listed keys."""
-    call, tiles = geometry.call, geometry.tiles
+    call = geometry.call
     rows = max(STRETCH_ROWS, geometry.positions, built.positions)
     grid, lists = _stretches(geometry, built, rows)
     dkv_singles_kernel[grid](
@@ -136,12 +126,7 @@ def _add_singles(geometry: Geometry, built: Schedule, common: tuple[object, ...]
         call.scale,
         call.k.shape[2],
         rows,
-        **geometry.constants(),
-        LISTED=built.listed,
-        BLOCK=built.block,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
-        maxnreg=tiles.registers,
+        **geometry.options(built),
     )
 
 
@@ -149,15 +134,14 @@ def _add_singles_hopper(hopper: Any, call: Call, built: Schedule, common: tuple[
     """`_add_singles` by the kernel for Hopper GPUs."""
     geometry, tiles = Geometry(call, hopper.TILES), hopper.TILES
     grid, lists = _stretches(geometry, built, hopper.STRETCH_ROWS)
-    names = ("H", "OWN_MASKS", "G", "GP", "M", "N", "D")
-    constants = {name: geometry.constants()[name] for name in names}
+    constants = geometry.constants()
     hopper.dkv_hopper[grid](
         *common,
         lists,
         call.scale,
         call.k.shape[2],
         hopper.STRETCH_ROWS,
-        **constants,
+        **{name: constants[name] for name in ("H", "OWN_MASKS", "G", "GP", "M", "N", "D")},
         WARPS=tiles.warps,
         STAGES=tiles.stages,
         num_warps=tiles.warps,
