@@ -1,5 +1,5 @@
-"""README's table of accuracy: what plans lose in every cell, beside dense attention; then who holds the target where, and which
-published methods are above ours.
+"""The table of accuracy in docs/RESULTS.md: what plans lose in every cell, beside dense attention; then who holds the target
+where, and which published methods are above ours.
 
 python benchmarks/pareto_summary.py benchmarks/results/eval-spread.jsonl --model qwen2.5-coder-0.5b
 """
