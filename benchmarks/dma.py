@@ -25,7 +25,6 @@ from torch import Tensor
 
 from attnsieve.attention import attend
 from attnsieve.backends.call import Call
-from attnsieve.backends.cost import device_name
 from attnsieve.bench import kernels
 from attnsieve.bench.case import Case
 from attnsieve.bench.check import Verdict, check_rows
@@ -34,6 +33,7 @@ from attnsieve.bench.rows import Row, write
 from attnsieve.bench.shapes import SHAPES, Shape, shape_of
 from attnsieve.bench.suite import Skipped, Suite
 from attnsieve.bench.timing import measure
+from attnsieve.device import device_name
 from attnsieve.layout import Layout
 from attnsieve.nn import BoundedCache, SelectionRule, dynamic_mask_attention
 from attnsieve.nn.scores import key_scores

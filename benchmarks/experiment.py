@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnsieve.device import device_name
 from attnsieve.environment import environment
 from attnsieve.show import markdown
 from attnsieve.show.canvas import COLOURS, GREY, MARKERS, new_figure, quiet_axes, save
@@ -141,10 +141,6 @@ def autocast(device: torch.device) -> torch.autocast:
 def device_of(name: str) -> torch.device:
     """auto: the GPU where there is one."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} cpu"
 
 
 def peak_bytes(device: torch.device) -> int | None:

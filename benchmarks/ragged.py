@@ -24,9 +24,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnsieve import Spans, attend, compile_layout
 from attnsieve.backends.call import Call
-from attnsieve.backends.cost import device_name
 from attnsieve.bench.check import check_rows
 from attnsieve.bench.timing import measure
+from attnsieve.device import device_name
 from attnsieve.environment import environment
 from attnsieve.hf.ragged import PROGRAMS
 from attnsieve.patterns import Pattern, columns, window

@@ -1,13 +1,20 @@
-"""Where kernels are launched."""
+"""Where kernels are launched, and what the place is called."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
 
 _NOTHING = nullcontext()
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """The name under which costs and result rows are kept: the GPU's own, or "cpu" for every CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -14,10 +14,9 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-import torch
-
 from attnsieve.backends import cost_work
 from attnsieve.backends.call import Call
+from attnsieve.device import device_name
 
 _FILE = "cost.json"
 # What dense attention of any layout's shape is predicted as.
@@ -60,12 +59,6 @@ def _weigh(known: dict[str, float], amounts: dict[str, float] | None) -> float |
     if amounts is None or not amounts.keys() <= known.keys():
         return None
     return sum(known[kind] * amount for kind, amount in amounts.items())
-
-
-@cache
-def device_name(device: torch.device) -> str:
-    """The name under which constants are kept: the GPU's own, or "cpu" for every CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def constants(device: str) -> dict[str, dict[str, float]]:

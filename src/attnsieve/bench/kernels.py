@@ -20,6 +20,7 @@ from attnsieve.bench.check import Verdict, check_gradients, check_rows
 from attnsieve.bench.masks import is_dynamic, is_selected, patterns_of, selection
 from attnsieve.bench.rows import Row
 from attnsieve.bench.timing import Times, measure
+from attnsieve.device import device_name
 from attnsieve.errors import require
 from attnsieve.layout import Layout
 
@@ -241,7 +242,7 @@ class _Made:
             error=None if self.verdict is None else self.verdict.error,
             error_budget=None if self.verdict is None else self.verdict.budget,
             peak_bytes=peak,
-            device=cost.device_name(call.q.device),
+            device=device_name(call.q.device),
             shape=case.shape,
             work=self._work(building),
         )

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from attnsieve.backends import cost
 from attnsieve.bench import kernels
 from attnsieve.bench.case import DENSE, Case
 from attnsieve.bench.check import Verdict, check_rows
 from attnsieve.bench.masks import patterns_of
 from attnsieve.bench.rows import Row
 from attnsieve.bench.shapes import Shape
+from attnsieve.device import device_name
 from attnsieve.errors import require
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.plan import Plan
@@ -157,7 +157,7 @@ class _Made:
             error=None if self.verdict is None else self.verdict.error,
             error_budget=None if self.verdict is None else self.verdict.budget,
             peak_bytes=peak,
-            device=cost.device_name(torch.device(case.device)),
+            device=device_name(torch.device(case.device)),
             shape=case.shape,
             failure=None if times else "out of memory",
         )

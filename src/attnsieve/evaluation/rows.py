@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from attnsieve.device import device_name
 from attnsieve.environment import environment as environment_of_this_process
 from attnsieve.errors import UserError, require
 
@@ -87,10 +87,4 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The fields of a row that say where and how it was measured: device, versions, commit, command, date."""
-    return {"device": _device_name(device)} | environment_of_this_process()
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+    return {"device": device_name(device)} | environment_of_this_process()
