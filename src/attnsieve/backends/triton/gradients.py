@@ -36,9 +36,9 @@ def gradients(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor
     Sums over queries are float32 atomic additions, whose order varies between runs. Under
     `torch.use_deterministic_algorithms(True)` every key tile is owned by one program per head instead.
     """
-    delta = row_sums(call, out, lse, d_out, d_lse)
-    d_q = query_gradient(call, d_out, lse, delta, d_lse, query_tiles(call))
-    return Gradients(d_q, *key_gradients(call, d_out, row_columns(call, lse, delta)))
+    delta, bias = row_sums(call, out, lse, d_out, d_lse), bias_columns(call)
+    d_q = query_gradient(call, d_out, lse, delta, d_lse, query_tiles(call), bias)
+    return Gradients(d_q, *key_gradients(call, d_out, row_columns(call, lse, delta), bias=bias))
 
 
 def row_sums(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
@@ -50,14 +50,19 @@ def row_sums(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor 
     return delta
 
 
-def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, d_lse: Tensor | None, tiles: Tiles) -> Tensor:
-    """dQ in q's dtype. Corrects `delta` in place where a bias needs more than the rounded output gives, see `dq_kernel`."""
+def query_gradient(
+    call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, d_lse: Tensor | None, tiles: Tiles, bias: Rows | None = None
+) -> Tensor:
+    """dQ in q's dtype. Corrects `delta` in place where a bias needs more than the rounded output gives, see `dq_kernel`.
+
+    bias: the call's `bias_columns`, where they have been made.
+    """
     geometry = Geometry(call, tiles)
     built = schedule(call.layout, geometry.positions, tiles.keys, listing=_listing())
     d_q = torch.empty_like(call.q, memory_format=torch.contiguous_format)
     clear_uncovered(call, d_q, None)
     dq_kernel[(geometry.query_tiles, call.layout.heads, len(call.spans))](
-        *_inputs(call),
+        *_inputs(call, bias),
         rows_of(d_out),
         lse,
         delta,
@@ -77,9 +82,12 @@ def query_gradient(call: Call, d_out: Tensor, lse: Tensor, delta: Tensor, d_lse:
 
 
 def key_gradients(
-    call: Call, d_out: Tensor, columns: Tensor, tiles: Tiles | None = None
+    call: Call, d_out: Tensor, columns: Tensor, tiles: Tiles | None = None, bias: Rows | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dK, dV and d key_bias in their inputs' dtypes. tiles: those of the Triton kernels, which then serve listed keys too."""
+    """dK, dV and d key_bias in their inputs' dtypes. tiles: those of the Triton kernels, which then serve listed keys too.
+
+    columns: `row_columns` of the call. bias: its `bias_columns`, where they have been made.
+    """
     geometry = Geometry(call, tiles or key_tiles(call))
     # Lists of stretches are all that is read where there are no tiles: they are made of the lists that dQ has used.
     others = Geometry(call, query_tiles(call)) if only_lists(call.layout) and _listing() else geometry
@@ -89,7 +97,7 @@ def key_gradients(
     d_k, d_v = zeros(call.k), zeros(call.v)
     d_bias = None if call.key_bias is None else zeros(call.key_bias)
     outputs = (rows_of(d_k), rows_of(d_v), d_bias)
-    common = (*_inputs(call), rows_of(d_out), rows_of(columns), *outputs, places_of(call.spans), built.mask)
+    common = (*_inputs(call, bias), rows_of(d_out), rows_of(columns), *outputs, places_of(call.spans), built.mask)
     if built.tiles is not None:
         _add_tiles(geometry, built, common)
     if built.singles is not None:
@@ -170,8 +178,8 @@ def _sum_heads(grad: Tensor, like: Tensor) -> Tensor:
     return grad.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype) if grad.shape != like.shape else grad.to(like.dtype)
 
 
-def _inputs(call: Call) -> tuple[object, ...]:
-    return rows_of(call.q), rows_of(call.k), rows_of(call.v), bias_columns(call)
+def _inputs(call: Call, bias: Rows | None) -> tuple[object, ...]:
+    return rows_of(call.q), rows_of(call.k), rows_of(call.v), bias_columns(call) if bias is None else bias
 
 
 def _of_rows(values: Tensor | None) -> Rows | None:
