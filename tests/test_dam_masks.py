@@ -22,7 +22,7 @@ from attnsieve.dam import (
     relative,
 )
 from attnsieve.errors import UserError
-from attnsieve.layout import compile as compile_layout
+from attnsieve.layout import compile_layout
 
 
 def cells(size, *pairs, column=False, diagonals=()):

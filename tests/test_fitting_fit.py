@@ -9,7 +9,7 @@ from attnsieve.errors import UserError
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.fitting import PRESETS, fit
 from attnsieve.fitting.expect import Observed, expect
-from attnsieve.layout import compile as compile_layout
+from attnsieve.layout import compile_layout
 from attnsieve.patterns import Pattern, dense, sink, window
 from attnsieve.plan import Plan
 from attnsieve.profiling import LongStatistics, Profile

@@ -8,7 +8,7 @@ import torch
 from attnsieve import artefact
 from attnsieve.errors import UserError
 from attnsieve.fingerprint import Fingerprint
-from attnsieve.layout import compile as compile_layout
+from attnsieve.layout import compile_layout
 from attnsieve.patterns import Captured, Pattern, columns, dense, diagonals, empty, sink, window
 from attnsieve.plan import Plan
 

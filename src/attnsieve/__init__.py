@@ -11,8 +11,7 @@ from typing import Any
 
 from attnsieve.attention import attend
 from attnsieve.errors import UserError
-from attnsieve.layout import Layout
-from attnsieve.layout import compile as compile_layout
+from attnsieve.layout import Layout, compile_layout
 from attnsieve.patterns import Pattern
 from attnsieve.spans import Spans
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnsieve.layout import compile as compile_layout
+from attnsieve.layout import compile_layout
 from attnsieve.patterns import Captured, Pattern, dense, window
 from tests.laws.samples import SAMPLES, atom_classes, captured, patterns
 

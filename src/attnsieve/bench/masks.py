@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from attnsieve.errors import require
-from attnsieve.layout import Blocks, Layout
-from attnsieve.layout import compile as compile_layout
+from attnsieve.layout import Blocks, Layout, compile_layout
 from attnsieve.nn.selection import SelectionRule
 from attnsieve.patterns import FOREVER, Pattern
 from attnsieve.plan import Plan

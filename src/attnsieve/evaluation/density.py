@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import lru_cache
 
-from attnsieve.layout import compile as compile_layout
+from attnsieve.layout import compile_layout
 from attnsieve.patterns import Pattern
 from attnsieve.plan import Plan
 

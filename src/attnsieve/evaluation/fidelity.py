@@ -14,8 +14,7 @@ from attnsieve.errors import require
 from attnsieve.hf.dense import own_attention, why_layer_dense
 from attnsieve.hf.geometry import AttentionLayer
 from attnsieve.hf.interface import LayerCall, LayerState, attach
-from attnsieve.layout import Layout
-from attnsieve.layout import compile as compile_layout
+from attnsieve.layout import Layout, compile_layout
 from attnsieve.patterns import dense
 from attnsieve.plan import Plan
 from attnsieve.selection import choose

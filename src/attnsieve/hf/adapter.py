@@ -22,13 +22,11 @@ from attnsieve.hf.interface import LayerCall, attach
 from attnsieve.hf.locate import Place, SpanMemo, locate
 from attnsieve.hf.ragged import RaggedLayer, Seat
 from attnsieve.hf.report import BY_PLAN, FASTER, LayerReport, Report
-from attnsieve.layout import Layout
-from attnsieve.layout import compile as compile_layout
+from attnsieve.layout import Layout, capacity_for, compile_layout
 from attnsieve.patterns import Pattern, dense
 from attnsieve.plan import Plan
 from attnsieve.selection import choose
 
-LEAST_CAPACITY = 256
 # `auto`, and the model's own dense attention for calls that it serves faster.
 FASTEST = "fastest"
 
@@ -209,7 +207,7 @@ class SparseLayer:
 
     def _layout(self, kv_heads: int, tokens: int, device: torch.device) -> Layout:
         """The layout of the layer's fixed patterns for at least `tokens` positions."""
-        capacity = max(LEAST_CAPACITY, 1 << (tokens - 1).bit_length())
+        capacity = capacity_for(tokens)
         key = (kv_heads, capacity, device)
         if key not in self._own:
             # Patterns take long to hash: that they are shared is found out once.

@@ -18,8 +18,7 @@ from attnsieve.hf.dense import own_attention, refuse_unservable, why_layer_dense
 from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, LayerState, attach
 from attnsieve.hf.texts import Batch, digest, documents_of
-from attnsieve.layout import Layout
-from attnsieve.layout import compile as compile_layout
+from attnsieve.layout import Layout, compile_layout
 from attnsieve.patterns import Pattern, dense
 from attnsieve.profiling import Measurement
 from attnsieve.selection import choose

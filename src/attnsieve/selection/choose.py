@@ -17,8 +17,7 @@ from torch import Tensor
 
 from attnsieve.device import on_device_of
 from attnsieve.errors import require
-from attnsieve.layout import Layout
-from attnsieve.layout import compile as compile_layout
+from attnsieve.layout import Layout, capacity_for, compile_layout
 from attnsieve.patterns import Pattern
 from attnsieve.patterns.dynamic import (
     AntidiagonalBlocks,
@@ -58,7 +57,6 @@ SELECTORS: dict[type[CallAtom], Callable[[Any, SequenceQK], Chosen]] = {
     DensePrefill: dense_prefill,
     DenseDecode: dense_decode,
 }
-LEAST_CAPACITY = 256
 # The layers of a forward pass share their spans, which may have to be read from the device.
 _ROWS: WeakKeyDictionary[Spans, list[tuple[int, int, int, int, int]]] = WeakKeyDictionary()
 
@@ -91,7 +89,7 @@ def choose(
 def _chosen(
     rows: tuple[Pattern, ...], carried: Sequence[Carrier], q: Tensor, k: Tensor, spans: Spans | None, scale: float
 ) -> Layout:
-    static = _static_part(rows, _capacity(k.shape[2]), q.device).first(k.shape[2])
+    static = _static_part(rows, capacity_for(k.shape[2]), q.device).first(k.shape[2])
     parts = [
         Part(carrier, sequences, some_k.shape[2] - some_q.shape[2], SELECTORS[type(carrier.atom)](carrier.atom, read))
         for sequences, some_q, some_k in _equal_shapes(q.detach(), k.detach(), spans)
@@ -99,11 +97,6 @@ def _chosen(
         for read in [carrier.read(some_q, some_k, scale)]
     ]
     return join(static, q.shape[0] if spans is None else len(spans), parts) if parts else static.layout
-
-
-def _capacity(tokens: int) -> int:
-    """A power of two: decode steps then share what was compiled for it."""
-    return max(LEAST_CAPACITY, 1 << (tokens - 1).bit_length())
 
 
 @lru_cache(maxsize=256)

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from attnsieve.errors import require
 from attnsieve.fingerprint import Fingerprint
-from attnsieve.layout import Layout
-from attnsieve.layout import compile as compile_layout
+from attnsieve.layout import Layout, compile_layout
 from attnsieve.patterns import Captured, Pattern
 from attnsieve.plan import Plan
 from attnsieve.profiling import Profile

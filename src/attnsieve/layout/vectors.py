@@ -6,10 +6,8 @@ heads, or KV heads when the heads of a group share a mask), n the capacity in po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from math import gcd
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,8 +15,7 @@ from torch import Tensor
 
 from attnsieve.device import on_device_of
 from attnsieve.errors import require
-from attnsieve.patterns import FOREVER, BlockRows, Pattern
-from attnsieve.patterns.corner import pack_bits
+from attnsieve.layout.counting import pairs_of_head
 
 T = TypeVar("T")
 
@@ -152,153 +149,13 @@ class Layout:
         """int64 [Z, H]: kept (query, key) pairs among the first `n` positions, counted exactly without n x n memory."""
         n = self.length if n is None else n
         require(0 < n <= self.length, f"can count 1 to {self.length} positions, got {n}")
-        counts = [[self._pairs_of_head(z, h, n) for h in range(self.heads)] for z in range(self.sequences)]
+        counts = [[pairs_of_head(self, z, h, n) for h in range(self.heads)] for z in range(self.sequences)]
         return torch.tensor(counts)
 
     def density(self, n: int | None = None) -> Tensor:
         """float64 [Z, H]: kept pairs over all causal pairs of the first `n` positions."""
         n = self.length if n is None else n
         return self.pairs(n).double() / (n * (n + 1) / 2)
-
-    def _pairs_of_head(self, z: int, h: int, n: int) -> int:
-        first = 0 if self.corner_rows is None else min(int(self.corner_rows[h]), n)
-        rows, keys = torch.arange(first, device=self.device), torch.arange(n, device=self.device)
-        in_corner = self.keep(z, h, rows[:, None], rows[None, :]).sum() if first else 0
-        end = self.end[z, h, :n].long()
-        by_end = (end.clamp_max(n) - keys.clamp_min(first)).clamp_min(0).sum()
-        count = _Counted(end, first, self._distances_below(z, h, n))
-        by_offset = count.by_offset(keys, torch.full_like(keys, n)).sum()
-        return int(in_corner + by_end + by_offset + self._pairs_only_in_blocks(z, h, n, count))
-
-    def _distances_below(self, z: int, h: int, n: int) -> Tensor:
-        """int64 [n + 1]: how many kept distances are below each distance."""
-        kept = self.end.new_zeros(n) if self.offset is None else self.offset[z, h, :n]
-        return torch.nn.functional.pad(kept.long().cumsum(0), (1, 0))
-
-    def _pairs_only_in_blocks(self, z: int, h: int, n: int, count: _Counted) -> Tensor | int:
-        """Pairs in listed blocks that neither `end` nor `offset` keeps."""
-        if self.blocks is None:
-            return 0
-        size, width = self.blocks.rows, self.blocks.keys
-        listed = self.blocks.index[z, h].long()
-        block_row = torch.arange(len(listed), device=self.device)[:, None, None]
-        keys = listed[..., None] * width + torch.arange(width, device=self.device)
-        real = (listed >= 0)[..., None] & (keys < n)
-        keys = torch.where(real, keys, 0)
-        start, stop = (block_row * size).clamp_max(n), ((block_row + 1) * size).clamp_max(n)
-        lowest = torch.maximum(count.lowest_row(keys), start)
-        rows = (stop - lowest).clamp_min(0) - count.by_offset(keys, stop, lowest)
-        return torch.where(real, rows, 0).sum()
-
-
-@dataclass(frozen=True, eq=False)
-class _Counted:
-    """Counts of rows that see a key by distance alone: end int64 [n], the first row of the rule, kept distances below each."""
-
-    end: Tensor
-    first: int
-    below: Tensor
-
-    def lowest_row(self, keys: Tensor) -> Tensor:
-        """The first row from which `keys` are no longer kept by `end`."""
-        return torch.maximum(self.end[keys], keys.clamp_min(self.first))
-
-    def by_offset(self, keys: Tensor, stop: Tensor, lowest: Tensor | None = None) -> Tensor:
-        """Rows in [lowest, stop) that keep `keys` by distance; lowest defaults to `lowest_row`."""
-        lowest = torch.minimum(self.lowest_row(keys) if lowest is None else lowest, stop)
-        return self.below[(stop - keys).clamp_min(0)] - self.below[(lowest - keys).clamp_min(0)]
-
-
-def compile(patterns: Sequence[Pattern], length: int, device: torch.device | str = "cpu") -> Layout:  # noqa: A001
-    """The layout of one layer from one static pattern per head, for positions 0 .. length - 1.
-
-    Raises UserError for an empty list, a length below 1 or a pattern that chooses keys from the input.
-    """
-    require(len(patterns) > 0, "compile needs one pattern per head, got none")
-    require(0 < length < FOREVER, f"a layout's length must be positive, got {length}")
-    chosen = [str(pattern) for pattern in patterns if pattern.dynamic]
-    require(not chosen, f"compile takes static patterns; {chosen[:1]} chooses its keys from the input")
-    unique = {pattern: _head(pattern, length) for pattern in dict.fromkeys(patterns)}
-    heads = [unique[pattern] for pattern in patterns]
-    corner, corner_rows = _stack_corners(heads)
-    layout = Layout(
-        length,
-        torch.stack([head.end for head in heads])[None],
-        _stack_offsets(heads, length),
-        corner,
-        corner_rows,
-        _stack_blocks([head.blocks for head in heads], length),
-        windows=all(_one_window(head.end) for head in unique.values()),
-    )
-    return layout.to(device)
-
-
-@dataclass(frozen=True)
-class _Head:
-    end: Tensor
-    offset: Tensor | None
-    corner: Tensor | None
-    blocks: list[BlockRows]
-
-
-def _head(pattern: Pattern, n: int) -> _Head:
-    ends = [end for atom in pattern if (end := atom.end(n)) is not None]
-    offsets = [offset for atom in pattern if (offset := atom.offsets(n)) is not None]
-    blocks = [block for atom in pattern if (block := atom.blocks(n)) is not None]
-    end = reduce(torch.maximum, ends, torch.zeros(n, dtype=torch.int64))
-    rows = torch.arange(min(pattern.corner_rows, n))
-    corner = pattern.keep(rows[:, None], rows[None, :]) if len(rows) else None
-    return _Head(end.to(torch.int32), reduce(torch.logical_or, offsets) if offsets else None, corner, blocks)
-
-
-def _one_window(end: Tensor) -> bool:
-    """Whether every end, int32 [n], is FOREVER or what one window gives."""
-    life = (end - torch.arange(len(end), dtype=torch.int32)).clamp_min(0)[end != FOREVER]
-    return len(life) == 0 or bool((life == life[0]).all())
-
-
-def _stack_offsets(heads: list[_Head], n: int) -> Tensor | None:
-    if all(head.offset is None for head in heads):
-        return None
-    none = torch.zeros(n, dtype=torch.bool)
-    return torch.stack([none if head.offset is None else head.offset for head in heads])[None]
-
-
-def _stack_corners(heads: list[_Head]) -> tuple[Tensor | None, Tensor | None]:
-    rows = [0 if head.corner is None else len(head.corner) for head in heads]
-    largest = max(rows)
-    if not largest:
-        return None, None
-    packed = torch.zeros(len(heads), largest, -(-largest // 8), dtype=torch.uint8)
-    for h, head in enumerate(heads):
-        if head.corner is not None:
-            bits = torch.from_numpy(pack_bits(head.corner))
-            packed[h, : bits.shape[0], : bits.shape[1]] = bits
-    return packed, torch.tensor(rows, dtype=torch.int32)
-
-
-def _stack_blocks(heads: list[list[BlockRows]], n: int) -> Blocks | None:
-    sizes = [block.size for head in heads for block in head]
-    if not sizes:
-        return None
-    size = reduce(gcd, sizes)
-    lists = [[_blocks_of_row(head, row, size) for row in range(-(-n // size))] for head in heads]
-    count = torch.tensor([[len(keys) for keys in rows] for rows in lists], dtype=torch.int32)
-    index = torch.full((*count.shape, max(1, int(count.max()))), -1, dtype=torch.int32)
-    for h, rows in enumerate(lists):
-        for row, keys in enumerate(rows):
-            index[h, row, : len(keys)] = torch.tensor(keys, dtype=torch.int32)
-    return Blocks(size, size, count[None], index[None])
-
-
-def _blocks_of_row(blocks: list[BlockRows], row: int, size: int) -> list[int]:
-    """Key blocks of `size` tokens that a row of blocks keeps, ascending, each once, none after the row."""
-    found: set[int] = set()
-    for block in blocks:
-        finer = block.size // size
-        listed = block.index[row // finer, : int(block.count[row // finer])].tolist()
-        found.update(key * finer + step for key in listed for step in range(finer))
-    return sorted(key for key in found if key <= row)
 
 
 def _kind(tensor: Tensor) -> str:

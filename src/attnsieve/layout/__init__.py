@@ -1,0 +1,6 @@
+"""Layout: the patterns of one layer compiled to vectors, the only thing a kernel sees."""
+
+from attnsieve.layout.compiling import capacity_for, compile_layout
+from attnsieve.layout.vectors import Blocks, Layout
+
+__all__ = ["Blocks", "Layout", "capacity_for", "compile_layout"]

@@ -1,0 +1,116 @@
+"""From patterns to a layout: the vectors of one layer, head by head, stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from attnsieve.errors import require
+from attnsieve.layout.vectors import Blocks, Layout
+from attnsieve.patterns import FOREVER, BlockRows, Pattern
+from attnsieve.patterns.corner import pack_bits
+
+_LEAST_CAPACITY = 256
+
+
+def capacity_for(tokens: int) -> int:
+    """Positions to compile a layout for that `tokens` positions are needed of: a power of two from 256, so that a growing text and
+    texts of similar lengths share what is compiled."""
+    return max(_LEAST_CAPACITY, 1 << (tokens - 1).bit_length())
+
+
+def compile_layout(patterns: Sequence[Pattern], length: int, device: torch.device | str = "cpu") -> Layout:
+    """The layout of one layer from one static pattern per head, for positions 0 .. length - 1.
+
+    Raises UserError for an empty list, a length below 1 or a pattern that chooses keys from the input.
+    """
+    require(len(patterns) > 0, "compile_layout needs one pattern per head, got none")
+    require(0 < length < FOREVER, f"a layout's length must be positive, got {length}")
+    chosen = [str(pattern) for pattern in patterns if pattern.dynamic]
+    require(not chosen, f"compile_layout takes static patterns; {chosen[:1]} chooses its keys from the input")
+    unique = {pattern: _head(pattern, length) for pattern in dict.fromkeys(patterns)}
+    heads = [unique[pattern] for pattern in patterns]
+    corner, corner_rows = _stack_corners(heads)
+    layout = Layout(
+        length,
+        torch.stack([head.end for head in heads])[None],
+        _stack_offsets(heads, length),
+        corner,
+        corner_rows,
+        _stack_blocks([head.blocks for head in heads], length),
+        windows=all(_one_window(head.end) for head in unique.values()),
+    )
+    return layout.to(device)
+
+
+@dataclass(frozen=True)
+class _Head:
+    end: Tensor
+    offset: Tensor | None
+    corner: Tensor | None
+    blocks: list[BlockRows]
+
+
+def _head(pattern: Pattern, n: int) -> _Head:
+    ends = [end for atom in pattern if (end := atom.end(n)) is not None]
+    offsets = [offset for atom in pattern if (offset := atom.offsets(n)) is not None]
+    blocks = [block for atom in pattern if (block := atom.blocks(n)) is not None]
+    end = reduce(torch.maximum, ends, torch.zeros(n, dtype=torch.int64))
+    rows = torch.arange(min(pattern.corner_rows, n))
+    corner = pattern.keep(rows[:, None], rows[None, :]) if len(rows) else None
+    return _Head(end.to(torch.int32), reduce(torch.logical_or, offsets) if offsets else None, corner, blocks)
+
+
+def _one_window(end: Tensor) -> bool:
+    """Whether every end, int32 [n], is FOREVER or what one window gives."""
+    life = (end - torch.arange(len(end), dtype=torch.int32)).clamp_min(0)[end != FOREVER]
+    return len(life) == 0 or bool((life == life[0]).all())
+
+
+def _stack_offsets(heads: list[_Head], n: int) -> Tensor | None:
+    if all(head.offset is None for head in heads):
+        return None
+    none = torch.zeros(n, dtype=torch.bool)
+    return torch.stack([none if head.offset is None else head.offset for head in heads])[None]
+
+
+def _stack_corners(heads: list[_Head]) -> tuple[Tensor | None, Tensor | None]:
+    rows = [0 if head.corner is None else len(head.corner) for head in heads]
+    largest = max(rows)
+    if not largest:
+        return None, None
+    packed = torch.zeros(len(heads), largest, -(-largest // 8), dtype=torch.uint8)
+    for h, head in enumerate(heads):
+        if head.corner is not None:
+            bits = torch.from_numpy(pack_bits(head.corner))
+            packed[h, : bits.shape[0], : bits.shape[1]] = bits
+    return packed, torch.tensor(rows, dtype=torch.int32)
+
+
+def _stack_blocks(heads: list[list[BlockRows]], n: int) -> Blocks | None:
+    sizes = [block.size for head in heads for block in head]
+    if not sizes:
+        return None
+    size = reduce(gcd, sizes)
+    lists = [[_blocks_of_row(head, row, size) for row in range(-(-n // size))] for head in heads]
+    count = torch.tensor([[len(keys) for keys in rows] for rows in lists], dtype=torch.int32)
+    index = torch.full((*count.shape, max(1, int(count.max()))), -1, dtype=torch.int32)
+    for h, rows in enumerate(lists):
+        for row, keys in enumerate(rows):
+            index[h, row, : len(keys)] = torch.tensor(keys, dtype=torch.int32)
+    return Blocks(size, size, count[None], index[None])
+
+
+def _blocks_of_row(blocks: list[BlockRows], row: int, size: int) -> list[int]:
+    """Key blocks of `size` tokens that a row of blocks keeps, ascending, each once, none after the row."""
+    found: set[int] = set()
+    for block in blocks:
+        finer = block.size // size
+        listed = block.index[row // finer, : int(block.count[row // finer])].tolist()
+        found.update(key * finer + step for key in listed for step in range(finer))
+    return sorted(key for key in found if key <= row)
