@@ -192,6 +192,16 @@ def test_fastest_follows_the_plan_where_it_is_faster(table):
     assert handle.report().layers[0].sparse == {"prefill": 1}
 
 
+def test_fastest_chooses_once_for_a_prompt(table, monkeypatch):
+    """The choice that dense attention was compared with is the one that computes."""
+    model = tiny()
+    table(portable_prefill={"call": 1.0, "whole": 0.0, "single": 0.0, "part": 0.0}, dense_prefill={"call": 9.0, "whole": 0.0})
+    with apply(model, uniform(model, sink(1) | window(4)), backend="fastest") as handle:
+        monkeypatch.setattr(attention, "choose_backend", None)
+        logits(model, tokens(1, 40))
+    assert handle.report().layers[0].backends == {"portable": 1}
+
+
 def test_fastest_keeps_padded_batches_on_the_plan(table):
     model, ids = tiny(), tokens(2, 40)
     table(portable_prefill={"call": 9.0, "whole": 0.0, "single": 0.0, "part": 0.0}, dense_prefill={"call": 1.0, "whole": 0.0})

@@ -140,7 +140,8 @@ class SparseLayer:
         self.calls = LayerReport(layer.index, _sparse_heads(row))
         self._dynamic = any(pattern.dynamic for pattern in row)
         self._layer, self._row, self._never = layer, row, why_layer_dense(layer)
-        self._layouts, self._memo, self._backend, self._strict = layouts, memo, backend, strict
+        self._layouts, self._memo, self._strict = layouts, memo, strict
+        self._fastest, self._backend = backend == FASTEST, "auto" if backend == FASTEST else backend
         self._own: dict[tuple[int, int, torch.device], Layout] = {}
         self.seat = Seat(layer.index, row, self._never or (None if self.calls.sparse_heads else BY_PLAN))
 
@@ -177,11 +178,10 @@ class SparseLayer:
         batch, found = len(call.query), place
         start = [0] * batch if call.mask is None else self._memo.starts(found.spans, batch, found.k_slots)
         query, key, value = _autocast(call.query, call.key, call.value)
-        scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         if layer.steps(query, start, self._backend):
             self.calls.sparse[found.phase] += 1
             self.calls.backends["ragged"] += 1
-            return layer.step(query, key, value, scale, "auto" if self._backend == FASTEST else self._backend)
+            return layer.step(query, key, value, call.scale, self._backend)
         return layer.attend(key, value, start, lambda k, v: self._follow_plan(replace(call, key=k, value=v, past=0), found))
 
     def _follow_plan(self, call: LayerCall, place: Place) -> Tensor:
@@ -190,17 +190,17 @@ class SparseLayer:
             key, value = key[:, :, : place.k_slots], value[:, :, : place.k_slots]
         query, key, value = _autocast(call.query, key, value)
         if self._dynamic:
-            layout = choose(self._row, query, key, spans=place.spans, scale=call.scaling)
+            layout = choose(self._row, query, key, spans=place.spans, scale=call.scale)
         else:
             layout = self._layout(key.shape[1], place.k_slots, query.device)
-        scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-        if self._backend == FASTEST and self._may_run_dense(call):
-            request = Call(query, key, value, layout, place.spans, scale)
-            if dense_is_faster(request, choose_backend(request)):
+        backend = self._backend
+        if self._fastest and self._may_run_dense(call):
+            request = Call(query, key, value, layout, place.spans, call.scale)
+            backend = choose_backend(request)
+            if dense_is_faster(request, backend):
                 self.calls.dense[FASTER] += 1
                 return own_attention(call)
-        backend = "auto" if self._backend == FASTEST else self._backend
-        backend, out, _ = compute(query, key, value, layout, spans=place.spans, scale=scale, backend=backend)
+        backend, out, _ = compute(query, key, value, layout, spans=place.spans, scale=call.scale, backend=backend)
         self.calls.sparse[place.phase] += 1
         self.calls.backends[backend] += 1
         return out.transpose(1, 2).contiguous()

@@ -81,9 +81,8 @@ class Recorder:
 
         def state(call: LayerCall) -> Tensor:
             refuse_unservable(call, self._capture.fingerprint.heads)
-            scale = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
             window = call.options.get("sliding_window") or layer.window
-            self._capture.add(layer.index, call.query, call.key, scale=scale, spans=self.spans, window=window)
+            self._capture.add(layer.index, call.query, call.key, scale=call.scale, spans=self.spans, window=window)
             return own_attention(call)
 
         return state

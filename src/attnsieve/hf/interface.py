@@ -38,6 +38,11 @@ class LayerCall:
     past: int = 0
 
     @property
+    def scale(self) -> float:
+        """What scores are multiplied by, 1 / sqrt(D) where the model gives nothing."""
+        return self.query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+
+    @property
     def k_slots(self) -> int:
         """Key slots that the mask speaks of."""
         return self.past + self.key.shape[2]
