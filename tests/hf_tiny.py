@@ -10,7 +10,7 @@ import transformers as tr
 from torch import Tensor
 
 from attnsieve.hf import fingerprint
-from attnsieve.hf.geometry import attention_layers
+from attnsieve.hf.geometry import AttentionLayer, attention_layers
 from attnsieve.patterns import Captured, Pattern
 from attnsieve.plan import Plan
 
@@ -112,7 +112,7 @@ def masked_model(model: tr.PreTrainedModel, plan: Plan, implementation: str = "e
 
     model.set_attn_implementation(implementation)
     hooks = [
-        layer.module.register_forward_pre_hook(close(layer.index, layer.window), with_kwargs=True)
+        layer.module.register_forward_pre_hook(close(layer.index, binding_window(layer)), with_kwargs=True)
         for layer in attention_layers(model)
     ]
     try:
@@ -120,6 +120,12 @@ def masked_model(model: tr.PreTrainedModel, plan: Plan, implementation: str = "e
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def binding_window(layer: AttentionLayer) -> int | None:
+    """The layer's sliding window where it is shorter than the model's context."""
+    window, context = layer.window, layer.context
+    return window if window is not None and context is not None and window < context else None
 
 
 def window_mask(n: int, window: int) -> Tensor:

@@ -146,7 +146,7 @@ class SparseLayer:
         self.seat = Seat(layer.index, row, self._never or (None if self.calls.sparse_heads else BY_PLAN))
 
     def __call__(self, call: LayerCall) -> Tensor:
-        remembered = self.seat.take()
+        remembered = self.seat.take(call.key)
         refuse_unservable(call, len(self._row))
         if remembered is not None:
             return self._remembered(call, remembered)

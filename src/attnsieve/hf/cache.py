@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from attnsieve.errors import UserError, require
+from attnsieve.hf.geometry import kv_heads, layer_configs
 from attnsieve.hf.ragged import Indices, RaggedLayer, Seat
 from attnsieve.hf.report import CacheReport, LayerMemory
 
@@ -32,7 +33,11 @@ class SparseCache(Cache):  # type: ignore[misc]
             "layers of this model read keys of other layers, whose plan is another: use transformers' own cache",
         )
         layers = DynamicCache(config=config).layers
-        self._indices = Indices(getattr(config, "num_key_value_heads", None) or config.num_attention_heads, max_length)
+        planned = {kv_heads(layer) for layer in layer_configs(config)}
+        require(
+            len(planned) == 1, f"layers of this model differ in their KV heads ({sorted(planned)}): use transformers' own cache"
+        )
+        self._indices = Indices(planned.pop(), max_length)
         self._whole: dict[int, str] = {}
         for seat in seats:
             self._seat(layers, seat, max_length)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import attnsieve
 from attnsieve.errors import UserError, require
 from attnsieve.fingerprint import Fingerprint
-from attnsieve.hf.dense import own_attention, refuse_unservable, why_not_plain
+from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_not_plain
 from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, LayerState, attach
 from attnsieve.hf.texts import Batch, digest, documents_of, right_padded
@@ -81,6 +81,7 @@ class Recorder:
 
         def state(call: LayerCall) -> Tensor:
             refuse_unservable(call, self._capture.fingerprint.heads)
+            refuse_to_observe(layer, call)
             window = call.options.get("sliding_window") or layer.window
             self._capture.add(layer.index, call.query, call.key, scale=call.scale, spans=self.spans, window=window)
             return own_attention(call)

@@ -11,11 +11,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from attnsieve.errors import require
 from attnsieve.hf.geometry import AttentionLayer
 from attnsieve.hf.interface import LayerCall
+from attnsieve.hf.masks import spans_of_mask
 
 
 def own_attention(call: LayerCall) -> Tensor:
     """What the model computes without masks of ours: [B, Tq, Hq, Dv]. sdpa, or the model's eager code where sdpa cannot."""
-    if call.options.get("softcap") is None and call.options.get("s_aux") is None:
+    if not _changes_softmax(call):
         forward, mask = sdpa_attention_forward, call.mask
     else:
         forward, mask = _eager_of(call), _additive_mask(call)
@@ -23,6 +24,11 @@ def own_attention(call: LayerCall) -> Tensor:
         call.module, call.query, call.key, call.value, mask, scaling=call.scaling, dropout=call.dropout, **call.options
     )
     return out
+
+
+def _changes_softmax(call: LayerCall) -> bool:
+    """Whether the model caps its scores or has sinks, which sdpa cannot compute."""
+    return any(call.options.get(name) is not None for name in ("softcap", "s_aux", "sinks"))
 
 
 def _eager_of(call: LayerCall):  # type: ignore[no-untyped-def]
@@ -72,17 +78,10 @@ def _why_window_dense(layer: AttentionLayer, window: int | None) -> str | None:
 
 def why_call_dense(layer: AttentionLayer, call: LayerCall) -> str | None:
     """Why this call cannot run sparse, or None. Never reads the device. Raises UserError beyond context and window."""
-    options = call.options
-    causal = options.get("is_causal")
-    window = options.get("sliding_window") or layer.window
-    if options.get("softcap") is not None or options.get("s_aux") is not None:
-        return "softcap or sinks: the model changes its softmax"
-    if options.get("position_bias") is not None:
-        return "position bias: the model adds a learned bias to its scores"
-    if not (getattr(call.module, "is_causal", True) if causal is None else causal):
-        return "bidirectional: masks are defined for causal attention"
-    if call.dropout > 0:
-        return "dropout: attention dropout is on; set attention_dropout to 0 or use model.eval()"
+    reason = why_call_not_plain(call)
+    if reason is not None:
+        return reason
+    window = call.options.get("sliding_window") or layer.window
     # From the window on, caches drop keys, and key slots are no longer positions.
     require(
         window is None or _why_window_dense(layer, window) is not None or call.k_slots < window,
@@ -90,6 +89,30 @@ def why_call_dense(layer: AttentionLayer, call: LayerCall) -> str | None:
         f"window of {window}: use a shorter one",
     )
     return _why_window_dense(layer, window)
+
+
+def why_call_not_plain(call: LayerCall) -> str | None:
+    """Why this call is not a softmax of scaled products over earlier keys, or None. Never reads the device."""
+    causal = call.options.get("is_causal")
+    if _changes_softmax(call):
+        return "softcap or sinks: the model changes its softmax"
+    if call.options.get("position_bias") is not None:
+        return "position bias: the model adds a learned bias to its scores"
+    if not (getattr(call.module, "is_causal", True) if causal is None else causal):
+        return "bidirectional: masks are defined for causal attention"
+    if call.dropout > 0:
+        return "dropout: attention dropout is on; set attention_dropout to 0 or use model.eval()"
+    return None
+
+
+def refuse_to_observe(layer: AttentionLayer, call: LayerCall) -> None:
+    """Raise UserError for calls whose attention is not a softmax over all earlier keys, or over those of a window: what is
+    observed of queries and keys would not be what the model attends to."""
+    reason = why_call_not_plain(call)
+    if reason is None and layer.window is None and call.options.get("sliding_window") is None and call.mask is not None:
+        explained = spans_of_mask(call.mask) if call.mask.dtype == torch.bool else "the model makes a mask of its own"
+        reason = explained if isinstance(explained, str) else None
+    require(reason is None, f"layer {layer.index} cannot be observed ({reason})")
 
 
 def refuse_unservable(call: LayerCall, heads: int) -> None:
@@ -105,7 +128,12 @@ def refuse_unservable(call: LayerCall, heads: int) -> None:
         "continuous batching hands over a paged cache, which attnsieve does not serve; use model.generate",
     )
     require(
+        all(options.get(name) is None for name in ("indices", "block_indices")),
+        f"{type(call.module).__name__} chooses keys by an indexer of its own and tells only transformers' own attention functions "
+        "through their masks: such models are not supported",
+    )
+    require(
         call.query.shape[1] == heads,
         f"the layer was called with {call.query.shape[1]} query heads, the plan has {heads}: heads split over devices "
-        "(tensor parallelism) are not served",
+        "(tensor parallelism) and layers with numbers of heads of their own are not served",
     )

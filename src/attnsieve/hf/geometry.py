@@ -34,6 +34,8 @@ HASHED = (
     "hidden_size",
     "head_dim",
 )
+# Layers whose keys are not the tokens of the text: the model appends compressed ones, and extends additive masks by hand.
+COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +78,32 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     """
     attention_layers(model)
     config = text_config(model)
-    heads = config.num_attention_heads
+    layers = layer_configs(config)
+    heads = {layer.num_attention_heads for layer in layers}
+    require(
+        len(heads) == 1,
+        f"the layers of {type(model).__name__} differ in their query heads: {sorted(heads)}; a plan has one number",
+    )
     return Fingerprint(
         model_type=config.model_type,
         layers=config.num_hidden_layers,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        heads=heads.pop(),
+        kv_heads=min(kv_heads(layer) for layer in layers),
+        head_dim=max(getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads for c in layers),
         config_hash=_config_hash(config),
     )
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """Per layer, a configuration to read heads and widths from: some models (Gemma 4) have other ones in some layers."""
+    own = getattr(config, "per_layer_config", None)
+    return [config] * config.num_hidden_layers if own is None else list(own)
+
+
+def kv_heads(config: Any) -> int:
+    """KV heads by the configuration, of a model or of a layer."""
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads
 
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
@@ -121,15 +140,25 @@ def _describe(module: nn.Module, config: Any) -> AttentionLayer:
     index: Any = module.layer_idx
     kinds = getattr(config, "layer_types", None)
     kind = kinds[index] if kinds else "full_attention"
+    require(
+        kind not in COMPRESSED,
+        f"layer {index} of {config.model_type} attends to compressed keys (layer type {kind}), which are no tokens of the text: "
+        "such models are not supported",
+    )
     softcap = getattr(module, "attn_logit_softcapping", None) is not None
     window = getattr(module, "sliding_window", None)
-    if kind == "sliding_attention":
-        window = window or config.sliding_window
+    if kind == "sliding_attention" or not kinds:
+        # Without layer types a window in the configuration holds for every layer, in transformers' caches too.
+        window = window or getattr(config, "sliding_window", None)
     context = getattr(config, "max_position_embeddings", None)
     return AttentionLayer(index, module, kind, window, context, softcap, sinks=hasattr(module, "sinks"))
 
 
 def _config_hash(config: Any) -> str:
-    values = {name: value for name in HASHED if (value := getattr(config, name, None)) is not None}
+    varying = getattr(config, "per_layer_attributes", None) or ()
+    layers = layer_configs(config)
+    values = {name: getattr(config, name, None) for name in HASHED if name not in varying}
+    values |= {name: [getattr(layer, name, None) for layer in layers] for name in HASHED if name in varying}
+    values = {name: value for name, value in values.items() if value is not None}
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

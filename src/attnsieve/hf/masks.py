@@ -20,6 +20,10 @@ PIECE = 1 << 24
 
 def mask_function(*args: Any, **kwargs: Any) -> Tensor | None:
     """transformers' mask for sdpa, noting the slot of the first query's own key on it."""
+    if getattr(kwargs.get("config"), "num_kv_shared_layers", 0):
+        # Gemma 4 runs layers that share keys for the last queries alone, with their rows of the mask; where there is no mask
+        # nothing says which rows they are.
+        kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     if mask is None or torch.compiler.is_compiling():
         return mask

@@ -14,7 +14,7 @@ import attnsieve
 from attnsieve.attention import attend
 from attnsieve.errors import UserError, require
 from attnsieve.hf.capture import evaluating
-from attnsieve.hf.dense import own_attention, refuse_unservable, why_layer_dense
+from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_layer_dense
 from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, LayerState, attach
 from attnsieve.hf.texts import Batch, digest, documents_of
@@ -89,6 +89,7 @@ class Recorder:
 
         def state(call: LayerCall) -> Tensor:
             refuse_unservable(call, self.density.shape[3])
+            refuse_to_observe(layer, call)
             exact, exact_lse = self._attend(call, dense())
             for c, pattern in enumerate(self._patterns):
                 compared = self._compare(call, pattern, exact, exact_lse)

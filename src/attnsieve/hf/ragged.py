@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -32,10 +33,17 @@ class Seat:
         self.layer, self.row, self.whole = layer, row, whole
         self.active = True
         self.handed: RaggedLayer | None = None
+        self._answered: weakref.ref[Tensor] | None = None
 
-    def take(self) -> RaggedLayer | None:
-        """The cache layer that the keys of this call went to, if it is a ragged one."""
+    def take(self, key: Tensor) -> RaggedLayer | None:
+        """The cache layer that `key`, the keys of this call, went to, if it is a ragged one.
+
+        Raises UserError for layers that attend to the same keys twice: the second call would take them for the whole text.
+        """
         handed, self.handed = self.handed, None
+        again = handed is None and self._answered is not None and self._answered() is key
+        require(not again, f"layer {self.layer} attends twice to what it stores: use transformers' own cache for this model")
+        self._answered = None if handed is None else weakref.ref(key)
         return handed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Seat:
@@ -46,14 +54,14 @@ class Indices:
     """The storage plans of a cache: layers with the same patterns share one, and its vectors on every device."""
 
     def __init__(self, kv_heads: int, capacity: int) -> None:
-        self._kv_heads, self._capacity = kv_heads, capacity
+        self.kv_heads, self._capacity = kv_heads, capacity
         self._kept: dict[tuple[Pattern, ...], Kept] = {}
         self._index: dict[tuple[Kept, torch.device, int], Index] = {}
 
     def kept(self, row: tuple[Pattern, ...]) -> Kept:
         """What is kept of a layer with these patterns. Raises UserError with the reason where all must be."""
         if row not in self._kept:
-            self._kept[row] = Kept.of(row, self._kv_heads, self._capacity)
+            self._kept[row] = Kept.of(row, self.kv_heads, self._capacity)
         return self._kept[row]
 
     def index(self, kept: Kept, device: torch.device, batch: int) -> Index:
@@ -142,7 +150,12 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def attend(self, key: Tensor, value: Tensor, start: list[int], whole: Whole) -> Tensor:
         """Attention of the tokens of the last update, [B, T, Hq, Dv], by `whole`, which is given all keys and values; then drops
-        those that no later row reads."""
+        those that no later row reads. Raises UserError if the layer has other KV heads than the storage was planned for."""
+        planned = self._indices.kv_heads
+        require(
+            key.shape[1] == planned,
+            f"layer {self.seat.layer} has {key.shape[1]} KV heads, its configuration says {planned}: use transformers' own cache",
+        )
         if self.store is None:
             out = whole(key, value)
             self._settle(key, value, start)
@@ -182,7 +195,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.keys = self.values = self.store = self._start = None
         self.seen = self.past = 0
         self.is_initialized = False
-        self.seat.take()
+        self.seat.handed = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the batch rows `beam_idx`, in that order: beams, repeats, finished rows."""

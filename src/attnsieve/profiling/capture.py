@@ -99,8 +99,12 @@ class Capture:
     def _check(self, layer: int, q: Tensor, k: Tensor) -> None:
         model = self.fingerprint
         require(0 <= layer < model.layers, f"layer {layer} is outside the model's {model.layers} layers")
+        # Some layers of a model may have more KV heads than others.
+        fits = (
+            q.ndim == k.ndim == 4 and q.shape[1] == model.heads and k.shape[1] % model.kv_heads == q.shape[1] % k.shape[1] == 0
+        )
         require(
-            q.ndim == k.ndim == 4 and (q.shape[1], k.shape[1]) == (model.heads, model.kv_heads) and q.shape[2:] == k.shape[2:],
+            fits and q.shape[2:] == k.shape[2:],
             f"q and k must be [batch, {model.heads} and {model.kv_heads} heads, slots, width] with equal slots and width, "
             f"got {tuple(q.shape)} and {tuple(k.shape)}: profile without a cache",
         )
