@@ -2,7 +2,7 @@
 
     python benchmarks/ragged.py                                  # one layer, 128K keys, 32/8 heads of width 128, bf16
     python benchmarks/ragged.py --n 8192 --device cpu            # the portable backend
-    python benchmarks/ragged.py --tune                           # step times by chunk, stages in flight and programs
+    python benchmarks/ragged.py --tune                           # step times by the kernel's tuning and shares of work
 
 Patterns are random columns and a window of 256; per-head ones differ between the query heads of a KV head, which then stores
 their union. A step stores one token and attends to it, replayed from a CUDA graph on a GPU, L2 cold. Every row passes the oracle.
@@ -66,9 +66,8 @@ class Result:
 def run(n: int, density: float, per_head: bool, device: str = "cuda") -> Result:
     """Measure one density at `n` keys."""
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    q, k, v = (torch.randn(1, heads, n, WIDTH, device=device, dtype=dtype) for heads in (1, KV_HEADS, KV_HEADS))
-    q = torch.randn(1, Q_HEADS, 1, WIDTH, device=device, dtype=dtype)
+    k, v = (torch.randn(1, KV_HEADS, n, WIDTH, device=device, dtype=_dtype(device)) for _ in range(2))
+    q = torch.randn(1, Q_HEADS, 1, WIDTH, device=device, dtype=_dtype(device))
     row = _row(n, density, per_head)
     kept = Kept.of(row, KV_HEADS, n + 1024)
     store = _store(kept, k, v, PROGRAMS)
@@ -95,20 +94,26 @@ def run(n: int, density: float, per_head: bool, device: str = "cuda") -> Result:
     )
 
 
-def tune(n: int) -> None:
+def tune(n: int, device: str) -> None:
     """Print step times of choices that the kernel leaves open, at 10 % per KV head and per query head."""
-    from attnsieve.backends.triton import ragged as kernels
+    from attnsieve.backends.triton.ragged import Step
+    from attnsieve.backends.triton.shares import Tuning
 
-    k, v = (torch.randn(1, KV_HEADS, n, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    q = torch.randn(1, Q_HEADS, 1, WIDTH, device="cuda", dtype=torch.bfloat16)
+    dtype = _dtype(device)
+    k, v = (torch.randn(1, KV_HEADS, n, WIDTH, device=device, dtype=dtype) for _ in range(2))
+    q = torch.randn(1, Q_HEADS, 1, WIDTH, device=device, dtype=dtype)
     kept = [Kept.of(_row(n, 0.1, per_head), KV_HEADS, n + 1024) for per_head in (False, True)]
-    for keys, stages, programs in product((32, 64), (3, 4, 5, 6), (2, 4, 8)):
-        kernels._KEYS, kernels._STAGES = keys, stages
+    for keys, ahead, programs in product((32, 64), (1, 2, 3), (2, 4, 8)):
         times = []
         for plan in kept:
             store = _store(plan, k, v, programs)
-            times.append(_ms(lambda store=store: store.step(q, k[:, :, -1:], v[:, :, -1:], 0.1), "cuda", budget_ms=30.0))
-        print(f"keys {keys}, stages {stages}, programs {programs}: {times[0]:.4f} and {times[1]:.4f} ms", flush=True)
+            step = Step(q, store.memory, store.index, 0.1, Tuning(keys, warps=4, ahead=ahead, programs=programs))
+            times.append(_ms(lambda step=step: step(q, k[:, :, -1:], v[:, :, -1:]), device, budget_ms=30.0))
+        print(f"keys {keys}, ahead {ahead}, programs {programs}: {times[0]:.4f} and {times[1]:.4f} ms", flush=True)
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 def _store(kept: Kept, k: Tensor, v: Tensor, programs: int) -> RaggedStore:
@@ -152,7 +157,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="only compare choices of the kernel")
     args = parser.parse_args()
     if args.tune:
-        tune(args.n)
+        tune(args.n, args.device)
         return
     for density in (float(text) for text in args.densities.split(",")):
         for per_head in (False, True):

@@ -18,7 +18,7 @@ from attnsieve.backends.ragged import Index, Memory
 from attnsieve.backends.triton.common import head_base, rows_of
 from attnsieve.backends.triton.geometry import padded, padded_value
 from attnsieve.backends.triton.launch import Launch
-from attnsieve.backends.triton.shares import COMBINED, Source, attend_share, combine_shares, shape_of
+from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, combine_shares, shape_of
 from attnsieve.backends.triton.tuning import decode_tuning
 
 
@@ -123,12 +123,12 @@ def combine_kernel(p_acc, p_sum, p_out, p_lse, first_item, items, shape, STEP: t
 class Step:
     """Steps of one text: of tensors like q [B, Hq, 1, D], over this memory."""
 
-    def __init__(self, q: Tensor, memory: Memory, index: Index, scale: float) -> None:
+    def __init__(self, q: Tensor, memory: Memory, index: Index, scale: float, tuning: Tuning | None = None) -> None:
         batch, heads, _, width = q.shape
         kv_heads, slots, v_width = memory.state.shape[1], memory.key.shape[1], memory.value.shape[-1]
         group, items = heads // kv_heads, len(index.items)
         widths = (width, padded(width), v_width, padded(v_width))
-        tuning = decode_tuning(padded(width) + padded_value(v_width), q.dtype)
+        tuning = decode_tuning(padded(width) + padded_value(v_width), q.dtype) if tuning is None else tuning
         shape = shape_of(group, group, tuning.keys, width, v_width, q.dtype)
         attend = (memory, index, scale, kv_heads, slots, shape)
         self._shares, self._out = (batch, items, group, padded_value(v_width)), (batch, heads, 1, v_width)
