@@ -57,6 +57,7 @@ def record_launches() -> list[tuple[str, str, tuple[int, ...], list[int]]]:
             self.name = source.fn.fn.__name__
 
         def __call__(self, x, y, z, stream, function, packed_metadata, metadata, enter, leave, *arguments):
+            enter(metadata)
             launches.append(("triton", self.name, (x, y, z), _addresses(arguments)))
 
         def launch(self, x, y, z, stream, function, cooperative, pdl, scratch, profile, packed, data, enter, leave, *arguments):

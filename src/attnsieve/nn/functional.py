@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from attnsieve.nn.cache import BoundedCache
 from attnsieve.nn.scores import key_scores
 from attnsieve.nn.segments import Segments
 from attnsieve.nn.selection import SelectionRule
+from attnsieve.replay import repeat
 from attnsieve.spans import Spans
 
 
@@ -47,15 +50,34 @@ def dynamic_mask_attention(
     and NaN scores (on a GPU these are not looked for, as that would read the device: they make the outputs NaN).
     """
     rule = SelectionRule(keep_window_size, window, sinks, union)
+    score = partial(key_scores, dt_weight=dt_weight, dt_bias=dt_bias, a=A, exponential=exponential)
+    select = partial(_select_and_attend, rule=rule, scale=scale, backend=backend)
+    if spans is None and cache is None:
+        given = [x for x in (q, k, v, dt_weight, A, dt_bias) if x is not None]
+        kind = ("dynamic mask", rule, exponential, scale, backend, dt_bias is None)
+        return repeat(kind, given, lambda: select(q, k, v, *score(v), None))
     segments = _segments(spans, k.shape[0], q.shape[2], k.shape[2])
     if segments is not None:
         q, k, v = blank(segments, q, k, v)
-    delta, sigma = key_scores(v, dt_weight, dt_bias, A, exponential=exponential)
-    if cache is not None:
-        require(cache.rule == rule, f"the cache was made for {cache.rule}, the layer asks for {rule}: start a new cache")
-        real = None if segments is None else _left_padded(segments)
-        parameters = (dt_weight, A)
-        return cache.attend(q, k, v, delta, sigma, real=real, scale=scale, backend=backend, parameters=parameters)
+    if cache is None:
+        return select(q, k, v, *score(v), segments)
+    require(cache.rule == rule, f"the cache was made for {cache.rule}, the layer asks for {rule}: start a new cache")
+    real = None if segments is None else _left_padded(segments)
+    return cache.attend(q, k, v, *score(v), real=real, scale=scale, backend=backend, parameters=(dt_weight, A))
+
+
+def _select_and_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    delta: Tensor,
+    sigma: Tensor,
+    segments: Segments | None,
+    *,
+    rule: SelectionRule,
+    scale: float | None,
+    backend: str,
+) -> Tensor:
     layout = Layout(k.shape[2], rule.ends(sigma, segments), most_keys=rule.slots)
     out = attend(q, k, v, layout, scale=scale, key_bias=delta, backend=backend)
     assert isinstance(out, Tensor)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnsieve.replay import launch
+
 # Tokens at a time, and programs that share the tokens of a head in the backward pass.
 _TOKENS = 64
 _SHARES = 64
@@ -38,8 +40,19 @@ class FusedScores(torch.autograd.Function):
         batch, heads, n, _ = v.shape
         v = v if v.stride(-1) == 1 else v.contiguous()
         dt, delta, sigma = torch.empty(3, batch, heads, n, dtype=torch.float32, device=v.device).unbind()
-        _scores_kernel[(triton.cdiv(n, _TOKENS), batch)](
-            v, *v.stride()[:3], _parameters(weight, bias, a), dt, delta, sigma, n, exponential, **_sizes(v), num_stages=3
+        launch(
+            _scores_kernel,
+            (triton.cdiv(n, _TOKENS), batch),
+            v,
+            *v.stride()[:3],
+            _parameters(weight, bias, a),
+            dt,
+            delta,
+            sigma,
+            n,
+            exponential,
+            **_sizes(v),
+            num_stages=3,
         )
         ctx.save_for_backward(v, weight, bias, a, dt)
         ctx.exponential = exponential

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnsieve.replay import launch
+
 # Rows that one warp goes through, one after the other.
 ROWS = 64
 # Texts longer than this many rows have blocks of blocks, and these blocks of their own.
@@ -66,17 +68,42 @@ def ends(sigma: Tensor, start: Tensor | None, stop: Tensor | None, budget: int, 
     documents = Documents(start if start is None else start.contiguous(), stop if stop is None else stop.contiguous())
     result = torch.empty(sigma.shape, dtype=torch.int32, device=sigma.device)
     order, *planes = torch.empty(7, batch * heads, n, dtype=torch.int32, device=sigma.device).unbind()
-    _begin_kernel[(triton.cdiv(n, 1024), batch * heads)](sigma.contiguous(), documents, order, result, n, heads, STEP=1024)
+    launch(
+        _begin_kernel, (triton.cdiv(n, 1024), batch * heads), sigma.contiguous(), documents, order, result, n, heads, STEP=1024
+    )
     old, parent_rows = None, 0
     for level, block in enumerate(_blocks(n)):
         parent, old = old, Old(*(planes[3:] if level % 2 else planes[:3]))
         step, warps = _reading(parent_rows, n)
-        _descend_kernel[(triton.cdiv(n, block), batch * heads)](
-            order, documents, parent, old, n, min(budget, n), heads, parent_rows, block, STEP=step, num_warps=warps
+        launch(
+            _descend_kernel,
+            (triton.cdiv(n, block), batch * heads),
+            order,
+            documents,
+            parent,
+            old,
+            n,
+            min(budget, n),
+            heads,
+            parent_rows,
+            block,
+            STEP=step,
+            num_warps=warps,
         )
         parent_rows = block
-    _drop_kernel[(triton.cdiv(n, ROWS), batch * heads)](
-        order, documents, old, result, n, min(budget, n), heads, Widening(window, sinks, int(union)), ROWS=ROWS, num_warps=1
+    launch(
+        _drop_kernel,
+        (triton.cdiv(n, ROWS), batch * heads),
+        order,
+        documents,
+        old,
+        result,
+        n,
+        min(budget, n),
+        heads,
+        Widening(window, sinks, int(union)),
+        ROWS=ROWS,
+        num_warps=1,
     )
     return result
 

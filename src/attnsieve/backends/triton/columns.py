@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton.common import Rows, load_rows, rows_of
+from attnsieve.replay import launch
 
 # Three columns hold one vector (see `split`).
 LSE_COLUMN = tl.constexpr(0)
@@ -36,7 +37,7 @@ def bias_of(call: Call) -> Rows | None:
     batch, heads, slots = bias.shape
     quads = bias.new_empty(batch, heads, slots, 4, dtype=torch.float32)
     grid = (triton.cdiv(slots, 256), batch * heads)
-    _quads_kernel[grid](Rows(bias, *bias.stride()), quads, call.scale, heads, slots, STEP=256)
+    launch(_quads_kernel, grid, Rows(bias, *bias.stride()), quads, call.scale, heads, slots, STEP=256)
     return rows_of(quads)
 
 

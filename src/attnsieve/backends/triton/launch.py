@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
 from torch import Tensor
-from triton import knobs
 from triton.runtime import driver
 
-# How compiled code is called is no promise of Triton's; by other versions every launch goes the ordinary way.
-_KNOWN_TRITON = triton.__version__.split(".")[:2] == ["3", "6"]
+from attnsieve.replay import can_launch_directly, directly, is_heard, launch
+
 _ALIGNED = 16
 _BEYOND = 2**31
 
@@ -36,7 +34,7 @@ class Launch:
     def __call__(self, *first: Any) -> None:
         if self._code is not None and self._code.launch(first):
             return
-        compiled = self._kernel[self._grid](*first, *self._last, **self._options)
+        compiled = launch(self._kernel, self._grid, *first, *self._last, **self._options)
         # Many are launched once: preparing to launch them again would be in vain.
         if self._repeated and self._code is None:
             self._code = self._known(compiled, first)
@@ -44,10 +42,7 @@ class Launch:
 
     def _known(self, compiled: Any, first: tuple[Any, ...]) -> _Code | None:
         """The code that was launched; None where it cannot be called again."""
-        # Interpreted kernels have no code, compiled ones that were never launched no function.
-        if not _KNOWN_TRITON or getattr(compiled, "function", None) is None or not all(map(_is_aligned, first)):
-            return None
-        if compiled.run.global_scratch_size or compiled.run.profile_scratch_size:
+        if not can_launch_directly(compiled) or not all(map(_is_aligned, first)):
             return None
         names = self._kernel.arg_names[len(first) + len(self._last) :]
         return _Code(compiled, self._grid, first, (*self._last, *(self._options[name] for name in names)))
@@ -57,11 +52,8 @@ class _Code:
     """Compiled code for arguments like `first`, followed by `last`. It is called with addresses in place of tensors."""
 
     def __init__(self, compiled: Any, grid: tuple[int, int, int], first: tuple[Any, ...], last: tuple[Any, ...]) -> None:
-        run = compiled.run
-        self._run, self._grid = run.launch, grid
-        no_scratch, no_hooks = (None, None), (None, None, None)
-        options = (run.launch_cooperative_grid, run.launch_pdl)
-        self._middle = (compiled.function, *options, *no_scratch, compiled.packed_metadata, *no_hooks)
+        self._run, self._middle = directly(compiled)
+        self._grid = grid
         self._device, self._stream = driver.active.get_current_device(), driver.active.get_current_stream
         self._numbers = [_numbers(x) for x in first]
         self._last = tuple(map(_bare, last))
@@ -69,7 +61,7 @@ class _Code:
 
     def launch(self, first: tuple[Any, ...]) -> bool:
         """Launch it unless it was compiled for other arguments, or somebody listens to launches; whether it was."""
-        if _is_heard(knobs.runtime.launch_enter_hook) or _is_heard(knobs.runtime.launch_exit_hook):
+        if is_heard():
             return False
         bare: list[Any] = []
         bits = 0
@@ -107,11 +99,6 @@ class _Code:
             bare = (*addresses, *own) if served else None
             self._same = x, bare
         return bare
-
-
-def _is_heard(hook: Any) -> bool:
-    """Whether somebody listens to launches: a chain with members, or what was put in its place."""
-    return bool(getattr(hook, "calls", hook))
 
 
 def _numbers(x: Any) -> tuple[int, ...]:

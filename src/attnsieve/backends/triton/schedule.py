@@ -36,6 +36,7 @@ from attnsieve.backends.triton.vectors import (
 )
 from attnsieve.layout import Layout
 from attnsieve.patterns import FOREVER
+from attnsieve.replay import launch
 
 # Listing every key must halve the keys read to pay for its lists, which hold a row's keys for every query tile.
 _LISTING_GAIN = 2
@@ -263,7 +264,9 @@ def _list_keys(
     read = layout.length if root is None else _room(layout, built, _ROOT)
     once = read <= _AT_ONCE
     step = max(256, 1 << (read - 1).bit_length()) if once else 2048
-    list_keys[(count.shape[-1], layout.sequences * layout.heads)](
+    launch(
+        list_keys,
+        (count.shape[-1], layout.sequences * layout.heads),
         built.mask,
         root,
         lists,
