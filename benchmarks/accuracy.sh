@@ -6,12 +6,13 @@
 # PART: main (Qwen, 2K to 8K), rest (Qwen at 1K and 16K, and in which phase single keys fail), small (SmolLM2, and the ablation),
 # tests (heads one by one, needles, topics, float32), probing (Qwen, 2K to 8K: single keys chosen by more queries);
 # all: what results/eval-spread.jsonl lacks of these, the most telling first, in one list that all processes share (accuracy.txt);
-# warm: compile kernels for it, which needs no models.
+# early: SmolLM2's lines of that list, for the time until the other model is there; capture: what a capture length of 8192 costs and
+# gives, whose sums of 72 GB are on the CPU (THREADS, 8); warm: compile kernels, which needs no models.
 # MODELS: a folder with qwen2.5-coder-0.5b.gguf and smollm2-135m.gguf.
 # WORK: rows, plans and claims, shared by all parts; plans that it holds are not made again, and a part that was cut off goes on when
 # it is called again. OUT: gets accuracy.tgz, what is worth keeping. GPU (0): the first one. GPUS (1): how many. EACH (8): processes
-# on each. Nothing begins after SECONDS (400). TINY=tokens tries `all` with two documents of so many tokens and SmolLM2, or a model in the
-# folder smollm2-135m, for both models (with GPU=none EACH=2 on a CPU).
+# on each. Nothing begins after SECONDS (400), and all ends GRACE (40) seconds later. TINY=tokens tries `all`, `early` and `capture` with two
+# documents of so many tokens and SmolLM2, or a model in the folder smollm2-135m, for both models (with GPU=none EACH=2 on a CPU).
 set -u
 part=$1 out=$(realpath "$2") work=$3 qwen=$4/qwen2.5-coder-0.5b.gguf smol=$4/smollm2-135m.gguf seconds=${5:-400}
 gpu=${GPU:-0} gpus=${GPUS:-1} each=${EACH:-8} tiny=${TINY:-}
@@ -19,6 +20,10 @@ cd "$(dirname "$0")/.."
 mkdir -p "$work" "$out"
 export PYTHONPATH=src:benchmarks${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TQDM_DISABLE=1
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+if [ -n "$tiny" ]; then
+    [ -e "$smol" ] || smol=${smol%.gguf}
+    qwen=$smol
+fi
 
 OURS=budget-0,budget-prompt
 PUBLISHED=minference-,xattention-0.7,xattention-0.9,xattention-prompt-0.9,flashprefill,streaming-llm-0.1,streaming-llm-0.25
@@ -26,9 +31,11 @@ PUBLISHED=$PUBLISHED,streaming-llm-0.5,streaming-llm-prompt,window-0.25,longform
 RAILED=budget-0,minference-0.8,minference-0.9,xattention-0.9,flashprefill-0.1,streaming-llm-0.1,streaming-llm-0.25,keys-0.9
 FIRST=budget-0.2,budget-0.1,budget-prompt-0.1,budget-prompt-0.2,minference-0.9,minference-prompt-0.9,xattention-0.9,dam-,keys-0.9
 MADE=budget,budget-kv,profiled,chosen,fixed,caches
+# Of the ablation the capture lengths alone; texts as long in all as with lengths to 4096 and up to 8 documents.
+CAPTURES=(--lams 0.5 --taus 0.3 --mus 0.8 --domains text --items 8 --dtype "${DTYPE:-bfloat16}")
 
 fleet() { # NAME PROCESSES SECONDS SCRIPT ARGUMENTS...
-    local limit=$(($3 + 40)) # what has begun may end
+    local limit=$(($3 + ${GRACE:-40})) # what has begun may end
     GPU_ARGUMENTS=(--gpus "$gpus" --first "$gpu")
     [ "$gpu" = none ] && GPU_ARGUMENTS=(--gpus 0)
     python3 benchmarks/fleet.py "${GPU_ARGUMENTS[@]}" --each "$2" --threads 2 --seconds "$limit" --logs "$work/logs-$1" -- \
@@ -42,6 +49,7 @@ collect() { # Everything that is worth keeping, as one file.
     for file in "$work"/logs-*/*.log "$work"/*.log; do [ -f "$file" ] && echo "== $file" && cut -c 1-300 "$file"; done > "$kept/eval.log"
     [ -d "$work/heads" ] && cp "$work"/heads/{rows-*.jsonl,heads.md,plan.txt} "$kept"
     [ -d "$work/ablation" ] && cp "$work"/ablation/*.{jsonl,md} "$kept"
+    [ -d "$work/capture" ] && cat "$work"/capture/*-0.jsonl > "$kept/capture.jsonl"
     (cd "$work" && tar czf "$out/accuracy.tgz" kept $(ls -d measured plans/*/*/{fitted,thorough} 2> /dev/null))
     wc -l "$kept"/*.jsonl
     grep -h Error "$work"/logs-*/*.log | cut -c 1-200 | sort | uniq -c | sort -rn | head
@@ -122,33 +130,36 @@ tests() {
     wait
 }
 
-all() {
-    local losing=longeval-lines-prefix length=4096 documents=16 plan # Where budget-0.25 loses most.
-    local ablation=(--dtype bfloat16 --length 2048 --pcls 4096,2048,1024,256,128 --documents 4 --counts 1,2,8 --items 8)
-    if [ -n "$tiny" ]; then
-        [ -e "$smol" ] || smol=${smol%.gguf}
-        qwen=$smol losing=kv length=$tiny documents=2
-        ablation=(--length "$tiny" --pcl 64 --pcls 128 --documents 2 --counts 1 --items 2)
-    fi
+ready() { # LIST, from what is given: with the models' files; and the rows that there are.
     cp benchmarks/results/eval-spread.jsonl "$work/rows-before.jsonl"
-    sed "s#QWEN#$qwen#; s#SMOLLM2#$smol#${tiny:+; s/--lengths [0-9,]*/--lengths $tiny/; s/--items [0-9,]*/--items 2/}" \
-        benchmarks/accuracy.txt > "$work/list.txt"
+    sed "s#QWEN#$qwen#; s#SMOLLM2#$smol#${tiny:+; s/--lengths [0-9,]*/--lengths $tiny/; s/--items [0-9,]*/--items 2/}" > "$1"
+}
+
+all() {
+    ready "$work/list.txt" < benchmarks/accuracy.txt
     convert "$smol" &
     convert "$qwen"
     wait
     salvage &
     local salvaging=$!
-    plan=$work/plans/$(basename "$qwen" .gguf)/$length/budget/budget-0.25
-    if [ -d "$plan" ]; then
-        mkdir -p "$work/heads"
-        echo "$(basename "$plan") $losing $length" > "$work/heads/plan.txt"
-        fleet heads 1 $((seconds - 50)) heads "$qwen" "$plan" --task "$losing" --length "$length" --items "$documents" --out "$work/heads" &
-    fi
-    fleet ablation 1 "$seconds" ablation "$smol" "${ablation[@]}" --out "$work/ablation/ablation-smollm2.jsonl" &
+    fleet ablation 1 "$seconds" ablation "$smol" --length "${tiny:-2048}" --pcls 2048 --documents 4 --counts 16 "${CAPTURES[@]}" \
+        --out "$work/ablation/ablation-smollm2.jsonl" &
     fleet all "$each" "$seconds" worklist "$work/list.txt" --out "$work"
     kill $salvaging
     wait
     rm -f "$out"/partial.*
+}
+
+early() {
+    ready "$work/early.txt" < <(awk -v RS= '/SMOLLM2 --/' benchmarks/accuracy.txt)
+    convert "$smol"
+    fleet early "$each" "$seconds" worklist "$work/early.txt" --out "$work"
+}
+
+capture() {
+    mkdir -p "$work/capture"
+    OMP_NUM_THREADS=${THREADS:-8} python3 benchmarks/ablation.py "$smol" --length "${tiny:-2048}" --pcls "${tiny:-8192}" --documents 2 \
+        --counts 4 "${CAPTURES[@]}" --seconds "$seconds" --out "$work/capture/ablation-smollm2.jsonl" > "$work/capture.log" 2>&1
 }
 
 warm() { # Before the models are there.
@@ -156,4 +167,4 @@ warm() { # Before the models are there.
 }
 
 "$part"
-[ "$part" = warm ] || collect
+case $part in warm | early | capture) ;; *) collect ;; esac

@@ -34,11 +34,11 @@ SHOWN = (
     "budget-guarded", "dam-robust", "dam-adaptive", "flashprefill", "moa", "bigbird", "longformer", "window",
     "budget-all", "keys-by-all", "budget-near", "budget-all-near",
 )  # fmt: skip
-# Those whose rows that ask, and decode steps, read every key.
+# Those whose rows that ask read every key, and decode steps too unless they are called "asked".
 SHOWN_PROMPT = (
     "budget-prompt", "keys-prompt", "minference-prompt", "xattention-prompt", "streaming-llm-prompt", "flashprefill-prompt",
     "budget-all-prompt", "budget-fitted-prompt", "budget-all-fitted-prompt",
-    "budget-near-fitted-prompt", "budget-all-near-fitted-prompt",
+    "budget-near-fitted-prompt", "budget-all-near-fitted-prompt", "budget-near-asked", "budget-all-near-asked",
 )  # fmt: skip
 OURS = ("budget", "keys", "dam", "probed")
 LEAST_DENSITY, TICKS = 3, (0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 1, 2, 5)  # percent; nats
@@ -144,9 +144,9 @@ def targets(rows: Sequence[Row]) -> str:
 
 
 def camp_of(run: dict[str, Row]) -> tuple[bool, bool]:
-    """Whether it is published, and whether it is sparse in the prompt alone."""
+    """Whether it is published, and whether rows that ask read every key."""
     name = run["answer_nll"].plan
-    return not name.startswith(OURS), "-prompt" in name
+    return not name.startswith(OURS), "-prompt" in name or "-asked" in name
 
 
 def holds(run: dict[str, Row]) -> bool:

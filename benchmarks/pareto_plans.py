@@ -35,7 +35,7 @@ DENSITIES = (0.05, 0.1, 0.2, 0.25, 0.5)
 # Those that a later look at the results asked for.
 CLOSE = (0.1, 0.15, 0.2, 0.25)
 # Scored texts differ from those a plan was fitted to: .24 stays below a quarter on them.
-STRICT = (0.1, 0.15, 0.2, 0.24)
+STRICT = (0.1, 0.15, 0.2, 0.22, 0.24)
 MASSES = (0.7, 0.8, 0.9, 0.95)
 RATIOS = (0.02, 0.1, 0.3)
 PCL = 512
@@ -158,6 +158,15 @@ def near_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
     return offered(plans)
 
 
+def asking_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
+    """As `near_budgets`, with every key for the last rows of a prompt, paid from the budget; decode steps are sparse."""
+    plans: dict[str, Callable[[], Plan]] = {}
+    for name, rows in (("budget-near-asked", 8), ("budget-all-near-asked", 64)):
+        kinds = [only(kind, default_candidates(length, rows=rows)) for kind in measured(workshop, length, "none", rows=rows)]
+        plans |= {f"{name}-{d:g}": lambda d=d, kinds=kinds: fit_budget(kinds, density=d, last_rows=32) for d in STRICT}
+    return offered(plans)
+
+
 def measured(workshop: Workshop, length: int, share: str, *, rows: int = 8) -> list[Measurement]:
     """One measurement of each kind of text, the kept ones if there are some: of the usual candidates and of wide windows."""
     folder = workshop.folder / f"{length}-{share}{'-thorough' * (rows == 64)}"
@@ -202,6 +211,7 @@ GROUPS: dict[str, Callable[[Workshop, int], dict[str, Plan]]] = {
     "fitted": fitted_budgets,
     "thorough": thorough_budgets,
     "near": near_budgets,
+    "asking": asking_budgets,
     "profiled": profiled,
     "chosen": chosen,
     "fixed": fixed,
