@@ -11,8 +11,8 @@
 # MODELS: a folder with qwen2.5-coder-0.5b.gguf and smollm2-135m.gguf.
 # WORK: rows, plans and claims, shared by all parts; plans that it holds are not made again, and a part that was cut off goes on when
 # it is called again. OUT: gets accuracy.tgz, what is worth keeping. GPU (0): the first one. GPUS (1): how many. EACH (8): processes
-# on each. Nothing begins after SECONDS (400), and all ends GRACE (40) seconds later. TINY=tokens tries `all`, `early` and `capture` with two
-# documents of so many tokens and SmolLM2, or a model in the folder smollm2-135m, for both models (with GPU=none EACH=2 on a CPU).
+# on each. Nothing begins after SECONDS (400), and all ends GRACE (40) seconds later. TINY=tokens tries `all`, `early` and `capture` with
+# two documents of so many tokens and SmolLM2, or a model in the folder smollm2-135m, for both models (with GPU=none EACH=2 on a CPU).
 set -u
 part=$1 out=$(realpath "$2") work=$3 qwen=$4/qwen2.5-coder-0.5b.gguf smol=$4/smollm2-135m.gguf seconds=${5:-400}
 gpu=${GPU:-0} gpus=${GPUS:-1} each=${EACH:-8} tiny=${TINY:-}
