@@ -3,7 +3,8 @@
 "call": 1. "bytes": gigabytes of K and V read. "moved": gigabytes of K and V written with columns in front of them. Everything
 else: 1e9 scores (query x key pairs as computed, padding included) at the width of 128, or for "part" on the CPU: pieces of work
 that plain torch handles one by one. FA4's tiles that are kept in part are "predicate" where they follow a rule of ours and
-"partial" where they follow the kernel's own.
+"partial" where they follow the kernel's own. "moved" never comes without "predicate": fitted to the rows so far its own constant
+is 0, and that of "predicate" pays for both.
 """
 
 from __future__ import annotations
