@@ -32,7 +32,7 @@ from attnsieve.bench.flex import compiled
 from attnsieve.bench.rows import Row, write
 from attnsieve.bench.shapes import SHAPES, Shape, shape_of
 from attnsieve.bench.suite import Skipped, Suite
-from attnsieve.bench.timing import measure
+from attnsieve.bench.timing import measure, recorded
 from attnsieve.device import device_name
 from attnsieve.layout import Layout
 from attnsieve.nn import BoundedCache, SelectionRule, dynamic_mask_attention
@@ -236,17 +236,6 @@ def flex_window(n: int, window: int, device: torch.device) -> Any:
 
     rule = lambda b, h, i, j: (j <= i) & (i - j < window)  # noqa: E731
     return BlockMask.from_kv_blocks(*lists(seen & ~whole), *lists(whole), tile, rule, seq_lengths=(n, n))
-
-
-def recorded(run: Callable[[], object], device: str) -> Callable[[], object]:
-    """A CUDA graph of `run`, so that its time is the device's."""
-    if torch.device(device).type == "cpu":
-        return run
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def lines(arguments: argparse.Namespace) -> Iterator[tuple[str, int, int]]:

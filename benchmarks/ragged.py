@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from attnsieve import Spans, attend, compile_layout
 from attnsieve.backends.call import Call
 from attnsieve.bench.check import check_rows
-from attnsieve.bench.timing import measure
+from attnsieve.bench.timing import measure, recorded
 from attnsieve.device import device_name
 from attnsieve.environment import environment
 from attnsieve.hf.ragged import PROGRAMS
@@ -138,13 +138,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, device: str) -> Tensor:
 
 
 def _ms(run: Callable[[], object], device: str, record: bool = True, budget_ms: float = 200.0) -> float:
-    if device == "cuda" and record:
-        run()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        run = graph.replay
-    return measure(run, budget_ms, device=device).p50
+    return measure(recorded(run, device) if record else run, budget_ms, device=device).p50
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from attnsieve.bench.check import check_gradients, check_rows
 from attnsieve.bench.dense import KERNELS
 from attnsieve.bench.kernels import density
 from attnsieve.bench.masks import mask
-from attnsieve.bench.timing import Times, measure
+from attnsieve.bench.timing import measure, recorded
 
 # For heads 128 wide: the loops spill little or nothing (compiled for sm_90), K and V of all stages fit into shared memory.
 CANDIDATES = {
@@ -121,25 +121,16 @@ def time_decode(name: str, n: int, width: int, variants: list[Tuning]) -> Iterat
     last, keys = torch.tensor([n - 1], device="cuda"), torch.arange(n, device="cuda")
     kept = call.layout.dense(last, keys)[0, :, 0]
     union = int(kept.view(8, -1, n).any(1).sum())
-    dense = replayed(lambda: KERNELS["cudnn"](call)).p50
+    dense = measure(recorded(lambda: KERNELS["cudnn"](call)), 50).p50
     print(f"{name} {n}: {union / (8 * n):.3f} of the keys are kept by some head of a group; cuDNN, dense, {dense:.4f} ms")
     for shares in variants:
         check_rows(call, *decode(call, shares), rows=1)
-        times = replayed(lambda shares=shares: decode(call, shares))
+        times = measure(recorded(lambda shares=shares: decode(call, shares)), 50)
         row = {"op": "decode", "mask": name, "n": n, "tiles": str(shares), "ms": times.p50, "p20": times.p20, "p80": times.p80}
         row |= {"union": union / (8 * n), "speedup": dense / times.p50, "gb_per_s": union * 4 * width / times.p50 / 1e6}
         shape = f"{shares.keys} keys, {shares.warps} warps, {shares.ahead} ahead, {shares.programs} programs"
         print("    {0:42}{ms:9.4f} ms{speedup:8.2f} x{gb_per_s:8.0f} GB/s".format(shape, **row), flush=True)
         yield row
-
-
-def replayed(run: Callable[[], object]) -> Times:
-    """Times of `run` in a CUDA graph."""
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return measure(graph.replay, 50)
 
 
 def runner(op: str, call: Call) -> Callable[[Tiles], object]:

@@ -19,7 +19,7 @@ from attnsieve.bench.case import DENSE, Case
 from attnsieve.bench.check import Verdict, check_gradients, check_rows
 from attnsieve.bench.masks import is_dynamic, is_selected, patterns_of, selection
 from attnsieve.bench.rows import Row
-from attnsieve.bench.timing import Times, measure
+from attnsieve.bench.timing import Times, measure, recorded
 from attnsieve.device import device_name
 from attnsieve.errors import require
 from attnsieve.layout import Layout
@@ -60,7 +60,7 @@ def decode(case: Case, backend: str, baseline: Dense | None = None, budget_ms: f
     case = replace(case, q_len=1)
     call = case.call()
     verdict = check_rows(call, *run_backend(call, backend), rows=1)
-    times, peak = _measured(_recorded(lambda: run_backend(call, backend), case.device), case.device, budget_ms)
+    times, peak = _measured(recorded(lambda: run_backend(call, backend), case.device), case.device, budget_ms)
     yield _Made("decode", case, backend, call, baseline, verdict).row(times, peak)
 
 
@@ -112,7 +112,7 @@ def select(case: Case, budget_ms: float = 200.0) -> Iterator[Row]:
     time for its forty launches than the host; or a dynamic pattern on random q and k."""
     if is_selected(case.mask):
         call = case.call()
-        run = _recorded(selection(case.mask, call.layout), case.device)
+        run = recorded(selection(case.mask, call.layout), case.device)
         times, peak = _measured(run, case.device, budget_ms)
         yield _Made("select", case, "attnsieve", call, None, None).row(times, peak, building=True)
         return
@@ -142,7 +142,7 @@ def _dense_row(op: str, case: Case, call: Call, name: str, budget_ms: float) -> 
         run: Callable[[], object] = lambda: torch.autograd.grad(kernel(leaves), [leaves.q, leaves.k, leaves.v], d_out)  # noqa: E731
     else:
         run = lambda: kernel(call)  # noqa: E731
-    times, peak = _measured(_recorded(run, case.device) if op == "decode" else run, case.device, budget_ms)
+    times, peak = _measured(recorded(run, case.device) if op == "decode" else run, case.device, budget_ms)
     return _Made(op, case, name, call, None, verdict).row(times, peak)
 
 
@@ -170,17 +170,6 @@ def _builder(call: Call, backend: str) -> Callable[[Layout], object]:
     tiles = forward_tiles(call)
     positions = Geometry(call, tiles).positions
     return lambda fresh: schedule(fresh, positions, tiles.keys)
-
-
-def _recorded(run: Callable[[], object], device: str) -> Callable[[], object]:
-    """`run` as a CUDA graph, so that a short call's time is the device's."""
-    if torch.device(device).type == "cpu":
-        return run
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def _with_gradients(call: Call) -> Call:

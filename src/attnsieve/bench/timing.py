@@ -39,6 +39,17 @@ def measure(run: Callable[[], object], budget_ms: float = 200.0, cold: bool = Tr
     return Times(*(times[int(share * (len(times) - 1))] for share in (0.2, 0.5, 0.8)))
 
 
+def recorded(run: Callable[[], object], device: str = "cuda") -> Callable[[], object]:
+    """`run` as a CUDA graph, so that a short call's time is the device's; on a CPU `run` itself."""
+    if torch.device(device).type == "cpu":
+        return run
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def _clock(run: Callable[[], object], repeats: int) -> list[float]:
     times = []
     for _ in range(repeats):
