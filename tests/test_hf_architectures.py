@@ -6,6 +6,7 @@ import transformers as tr
 
 from attnsieve import UserError
 from attnsieve.hf import apply, fingerprint, measure, profile
+from attnsieve.patterns import Pattern, dense
 from attnsieve.plan import Plan
 from tests.hf_tiny import GQA, MHA, SIZES, close, logits, oracle, tokens
 
@@ -147,6 +148,28 @@ def test_what_is_no_plain_softmax_is_not_observed(observe):
     model = built("DogeConfig", **GQA)
     with pytest.raises(UserError, match=r"layer 0 cannot be observed \(the model makes a mask of its own\)"):
         observe(model, [tokens(9).tolist()])
+
+
+def test_attention_to_images_stays_dense_by_name():
+    text = SIZES | GQA | {"cross_attention_layers": [1]}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8, "vision_output_dim": 32, "intermediate_layers_indices": [0]}
+    config = tr.MllamaConfig(text_config=text, vision_config=vision, image_token_index=60)
+    torch.manual_seed(0)
+    model = tr.AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            if hasattr(layer, "cross_attn_attn_gate"):
+                layer.cross_attn_attn_gate.fill_(1.0)
+    ids, states = tokens(1, 9), torch.randn(1, 12, 24)
+    inputs = {"cross_attention_states": states}
+    expected = logits(model, ids, **inputs)
+    plan = Plan(fingerprint(model), [[dense()] * 6, [Pattern.parse(RULE)] * 6])
+    with apply(model, plan, backend="reference") as handle:
+        close(logits(model, ids, **inputs), expected)
+    assert [reason.split(":")[0] for reason in handle.report().unplanned] == ["layer type cross_attention"]
+    with apply(model, Plan(fingerprint(model), plan.patterns[::-1])) as handle:
+        close(in_steps(model, ids, handle.cache(12), [6, 1, 2]), logits(model, ids, use_cache=False))
 
 
 @pytest.mark.parametrize("name", ["DeepseekV3Config", "YoutuConfig"])

@@ -42,9 +42,9 @@ COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")
 class AttentionLayer:
     """One self-attention module and what of it a sparse mask must respect.
 
-    `kind` is the configuration's layer type ("full_attention" where it has none); `window` the sliding window in tokens or
-    None; `context` the model's longest text in tokens or None; `softcap` and `sinks` whether the scores are capped or learned
-    sinks join the softmax.
+    `kind` is the configuration's layer type: "full_attention" where it has none, "cross_attention" to keys of something else;
+    `window` the sliding window in tokens or None; `context` the model's longest text in tokens or None; `softcap` and `sinks`
+    whether the scores are capped or learned sinks join the softmax.
     """
 
     index: int
@@ -140,6 +140,8 @@ def _describe(module: nn.Module, config: Any) -> AttentionLayer:
     index: Any = module.layer_idx
     kinds = getattr(config, "layer_types", None)
     kind = kinds[index] if kinds else "full_attention"
+    if "CrossAttention" in type(module).__name__ or getattr(module, "is_cross_attention", False):
+        kind = "cross_attention"
     require(
         kind not in COMPRESSED,
         f"layer {index} of {config.model_type} attends to compressed keys (layer type {kind}), which are no tokens of the text: "

@@ -172,7 +172,8 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         index = self._indices.index(self.kept, key.device, len(key))
         self.store = RaggedStore(self.kept, index, key, value)
         self.store.fill(key, value, start, 0)
-        self.keys = self.values = None
+        # Empty, not None: models with cross-attention ask every layer that has been used for its size.
+        self.keys = self.values = key.new_empty(0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
