@@ -160,3 +160,8 @@ def test_summary_counts_like_heads_and_stays_short():
     assert "captured(9) | diagonals(...)" in text
     assert len(text) < 1500
     assert repr(plan) == f"<{text.splitlines()[0]}>"
+
+
+def test_text_in_the_place_of_a_pattern_is_refused():
+    with pytest.raises(UserError, match=r"holds Pattern objects, got \['dense\(\)'\]: use Pattern.parse"):
+        Plan(Fingerprint("llama", 1, 1, 1, 4, "0" * 16), [["dense()"]])

@@ -28,7 +28,7 @@ class Plan(Artefact):
     density, retained: fp32 [layers, heads] or None, the expected share of causal pairs kept and of attention mass kept, at
     the length that provenance names.
 
-    Raises UserError for counts that do not match the fingerprint and for a head that keeps no key in any row.
+    Raises UserError for counts that do not match the fingerprint, for what is no Pattern, and for a head that keeps no key in any row.
     """
 
     fingerprint: Fingerprint
@@ -47,6 +47,8 @@ class Plan(Artefact):
             rows == [heads] * layers,
             f"a plan for this model needs {layers} layers of {heads} patterns, got {len(rows)} layers of {sorted(set(rows))}",
         )
+        strange = [entry for row in self.patterns for entry in row if not isinstance(entry, Pattern)]
+        require(not strange, f"a plan holds Pattern objects, got {strange[:1]!r:.80}: use Pattern.parse for text")
         silent = [f"L{layer}H{head}" for layer, row in enumerate(self.patterns) for head in range(heads) if _silent(row[head])]
         require(
             not silent,
