@@ -16,12 +16,9 @@ from attnsieve.evaluation.tokens import encode, shared_length, split_answer
 
 # Cache layers whose update makes new tensors instead of writing into old ones: copying the references is enough.
 APPENDING = ("DynamicLayer", "DynamicSlidingWindowLayer")
-
-
 # Prompt tokens that go through the model at once, and cached tokens that questions are asked over at once.
 PROMPT_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}
 CACHED_TOKENS = {"cpu": 1 << 16, "cuda": 1 << 18}
-
 # A prompt and its answer, as text and as token ids.
 Question = tuple[str, str]
 Tokens = tuple[list[int], list[int]]
