@@ -25,7 +25,8 @@ Model = Annotated[
 Device = Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda:0; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; auto is float32 on the CPU, bfloat16 elsewhere.")]
 Backend = Annotated[
-    str, typer.Option(help="Who computes attention: auto, triton, fa4, dense, portable, reference; fastest may run prompts dense.")
+    str,
+    typer.Option(help="Who computes attention: auto, triton, fa4, dense, portable, reference; fastest may run prompts dense."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; messages go to stderr.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.", min=0)]
