@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 import attnsieve
+from attnsieve.device import device_name
+from attnsieve.environment import environment
 from attnsieve.errors import require
 from attnsieve.evaluation.density import is_dynamic, plan_density
 from attnsieve.evaluation.fidelity import layer_fidelity
-from attnsieve.evaluation.rows import Row, append_rows, environment, read_rows
+from attnsieve.evaluation.rows import Row, append_rows, read_rows
 from attnsieve.evaluation.statistics import paired_p_value, standard_error
 from attnsieve.evaluation.tasks.base import Task
 from attnsieve.patterns import dense
@@ -81,7 +83,7 @@ class Runs:
         require(not model.training, "the model is in training mode, where dropout makes results random: call model.eval()")
         self._model, self._tokenizer = model, tokenizer
         self._out, self._progress = None if out is None else Path(out), progress
-        self._environment = environment(model.device)
+        self._environment = {"device": device_name(model.device)} | environment()
         self._done: dict[tuple[Any, ...], list[Row]] = {}
         self._seen: dict[Cell, tuple[list[Any], list[Any], list[Measures]]] = {}
         for row in [] if self._out is None else read_rows(self._out):

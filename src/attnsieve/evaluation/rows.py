@@ -8,10 +8,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from attnsieve.device import device_name
-from attnsieve.environment import environment as environment_of_this_process
 from attnsieve.errors import UserError, require
 
 # The fields that tell one run (a plan on a task) from another; the rows of a run are written together.
@@ -83,8 +79,3 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """The fields of a row that say where and how it was measured: device, versions, commit, command, date."""
-    return {"device": device_name(device)} | environment_of_this_process()
