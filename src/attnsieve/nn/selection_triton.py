@@ -15,6 +15,7 @@ Documents: a block's old keys belong to the document that reaches into it, and t
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -22,24 +23,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnsieve.nn.contenders_triton import GONE, Documents, all_contend, document_of, find_contenders
 from attnsieve.replay import launch
 
 # Rows that one warp goes through, one after the other.
 ROWS = 64
-# Texts longer than this many rows have blocks of blocks, and these blocks of their own.
-LEVELS = (4096, 65536)
-# Keys for which no order is left to ask: they have gone or do not exist. NaN comes next.
-_GONE = tl.constexpr(2**31 - 1)
-_NAN = tl.constexpr(2**31 - 2)
+# Contenders more than which are parted into longer blocks first.
+MOST = 4096
+# Texts longer than this, and than this many budgets, are looked through for contenders: it takes as long as this many rows.
+LONG = 8192, 8
+# Keys that a program of the longer blocks, and of the others, reads at a time, and its warps.
+READ = (2048, 8), (1024, 4)
 # How far the thresholds of nearby rows often lie apart.
 _NEAR = tl.constexpr(2**16)
-
-
-class Documents(NamedTuple):
-    """int32 [B, n] each: see `attnsieve.nn.segments.Segments`. Both None where every row is one document without padding."""
-
-    start: Any
-    stop: Any
 
 
 class Old(NamedTuple):
@@ -67,118 +63,100 @@ def ends(sigma: Tensor, start: Tensor | None, stop: Tensor | None, budget: int, 
     batch, heads, n = sigma.shape
     documents = Documents(start if start is None else start.contiguous(), stop if stop is None else stop.contiguous())
     result = torch.empty(sigma.shape, dtype=torch.int32, device=sigma.device)
-    order, *planes = torch.empty(7, batch * heads, n, dtype=torch.int32, device=sigma.device).unbind()
-    launch(
-        _begin_kernel, (triton.cdiv(n, 1024), batch * heads), sigma.contiguous(), documents, order, result, n, heads, STEP=1024
-    )
-    old, parent_rows = None, 0
-    for level, block in enumerate(_blocks(n)):
-        parent, old = old, Old(*(planes[3:] if level % 2 else planes[:3]))
-        step, warps = _reading(parent_rows, n)
-        launch(
-            _descend_kernel,
-            (triton.cdiv(n, block), batch * heads),
-            order,
-            documents,
-            parent,
-            old,
-            n,
-            min(budget, n),
-            heads,
-            parent_rows,
-            block,
-            STEP=step,
-            num_warps=warps,
-        )
-        parent_rows = block
-    launch(
-        _drop_kernel,
-        (triton.cdiv(n, ROWS), batch * heads),
-        order,
-        documents,
-        old,
-        result,
-        n,
-        min(budget, n),
-        heads,
-        Widening(window, sinks, int(union)),
-        ROWS=ROWS,
-        num_warps=1,
-    )
+    sigma, budget = sigma.contiguous(), min(budget, n)
+    if n > max(LONG[0], LONG[1] * budget):
+        contenders = find_contenders(sigma, documents, result, budget, window, sinks)
+    else:
+        contenders = all_contend(sigma, documents, result)
+    planes = torch.empty(6, batch * heads, n, dtype=torch.int32, device=sigma.device).unbind()
+    old, longer = Old(*planes[:3]), None
+    if n > MOST:
+        longer = Old(*planes[3:])
+        grid, step = (isqrt(n // ROWS) + 1, batch * heads), max(READ[0][0], triton.next_power_of_2(n >> 9))
+        sizes = (n, budget, heads, MOST, ROWS)
+        launch(_descend_kernel, grid, contenders, documents, None, longer, *sizes, LONGER=True, STEP=step, num_warps=READ[0][1])
+    grid, step = (triton.cdiv(n, ROWS), batch * heads), max(READ[1][0], triton.next_power_of_2(n >> 13))
+    sizes = (n, budget, heads, MOST, ROWS)
+    launch(_descend_kernel, grid, contenders, documents, longer, old, *sizes, LONGER=False, STEP=step, num_warps=READ[1][1])
+    widening = Widening(window, sinks, int(union))
+    launch(_drop_kernel, grid, contenders, documents, old, result, n, budget, heads, widening, ROWS=ROWS, num_warps=1)
     return result
 
 
-def _blocks(n: int) -> tuple[int, ...]:
-    """Rows of the blocks of each level: all levels read about as many keys."""
-    bits = (n // ROWS).bit_length()
-    if n <= LEVELS[0]:
-        return (ROWS,)
-    if n <= LEVELS[1]:
-        return ROWS << bits // 2, ROWS
-    return ROWS << 2 * (bits - 1) // 3, ROWS << bits // 3, ROWS
-
-
-def _reading(parent_rows: int, n: int) -> tuple[int, int]:
-    """Keys that a program reads at a time, and its warps. It goes through all keys if there is no parent, else through twice as many
-    as the parent has rows, at the most; few are counted by one warp, which waits for no other. `_count` takes up to 1023 steps."""
-    if parent_rows == 0:
-        return max(2048, triton.next_power_of_2(n >> 9)), 8
-    return (256, 1) if parent_rows <= 4096 else (max(1024, triton.next_power_of_2(parent_rows >> 8)), 4)
-
-
 @triton.jit
-def _order(score):
-    """int32 in the order of float32 scores; -0.0 equals 0.0, NaN is above every number."""
-    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
-    return tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), _NAN)
-
-
-@triton.jit
-def _document(documents, n, o_row, slot, ok):
-    """Start and stop of the document of a slot, in row o_row of the batch."""
-    if documents.start is None:
-        return slot * 0, slot * 0 + n
+def _count_of(contenders, i_r, n):
+    """How many keys compete in row i_r."""
+    if contenders.count is None:
+        return n
     else:
-        start = tl.load(documents.start + o_row * n + slot, mask=ok, other=0)
-        return start, tl.load(documents.stop + o_row * n + slot, mask=ok, other=0)
+        return tl.load(contenders.count + i_r)
 
 
 @triton.jit
-def _begin_kernel(p_sigma, documents, p_order, p_ends, n, heads, STEP: tl.constexpr):
-    """Order of all keys; and their ends if none were dropped."""
-    i_r = tl.program_id(1).to(tl.int64)
-    slot = tl.program_id(0) * STEP + tl.arange(0, STEP)
-    ok = slot < n
-    score = tl.load(p_sigma + i_r * n + slot, mask=ok, other=0.0).to(tl.float32)
-    _, stop = _document(documents, n, i_r // heads, slot, ok)
-    tl.store(p_order + i_r * n + slot, _order(score), mask=ok)
-    tl.store(p_ends + i_r * n + slot, stop, mask=ok)
+def _slot_of(contenders, i_r, n, x, ok):
+    if contenders.slot is None:
+        return x
+    else:
+        return tl.load(contenders.slot + i_r * n + x, mask=ok, other=0)
 
 
 @triton.jit
-def _descend_kernel(p_order, documents, parent, old, n, budget, heads, parent_rows, block, STEP: tl.constexpr):
-    """List the old keys that leave in a block of `block` rows: of its parent's old keys and of those of the parent's rows before it."""
+def _document(contenders, documents, n, count, heads, i_r, x, ok):
+    """Start and stop of the document of contender x, counted in contenders."""
+    if documents.start is None:
+        return x * 0, x * 0 + count
+    else:
+        slot = _slot_of(contenders, i_r, n, x, ok)
+        start, stop = document_of(documents, n, i_r // heads, slot, ok)
+        if contenders.before is not None:
+            start = tl.load(contenders.before + i_r * n + start, mask=ok, other=0)
+            after = tl.load(contenders.before + i_r * n + stop, mask=ok & (stop < n), other=0)
+            stop = tl.where(stop < n, after, count)
+        return start, stop
+
+
+@triton.jit
+def _longer_block(count, most, ROWS):
+    """Contenders of a longer block, 0 if there are none: with blocks of about this length both levels read the fewest keys."""
+    block = tl.cast(0, tl.int64)
+    if count > most:
+        block = tl.cast(ROWS, tl.int64)
+        while block * block < tl.cast(count, tl.int64) * ROWS:
+            block *= 2
+    return block.to(tl.int32)
+
+
+@triton.jit
+def _descend_kernel(
+    contenders, documents, parent, old, n, budget, heads, most, ROWS: tl.constexpr, LONGER: tl.constexpr, STEP: tl.constexpr
+):
+    """List the old keys that leave in a block: of its parent's old keys and of those of the parent's rows before it."""
     # The last blocks of a text have the most keys before them: start with them.
     i_r, i_b = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)
+    count = _count_of(contenders, i_r, n)
+    longer = _longer_block(count, most, ROWS)
+    block = longer if LONGER else ROWS
     p = i_b * block
-    start, stop = _document(documents, n, i_r // heads, p, True)
+    if (p >= count) | (block == 0):
+        return
+    start, stop = _document(contenders, documents, n, count, heads, i_r, p, True)
     stop = tl.minimum(stop, p + block)
     n_left = 0
     low = tl.cast(-(2**30), tl.int32)
     if (start < p) & (stop - start > budget):
-        first, n_old = start, 0
-        p_old, p_index = p_order, p_order
-        step = tl.cast(2**30, tl.int64)
-        if parent is not None:
-            top = p // parent_rows * parent_rows
-            p_old, p_index = parent.order + i_r * n + top, parent.index + i_r * n + top
-            n_old = tl.where(start < top, tl.load(parent.count + i_r * n + top), 0)
-            first = tl.maximum(start, top)
-            low = tl.load(parent.count + i_r * n + top + 1, mask=top + 1 < n, other=0)
-            step = tl.cast(_NEAR, tl.int64)
+        p_new = contenders.order + i_r * n
+        first, n_old, step = start, 0, tl.cast(2**30, tl.int64)
+        p_old, p_index = p_new, p_new
+        if parent is not None:  # noqa: SIM102 - this one is decided by the compiler
+            if longer > 0:
+                top = p // longer * longer
+                p_old, p_index = parent.order + i_r * n + top, parent.index + i_r * n + top
+                n_old = tl.where(start < top, tl.load(parent.count + i_r * n + top), 0)
+                first = tl.maximum(start, top)
+                low = tl.load(parent.count + i_r * n + top + 1, mask=top + 1 < n, other=0)
+                step = tl.cast(_NEAR, tl.int64)
         # The parent does not list those of its old keys that outlive it: they are alive in all of this block.
         unlisted = tl.minimum(budget, first - start) - n_old
-        p_new = p_order + i_r * n
         alive = tl.minimum(budget, p - start) - unlisted
         low, ties_low = _threshold(p_old, n_old, p_new + first, p - first, alive, low, step, STEP)
         outliving = budget - unlisted
@@ -259,37 +237,50 @@ def _compared(p_keys, x, n, a, b, c):
 
 
 @triton.jit
-def _drop_kernel(p_order, documents, old, p_ends, n, budget, heads, widening, ROWS: tl.constexpr):
+def _drop_kernel(contenders, documents, old, p_ends, n, budget, heads, widening, ROWS: tl.constexpr):
     """Go through the rows of a block: each drops the worst key it has, the oldest of equal ones."""
     i_r, p = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS
+    count = _count_of(contenders, i_r, n)
+    if p >= count:
+        return
     r = tl.arange(0, ROWS)
-    slot = p + r
-    start, stop = _document(documents, n, i_r // heads, slot, slot < n)
-    full = (slot < n) & (slot - start >= budget)
+    x, real = p + r, p + r < count
+    start, _ = _document(contenders, documents, n, count, heads, i_r, x, real)
+    full = real & (x - start >= budget)
     if tl.max(full.to(tl.int32), 0) == 0:
         return
     o_p = i_r * n + p
     n_old = tl.load(old.count + o_p)
-    key = tl.load(p_order + o_p + r, mask=slot < n, other=_GONE)
-    old_key = tl.load(old.order + o_p + r, mask=r < n_old, other=_GONE)
+    key = tl.load(contenders.order + o_p + r, mask=real, other=GONE)
+    old_key = tl.load(old.order + o_p + r, mask=r < n_old, other=GONE)
     # Keys are named by their order in time: the old ones, then those of the block.
     dropped = tl.full([ROWS], -1, tl.int32)
-    for x in range(0, ROWS):
-        i_start, _ = _document(documents, n, i_r // heads, tl.minimum(p + x, n - 1), True)
-        # Rows above it and its own document only.
-        here = tl.where((r <= x) & (slot >= i_start), key, _GONE)
-        before = old_key
+    for row in range(0, ROWS):
+        here, before, drops = key, old_key, p + row >= budget
         if documents.start is not None:
-            before = tl.where(i_start < p, old_key, _GONE)
+            # Rows of its own document only.
+            i_start = tl.sum(tl.where(r == row, start, 0), 0)
+            drops = p + row - i_start >= budget
+            here, before = tl.where(x >= i_start, key, GONE), tl.where(i_start < p, old_key, GONE)
+        here = tl.where(r <= row, here, GONE)
         worst = tl.min(tl.minimum(here, before), 0)
         name = tl.minimum(tl.where(before == worst, r, 2 * ROWS), tl.where(here == worst, ROWS + r, 2 * ROWS))
-        gone = tl.where((p + x < n) & (p + x - i_start >= budget), tl.min(name, 0), -1)
-        old_key = tl.where(r == gone, _GONE, old_key)
-        key = tl.where(ROWS + r == gone, _GONE, key)
-        dropped = tl.where(r == x, gone, dropped)
-    was_old = (dropped >= 0) & (dropped < ROWS)
-    index = tl.load(old.index + o_p + dropped, mask=was_old, other=0)
+        gone = tl.where((p + row < count) & drops, tl.min(name, 0), -1)
+        old_key = tl.where(r == gone, GONE, old_key)
+        key = tl.where(ROWS + r == gone, GONE, key)
+        dropped = tl.where(r == row, gone, dropped)
+    _store_ends(contenders, documents, old, p_ends, n, heads, widening, i_r, p, dropped, ROWS)
+
+
+@triton.jit
+def _store_ends(contenders, documents, old, p_ends, n, heads, widening, i_r, p, dropped, ROWS: tl.constexpr):
+    """The ends of the keys that the rows of a block drop, by their names in `_drop_kernel`; -1: none."""
+    some, was_old = dropped >= 0, (dropped >= 0) & (dropped < ROWS)
+    index = tl.load(old.index + i_r * n + p + dropped, mask=was_old, other=0)
     index = tl.where(was_old, index, p + dropped - ROWS)
+    slot = _slot_of(contenders, i_r, n, p + tl.arange(0, ROWS), some)
+    index = _slot_of(contenders, i_r, n, index, some)
+    start, stop = document_of(documents, n, i_r // heads, slot, some)
     end = tl.maximum(slot, index + widening.window) if widening.union else slot + widening.window
     end = tl.where(index - start < widening.sinks, stop, tl.minimum(end, stop))
-    tl.store(p_ends + i_r * n + index, end, mask=dropped >= 0)
+    tl.store(p_ends + i_r * n + index, end, mask=some)
