@@ -9,6 +9,9 @@ from torch import Tensor
 
 from attnsieve.errors import require
 
+# The paper's settings (section 4.2 and appendix B): the threshold on At, the exponent, and what stands for a mean of 0.
+TAU, LAM, EPS = 0.3, 0.5, 1e-10
+
 
 def transform_literal(maps: Tensor, lam: float, eps: float) -> Tensor:
     """At as the paper writes it: B(max(Abar, eps)) minus the least value of B in `maps`. Any shape, dtype kept."""
@@ -63,5 +66,5 @@ def _exp(x: float) -> float:
 
 
 def _checked(eps: float) -> float:
-    require(0 < eps < 1, f"eps must lie between 0 and 1, got {eps}; the paper uses 1e-10")
+    require(0 < eps < 1, f"eps must lie between 0 and 1, got {eps}; the paper uses {EPS}")
     return eps

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnsieve.dam.boxcox import at_least, cut
+from attnsieve.dam.boxcox import EPS, LAM, TAU, at_least, cut
 from attnsieve.errors import require
 
 
-def absolute(maps: Tensor, *, tau: float = 0.3, lam: float = 0.5, eps: float = 1e-10) -> Tensor:
+def absolute(maps: Tensor, *, tau: float = TAU, lam: float = LAM, eps: float = EPS) -> Tensor:
     """The paper's mask: M[i, j] = 1 iff At[i, j] >= tau and j <= i, computed as Abar >= cut(tau, lam, eps).
 
     A row keeps at most floor(1 / cut) keys, whatever L is: 44 at the default values.

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
+from attnsieve.dam import EPS, LAM, TAU
 from attnsieve.dam.matching import exact_ratio
 from attnsieve.errors import UserError, require
 
@@ -27,9 +28,9 @@ class Settings:
     """
 
     threshold: Literal["absolute", "mass", "relative"] = "absolute"
-    tau: float = 0.3
-    lam: float = 0.5
-    eps: float = 1e-10
+    tau: float = TAU
+    lam: float = LAM
+    eps: float = EPS
     share: float = 0.95
     kappa: float = 1.0
     mu: float | str = 0.8

@@ -8,14 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnsieve.dam.boxcox import at_least, cut, rounded_up
+from attnsieve.dam.boxcox import EPS, LAM, at_least, cut, rounded_up
 from attnsieve.patterns import FOREVER
 from attnsieve.patterns.dynamic import DamOnline, VerticalSlash
 from attnsieve.selection import fused
 from attnsieve.selection.sequence import Chosen, SequenceQK, fewest_with_mass
-
-# The paper's Box-Cox settings (section 4.2 and appendix B).
-LAMBDA, EPSILON = 0.5, 1e-10
 
 
 def probe_rows(sequence: SequenceQK, probe: int, strided: int = 0) -> Tensor:
@@ -53,7 +50,7 @@ def _fused_shares(atom: VerticalSlash, sequence: SequenceQK) -> tuple[Tensor, Te
 
 def dam_online(atom: DamOnline, sequence: SequenceQK) -> Chosen:
     """DAM's threshold and matching on the probe's rows."""
-    threshold, rows = cut(atom.tau, LAMBDA, EPSILON), probe_rows(sequence, atom.probe, atom.strided)
+    threshold, rows = cut(atom.tau, LAM, EPS), probe_rows(sequence, atom.probe, atom.strided)
     if fused.serves_heads(sequence.q):
         from attnsieve.selection.fused.slash import counts
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from attnsieve.errors import require
 from attnsieve.plan import Plan
@@ -17,7 +16,7 @@ from attnsieve.show.lengths import length_figure
 from attnsieve.show.masks import mask_gallery
 from attnsieve.show.results import Row, by_source, pages, result_figure
 from attnsieve.show.stability import stability_figure
-from attnsieve.show.views import head_view, spread_heads, typical_heads
+from attnsieve.show.views import amplification, head_view, spread_heads, typical_heads
 
 
 def draw_all(
@@ -36,7 +35,7 @@ def draw_all(
     if heads is None:
         heads = typical_heads(plan) if plan is not None else spread_heads(profile.fingerprint)  # type: ignore[union-attr]
     views = [head_view(layer, head, profile=profile, plan=plan) for layer, head in heads]
-    figures = {"heads.png": head_figure(views, **_boxcox(plan))}
+    figures = {"heads.png": head_figure(views, **amplification(plan))}
     if plan is not None:
         figures["masks.png"] = mask_gallery(plan)
         figures["kinds.png"] = kind_map(plan)
@@ -69,9 +68,3 @@ def draw_measurement(folder: str | Path, measurement: Measurement, plan: Plan | 
 def draw_stability(folder: str | Path, found: Stability) -> list[Path]:
     """stability.png in `folder`; the paths that were written."""
     return [save(stability_figure(found), Path(folder) / "stability.png")]
-
-
-def _boxcox(plan: Plan | None) -> dict[str, Any]:
-    """The amplification that the plan was fitted with, where its provenance says so."""
-    settings = plan.provenance.get("settings", {}) if plan is not None else {}
-    return {name: settings[name] for name in ("lam", "eps", "tau") if name in settings}

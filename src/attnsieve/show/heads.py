@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from attnsieve.dam import transform
+from attnsieve.dam import EPS, LAM, TAU, transform
 from attnsieve.errors import require
 from attnsieve.show.canvas import COLOURS, FUTURE, new_figure, quiet_axes
 from attnsieve.show.views import HeadView
@@ -42,7 +42,7 @@ class Panel:
     ticks: tuple[float, ...] = ()
 
 
-def head_figure(views: Sequence[HeadView], *, lam: float = 0.5, eps: float = 1e-10, tau: float = 0.3) -> Figure:
+def head_figure(views: Sequence[HeadView], *, lam: float = LAM, eps: float = EPS, tau: float = TAU) -> Figure:
     """One row per head, one column per map that any view has. The colours of the Box-Cox map are centred at `tau`.
 
     Raises UserError for no views, more than `MOST_VIEWS`, or views without any map.

@@ -28,7 +28,7 @@ from attnsieve.plan import Plan
 from attnsieve.profiling import Profile
 from attnsieve.show.kinds import KINDS, kind_of
 from attnsieve.show.results import Row, told_apart
-from attnsieve.show.views import check_place, model_of, typical_heads
+from attnsieve.show.views import amplification, check_place, model_of, typical_heads
 
 # The page's code, in this order.
 SCRIPTS = ("data.js", "panel.js", "heads.js", "curves.js", "rows.js", "main.js")
@@ -89,7 +89,7 @@ def report_data(
         "heads": model.heads if model else 0,
         "pcl": profile.pcl if profile is not None else 0,
         "floor": FLOOR,
-        "boxcox": _boxcox(plan),
+        "boxcox": amplification(plan),
         "maps": {},
         "rows": [dict(row) for row in told_apart(rows)] if rows else None,
         "first": "0:0",
@@ -195,12 +195,6 @@ def _table(layout: Layout, blobs: Blobs) -> int | None:
 
 def _bits(values: Tensor) -> np.ndarray[Any, Any]:
     return np.packbits(values.flatten().numpy(), bitorder="little")
-
-
-def _boxcox(plan: Plan | None) -> dict[str, float]:
-    """The amplification that the plan was fitted with, the paper's where its provenance does not say."""
-    settings = plan.provenance.get("settings", {}) if plan is not None else {}
-    return {name: settings.get(name, default) for name, default in (("lam", 0.5), ("eps", 1e-10), ("tau", 0.3))}
 
 
 def _summary(model: Fingerprint | None, plan: Plan | None, profile: Profile | None, content: dict[str, Any]) -> str:

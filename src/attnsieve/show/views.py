@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnsieve.dam import EPS, LAM, TAU
 from attnsieve.errors import require
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.patterns import Captured, Pattern, dense
@@ -127,3 +128,9 @@ def _numbers(plan: Plan, layer: int, head: int) -> list[str]:
         for name, share in (("density", plan.density), ("retained mass", plan.retained))
         if share is not None
     ]
+
+
+def amplification(plan: Plan | None) -> dict[str, float]:
+    """lam, eps and tau of the Box-Cox map that the plan was fitted with, the paper's where its provenance does not say."""
+    settings = plan.provenance.get("settings", {}) if plan is not None else {}
+    return {name: settings.get(name, paper) for name, paper in (("lam", LAM), ("eps", EPS), ("tau", TAU))}
