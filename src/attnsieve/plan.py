@@ -65,6 +65,11 @@ class Plan(Artefact):
         rows = ((rule,) * fingerprint.heads,) * fingerprint.layers
         return cls(fingerprint, rows, {"method": "uniform"})
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether any head chooses its keys from the input."""
+        return any(pattern.dynamic for row in self.patterns for pattern in row)
+
     def row(self, layer: int) -> tuple[Pattern, ...]:
         """The patterns of one layer, one per query head."""
         require(0 <= layer < len(self.patterns), f"the plan has layers 0 to {len(self.patterns) - 1}, got {layer}")

@@ -216,17 +216,13 @@ def layer_table(plans: Mapping[str, Plan]) -> str:
 def _layer_cells(plan: Plan, layers: slice) -> list[str]:
     heads = [rule for row in plan.patterns[layers] for rule in row]
     shares = [percent(float(share[layers].mean())) for share in (plan.density, plan.retained) if share is not None]
-    choosing = sum(rule.dynamic for rule in heads) if _chooses(plan) else sum(rule == dense() for rule in heads)
+    choosing = sum(rule.dynamic for rule in heads) if plan.dynamic else sum(rule == dense() for rule in heads)
     return [*shares, f"{choosing} of {len(heads)}"]
 
 
 def _layer_columns(plan: Plan) -> list[str]:
     shares = [name for name, share in (("density", plan.density), ("mass", plan.retained)) if share is not None]
-    return [*shares, "choosing heads" if _chooses(plan) else "dense heads"]
-
-
-def _chooses(plan: Plan) -> bool:
-    return any(rule.dynamic for row in plan.patterns for rule in row)
+    return [*shares, "choosing heads" if plan.dynamic else "dense heads"]
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]], plans: Sequence[str]) -> str:

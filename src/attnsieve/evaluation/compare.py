@@ -16,7 +16,7 @@ import attnsieve
 from attnsieve.device import device_name
 from attnsieve.environment import environment
 from attnsieve.errors import require
-from attnsieve.evaluation.density import is_dynamic, plan_density
+from attnsieve.evaluation.density import plan_density
 from attnsieve.evaluation.fidelity import layer_fidelity
 from attnsieve.evaluation.rows import Row, append_rows, read_rows
 from attnsieve.evaluation.statistics import paired_p_value, standard_error
@@ -167,7 +167,7 @@ class Runs:
 
     def _density(self, cell: Cell, plan: Plan, item: Any) -> float:
         """Counted for static plans at the target length; measured on the first item for plans that choose from the input."""
-        if not is_dynamic(plan):
+        if not plan.dynamic:
             return plan_density(plan, cell.length)
         return float(layer_fidelity(self._model, plan, cell.task.ids(self._tokenizer, item)).density.mean())
 

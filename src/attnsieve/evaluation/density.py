@@ -20,8 +20,3 @@ def plan_density(plan: Plan, length: int) -> float:
     """Mean density of all heads of a static plan at `length`. Raises UserError for plans that choose keys from the input."""
     counts = Counter(pattern for row in plan.patterns for pattern in row)
     return sum(pattern_density(pattern, length) * count for pattern, count in counts.items()) / counts.total()
-
-
-def is_dynamic(plan: Plan) -> bool:
-    """Whether any head chooses its keys from the input."""
-    return any(pattern.dynamic for row in plan.patterns for pattern in row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,10 +48,8 @@ def fit(profile: Profile | Sequence[Profile], *, preset: str = "robust", **overr
         torch.stack([getattr(layer, name) for layer in layers]).clamp(0, 1).float() for name in ("density", "retained")
     )
     provenance = _provenance(profiles, preset, settings, pcl, layers)
-    patterns = tuple(layer.patterns for layer in layers)
-    if any(pattern.dynamic for row in patterns for pattern in row):
-        return Plan(model, patterns, provenance)
-    return Plan(model, patterns, provenance, density, retained)
+    plan = Plan(model, tuple(layer.patterns for layer in layers), provenance)
+    return plan if plan.dynamic else replace(plan, density=density, retained=retained)
 
 
 def candidates(observed: Observed, settings: Settings, pcl: int) -> list[Candidate]:
