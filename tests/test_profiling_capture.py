@@ -173,7 +173,7 @@ def test_bad_spans_layers_and_shapes_are_refused():
     for arguments in (
         (2, q, k, (0, 0, 12)),
         (0, q, k, (0, 4, 9)),
-        (0, q, q, (0, 0, 12)),
+        (0, q, torch.randn(1, 4, 12, 10), (0, 0, 12)),
         (0, q[:, :, 3:], k, (0, 0, 9)),
         (0, q, k, (0, 0, 0)),
     ):
