@@ -24,13 +24,13 @@ class CallAtom(Atom):
     dynamic = True
     # Fields that the text form gives by position; fields in (0, 1]; whole numbers from 1, and from 0.
     positional: ClassVar[tuple[str, ...]] = ()
-    shares: ClassVar[tuple[str, ...]] = ()
+    fractions: ClassVar[tuple[str, ...]] = ()
     counts: ClassVar[tuple[str, ...]] = ()
     counts_from_0: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        for name in self.shares:
-            self._check_share(name)
+        for name in self.fractions:
+            self._check_fraction(name)
         for name in (*self.counts, *self.counts_from_0):
             self._check_count(name, least=0 if name in self.counts_from_0 else 1)
 
@@ -41,7 +41,7 @@ class CallAtom(Atom):
         named = {option.name: getattr(self, option.name) for option in fields(self)}  # type: ignore[arg-type]
         return [named.pop(name) for name in self.positional], named
 
-    def _check_share(self, name: str) -> None:
+    def _check_fraction(self, name: str) -> None:
         value = getattr(self, name)
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
         require(good, f"{self.name}'s {name} must be above 0 and at most 1, got {value!r}")
@@ -81,7 +81,7 @@ class VerticalSlash(DynamicAtom):
     probe: int = 64
     strided: int = 0
     name = "vertical_slash"
-    shares = ("mass",)
+    fractions = ("mass",)
     counts = ("probe",)
     counts_from_0 = ("strided",)
 
@@ -96,7 +96,7 @@ class DamOnline(DynamicAtom):
     probe: int = 16
     strided: int = 0
     name = "dam_online"
-    shares = ("mu",)
+    fractions = ("mu",)
     counts = ("probe",)
     counts_from_0 = ("strided",)
 
@@ -116,7 +116,7 @@ class ProbedBlocks(DynamicAtom):
     block: int = 64
     rows: int = 4
     name = "probed_blocks"
-    shares = ("mass",)
+    fractions = ("mass",)
     counts = ("block", "rows")
 
 
@@ -128,7 +128,7 @@ class ProbedKeys(DynamicAtom):
     block: int = 64
     rows: int = 8
     name = "probed_keys"
-    shares = ("mass",)
+    fractions = ("mass",)
     counts = ("block", "rows")
 
 
@@ -140,7 +140,7 @@ class AntidiagonalBlocks(DynamicAtom):
     block: int = 64
     stride: int = 8
     name = "antidiagonal_blocks"
-    shares = ("mass",)
+    fractions = ("mass",)
     counts = ("block", "stride")
 
     def __post_init__(self) -> None:
@@ -157,7 +157,7 @@ class PooledBlocks(DynamicAtom):
     ratio: float = 0.05
     block: int = 64
     name = "pooled_blocks"
-    shares = ("ratio",)
+    fractions = ("ratio",)
     counts = ("block",)
 
 

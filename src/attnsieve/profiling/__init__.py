@@ -17,13 +17,10 @@ from attnsieve.profiling.measurement import Measurement
 from attnsieve.profiling.memory import available_memory, estimate_memory
 from attnsieve.profiling.profile import LongStatistics, Profile
 from attnsieve.profiling.stability import Stability
-from attnsieve.profiling.statistics import LongSums, MapSums
 
 __all__ = [
     "Capture",
     "LongStatistics",
-    "LongSums",
-    "MapSums",
     "Measurement",
     "Profile",
     "Stability",
