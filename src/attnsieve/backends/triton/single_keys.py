@@ -140,15 +140,19 @@ def list_keys(
 def _mark_rows(p_ends, p_items, p_words, i0, n_whole, n_listed, M: tl.constexpr, N: tl.constexpr):
     """Words int64 [chunks, M] for the chunks of N keys of a tile's list that not all rows keep: bit c of row r says whether the row
     keeps the chunk's key c."""
-    i = i0 + tl.arange(0, M)[:, None]
-    c = tl.arange(0, N)[None, :]
+    # A thread holds a row and several keys, whose bits it adds up without the others; 32 at a time, as words of 64 bits take twice as long.
+    PART: tl.constexpr = N if N < 32 else 32
+    i = i0 + tl.arange(0, M)[None, :]
+    c = tl.arange(0, PART)[:, None]
     low = n_whole // N * N
     for x in range(low, n_listed, N):
-        listed = x + c < n_listed
-        j = tl.load(p_items + x + c, mask=listed, other=0)
-        end = tl.load(p_ends + j, mask=listed, other=0)
-        keep = listed & (j <= i) & (i < end)
-        words = tl.sum(keep.to(tl.int64) << c.to(tl.int64), 1)
+        words = tl.zeros([M], tl.int64)
+        for part in tl.static_range(N // PART):
+            o = x + part * PART + c
+            j = tl.load(p_items + o, mask=o < n_listed, other=2**30)
+            end = tl.load(p_ends + j, mask=o < n_listed, other=0)
+            bits = tl.sum(((j <= i) & (i < end)).to(tl.int32) << c, 0)
+            words |= (bits.to(tl.int64) & 0xFFFFFFFF) << (part * PART)
         tl.store(p_words + (x - low) // N * M + tl.arange(0, M), words)
 
 
