@@ -47,17 +47,11 @@ def fit_budget(
     Raises UserError unless exactly one budget is given and reachable (the message says what is), and for measurements of
     different models or candidates.
     """
-    budgets = {
-        name: value for name, value in (("density", density), ("mass", mass), ("max_error", max_error)) if value is not None
-    }
-    require(len(budgets) == 1, f"give exactly one of density, mass and max_error, got {sorted(budgets) or 'none'}")
-    measurements = [measurement] if isinstance(measurement, Measurement) else list(measurement)
-    if last_rows:
-        measurements = [with_last_rows(one, last_rows) for one in measurements]
-    measurement = _worst(measurements)
-    (name, budget), model = next(iter(budgets.items())), measurement.fingerprint
-    require(0 < budget <= 1, f"{name} must be above 0 and at most 1, got {budget!r}")
+    name, budget = _only_budget(density=density, mass=mass, max_error=max_error)
     require(share in ("none", "kv"), f'share must be "none" or "kv", got {share!r}')
+    measurements = [measurement] if isinstance(measurement, Measurement) else list(measurement)
+    measurement = _worst([with_last_rows(one, last_rows) for one in measurements] if last_rows else measurements)
+    model = measurement.fingerprint
     _check_sharing(measurement, share)
     require(0 <= dense_layers <= model.layers, f"dense_layers must be from 0 to {model.layers}, got {dense_layers!r}")
     if dense_decode:
@@ -65,18 +59,29 @@ def fit_budget(
     if dense_layers:
         measurement = _with_dense_layers(measurement, dense_layers)
     group = model.heads // model.kv_heads if share == "kv" else 1
-    costs = _units(measurement.density.amax(0), group).mean(-1)
-    errors = _units(measurement.error.amax(0), group).sum(-1)
-    kept = _units(measurement.retained.amin(0), group).amin(-1)
-    if name == "density":
-        found = within_density(costs, errors, budget)
-    elif name == "max_error":
-        found = within_error(costs, errors, budget * model.layers)
-    else:
-        found = with_mass(costs, kept, errors, budget)
     guards = {"dense_layers": dense_layers, "last_rows": last_rows, "dense_decode": dense_decode}
     request = {"budget": {name: budget}, "share": share, "guards": guards}
-    return _plan(measurement, found, group, request)
+    return _plan(measurement, _allocate(measurement, name, budget, group), group, request)
+
+
+def _only_budget(**budgets: float | None) -> tuple[str, float]:
+    """The name and the value of the one that is given."""
+    given = {name: value for name, value in budgets.items() if value is not None}
+    require(len(given) == 1, f"give exactly one of density, mass and max_error, got {sorted(given) or 'none'}")
+    name, budget = next(iter(given.items()))
+    require(0 < budget <= 1, f"{name} must be above 0 and at most 1, got {budget!r}")
+    return name, budget
+
+
+def _allocate(measurement: Measurement, name: str, budget: float, group: int) -> Allocation:
+    """A candidate for every `group` of heads, by the worst measured length."""
+    costs = _units(measurement.density.amax(0), group).mean(-1)
+    errors = _units(measurement.error.amax(0), group).sum(-1)
+    if name == "density":
+        return within_density(costs, errors, budget)
+    if name == "max_error":
+        return within_error(costs, errors, budget * measurement.fingerprint.layers)
+    return with_mass(costs, _units(measurement.retained.amin(0), group).amin(-1), errors, budget)
 
 
 def _worst(measurements: Sequence[Measurement]) -> Measurement:
