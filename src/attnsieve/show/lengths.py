@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from attnsieve.show.canvas import COLOURS, GREY, MARKERS, new_figure, quiet_axes
 from attnsieve.show.tables import markdown, percent
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MOST_LINES = 8
@@ -28,38 +30,10 @@ def length_figure(measurement: Measurement, plan: Plan | None = None) -> Figure:
     figure = new_figure(6.4, 4.6)
     axes = figure.subplots()
     quiet_axes(axes)
-    for place, number in enumerate(_spread(measurement)):
-        mean = measurement.retained[:, number].mean((1, 2))
-        density = float(measurement.density[-1, number].mean())
-        label = f"{_short(measurement.candidates[number])}: {percent(density)} %"
-        axes.plot(
-            measurement.lengths,
-            mean,
-            color=COLOURS[place % len(COLOURS)],
-            marker=MARKERS[place % len(MARKERS)],
-            linewidth=1,
-            label=label,
-        )
+    _plot_candidates(axes, measurement)
     if plan is not None:
-        kept = plan_by_length(measurement, plan)
-        lengths = list(measurement.lengths)
-        axes.fill_between(lengths, kept.amin((1, 2)), kept.amax((1, 2)), color=GREY, alpha=0.15, linewidth=0)
-        axes.plot(
-            lengths,
-            kept.mean((1, 2)),
-            color="black",
-            linewidth=2.2,
-            marker="o",
-            label="the plan, and from its worst head to its best",
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(measurement.lengths, labels=[str(length) for length in measurement.lengths])
-    axes.minorticks_off()
-    axes.set_ylim(0, 1.02)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    axes.grid(axis="y", color="#ececec")
-    axes.set_xlabel("length of the text, tokens", fontsize=9)
-    axes.set_ylabel("retained mass, mean over heads", fontsize=9)
+        _plot_plan(axes, measurement, plan)
+    _label(axes, measurement.lengths)
     figure.legend(
         loc="outside lower left",
         fontsize=7,
@@ -70,6 +44,37 @@ def length_figure(measurement: Measurement, plan: Plan | None = None) -> Figure:
         alignment="left",
     )
     return figure
+
+
+def _plot_candidates(axes: Axes, measurement: Measurement) -> None:
+    for place, number in enumerate(_spread(measurement)):
+        density = float(measurement.density[-1, number].mean())
+        axes.plot(
+            measurement.lengths,
+            measurement.retained[:, number].mean((1, 2)),
+            color=COLOURS[place % len(COLOURS)],
+            marker=MARKERS[place % len(MARKERS)],
+            linewidth=1,
+            label=f"{_short(measurement.candidates[number])}: {percent(density)} %",
+        )
+
+
+def _plot_plan(axes: Axes, measurement: Measurement, plan: Plan) -> None:
+    kept, lengths = plan_by_length(measurement, plan), list(measurement.lengths)
+    label = "the plan, and from its worst head to its best"
+    axes.fill_between(lengths, kept.amin((1, 2)), kept.amax((1, 2)), color=GREY, alpha=0.15, linewidth=0)
+    axes.plot(lengths, kept.mean((1, 2)), color="black", linewidth=2.2, marker="o", label=label)
+
+
+def _label(axes: Axes, lengths: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, labels=[str(length) for length in lengths])
+    axes.minorticks_off()
+    axes.set_ylim(0, 1.02)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.grid(axis="y", color="#ececec")
+    axes.set_xlabel("length of the text, tokens", fontsize=9)
+    axes.set_ylabel("retained mass, mean over heads", fontsize=9)
 
 
 def plan_by_length(measurement: Measurement, plan: Plan) -> Tensor:
