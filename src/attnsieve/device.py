@@ -24,7 +24,7 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
-def captured(tensor: Tensor) -> bool:
+def is_capturing(tensor: Tensor) -> bool:
     """Whether a graph records what is launched on the tensor's device: nothing is computed before the graph is replayed."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 

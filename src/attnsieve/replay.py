@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnsieve.device import captured, on_device_of, stream_of
+from attnsieve.device import is_capturing, on_device_of, stream_of
 
 # Triton compiles other code for addresses that are no multiples of this.
 _ALIGNED = 16
@@ -74,7 +74,7 @@ def _can_repeat(inputs: Sequence[Tensor]) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return not captured(inputs[0]) and not is_heard()
+    return not is_capturing(inputs[0]) and not is_heard()
 
 
 def _can_record(inputs: Sequence[Tensor]) -> bool:

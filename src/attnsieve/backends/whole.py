@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnsieve.device import captured, stream_of
+from attnsieve.device import is_capturing, stream_of
 from attnsieve.spans import Spans
 
 # Making them is four launches. They are nobody else's, so that nothing is written to them.
@@ -17,7 +17,7 @@ def whole_spans(q: Tensor, k: Tensor) -> Spans:
     """`Spans.full` of q [B, Hq, Tq, D] and k [B, Hkv, Tk, D], made once per sizes and stream: another stream would not wait until
     they are written."""
     sizes = (q.shape[0], q.shape[2], k.shape[2])
-    if captured(q):
+    if is_capturing(q):
         # A graph computes nothing before it is replayed, and is replayed when what is known here may be gone.
         return Spans.full(*sizes, q.device)
     key = (sizes, q.device, stream_of(q))

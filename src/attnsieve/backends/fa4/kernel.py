@@ -14,7 +14,7 @@ from attnsieve.backends.fa4 import TILE
 from attnsieve.backends.fa4.columns import move_columns, rows_by_end
 from attnsieve.backends.fa4.lists import TileLists, lists_of_blocks, lists_of_rule
 from attnsieve.backends.facts import facts
-from attnsieve.device import captured
+from attnsieve.device import is_capturing
 from attnsieve.layout import Layout
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ def _forward(call: Call, **mask: Any) -> tuple[Tensor, Tensor]:
 
 def _of_last_shape(call: Call, name: str, make: Callable[[], T]) -> T:
     """What `make` returned for the last call, if that had this shape: things that take launches or are large."""
-    if captured(call.q):
+    if is_capturing(call.q):
         # A graph computes nothing before it is replayed, and is replayed when what the last call had may be gone.
         return make()
     last: dict[Any, T] = call.layout.schedule(("fa4", name, call.q.shape[1], call.k.shape[1]), dict)
