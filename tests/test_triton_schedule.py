@@ -122,9 +122,13 @@ def listed_pairs(layout, built, z, h, keep):
 @pytest.mark.parametrize(
     ("name", "listing"), [*((name, True) for name in LAYOUTS), ("columns", False), ("selected, with offsets", False)]
 )
-def test_every_kept_pair_is_served_once(name, listing):
+@pytest.mark.parametrize("root", [1024, 64], ids=["", "roots"])
+def test_every_kept_pair_is_served_once(name, listing, root, monkeypatch):
+    from attnsieve.backends.triton import key_lists
     from attnsieve.backends.triton.schedule import schedule, tiles_by_key
 
+    monkeypatch.setattr(key_lists, "ROOT", root)
+    monkeypatch.setattr(key_lists, "LONG", root)
     layout = LAYOUTS[name]()
     built = schedule(layout, ROWS, KEYS, listing=listing)
     by_key = None if built.tiles is None else tiles_by_key(layout, built)
@@ -202,16 +206,23 @@ def test_rules_beside_a_choice_may_have_ends_of_any_kind(rule, windows):
 
 
 @needs_interpreter
-def test_words_say_which_rows_keep_the_listed_keys_that_not_all_keep():
+@pytest.mark.parametrize("root", [1024, 64], ids=["", "roots"])
+def test_words_say_which_rows_keep_the_listed_keys_that_not_all_keep(root, monkeypatch):
     n, rows, keys = 300, 32, 16
+    from attnsieve.backends.triton import key_lists
     from attnsieve.backends.triton.schedule import schedule
 
+    monkeypatch.setattr(key_lists, "ROOT", root)
+    monkeypatch.setattr(key_lists, "LONG", root)
     layout = selected(n, 2, "cpu", 70)
     built = schedule(layout, rows, keys)
     kept = layout.dense(torch.arange(n), torch.arange(n))[0]
     words = built.marks.words.view(2, -1, built.marks.chunks, rows)
     start, whole, count, items = built.singles
     for head, tile in torch.cartesian_prod(torch.arange(2), torch.arange(-(-n // rows))).tolist():
+        listed = items[start.view(2, -1)[head, tile] + torch.arange(int(count[0, head, tile]))]
+        assert torch.equal(listed.sort().values, kept[head, tile * rows : (tile + 1) * rows].any(0).nonzero()[:, 0].int())
+        assert kept[head, tile * rows : (tile + 1) * rows, listed[: int(whole[0, head, tile])].long()].all()
         first = int(whole[0, head, tile]) // keys * keys
         listed = items[start.view(2, -1)[head, tile] + torch.arange(first, int(count[0, head, tile]))].long()
         place = torch.arange(len(listed))
@@ -245,7 +256,7 @@ from attnsieve.layout import Blocks
 for name, positions in (("B", 128), ("blocks-10", 32)):
     layout = replace(MASKS[name](4096, 2, "cpu"), passing=True, windows=True)
     tiles_by_key(layout, schedule(layout, positions, 64))
-selected = MASKS["dma-512"](4096, 2, "cpu")
+selected = MASKS["dma-512"](16384, 2, "cpu")
 stretches(selected, schedule(selected, 128, 64), 256)
 index = torch.zeros(1, 2, 32, 9, dtype=torch.int32)
 keys = Blocks(128, 1, torch.ones(1, 2, 32, dtype=torch.int32), index)
@@ -255,4 +266,4 @@ schedule(replace(layout, blocks=keys), 128, 64)
 
 def test_kernels_compile_for_a_gpu():
     expected = {"_survey_kernel", "_distances_kernel", "_count_kernel", "_blocks_kernel"}
-    assert set(compiled(PROGRAM)) == expected | {"count_tiles", "fill_tiles", "list_keys", "list_block_keys"}
+    assert set(compiled(PROGRAM)) == expected | {"count_tiles", "fill_tiles", "list_keys", "list_block_keys", "count_lasting", "list_lasting"}

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from attnsieve.backends.triton.common import LISTED_ALL, LISTED_BLOCKS, LISTED_FLAGGED, LISTED_NOTHING, Lists, Marks, Mask
+from attnsieve.backends.triton.key_lists import SPARE, key_lists, room_of
 from attnsieve.backends.triton.lists import Summary, count_tiles, fill_tiles
-from attnsieve.backends.triton.single_keys import KeyLists, block_lists, list_keys
+from attnsieve.backends.triton.single_keys import block_lists
 from attnsieve.backends.triton.survey import BY_LIST, BY_TILE, FLAGGED, SLACK, WINDOW, Survey, survey
 from attnsieve.backends.triton.vectors import (
     Before,
@@ -36,16 +37,10 @@ from attnsieve.backends.triton.vectors import (
 )
 from attnsieve.layout import Layout
 from attnsieve.patterns import FOREVER
-from attnsieve.replay import launch
 
 # Listing every key must halve the keys read to pay for its lists, which hold a row's keys for every query tile.
 _LISTING_GAIN = 2
 _LISTING_SHARE = 0.25
-_ROOT = 1024
-# The most keys that a program which makes a list holds at once.
-_AT_ONCE = 4096
-# Kernels read the next entries of a list before they know that there are any.
-_SPARE = 4 * 64
 # Keys that a word of `Marks` tells of, and the most words that are made: 1 GB.
 _WORD = 64
 _MOST_WORDS = 2**27
@@ -107,7 +102,7 @@ def stretches(layout: Layout, built: Schedule, positions: int) -> tuple[Lists, i
 def _build(layout: Layout, positions: int, keys: int, listing: bool) -> Schedule:
     if layout.blocks is not None and layout.blocks.keys < layout.blocks.rows:
         rest = _build(replace(layout, blocks=None), positions, keys, listing=False)
-        singles = block_lists(layout, layout.blocks, positions, _SPARE)
+        singles = block_lists(layout, layout.blocks, positions, SPARE)
         return replace(rest, singles=singles, listed=LISTED_BLOCKS.value)
     choice, found = _choose(layout, positions, keys, listing)
     block = 1 if layout.blocks is None else layout.blocks.rows
@@ -200,7 +195,7 @@ def _with_tiles(layout: Layout, built: Schedule, found: Survey) -> Schedule:
         return replace(built, tiles=_tile_lists(layout, built, _count_tiles(layout, built), by_key=False))
     assert found.flagged is not None
     items, flagged = list_flagged(
-        found.flagged, found.found[FLAGGED], layout.length, built.positions, built.keys, built.most, _SPARE
+        found.flagged, found.found[FLAGGED], layout.length, built.positions, built.keys, built.most, SPARE
     )
     whole, start = torch.empty_like(built.mask.cut), torch.empty_like(built.mask.cut, dtype=torch.int64)
     singles = Lists(start, whole, torch.empty_like(whole), items)
@@ -225,7 +220,7 @@ def _tile_lists(layout: Layout, built: Schedule, count: Tensor, by_key: bool) ->
     start = stop.view(count.shape) - count - 1
     chosen = layout.passing or layout.most_keys is not None
     room = _most_tiles(layout, built) + count.numel() if chosen else int(stop[-1])
-    lists = Lists(start, torch.empty_like(count), count, count.new_empty(room + _SPARE))
+    lists = Lists(start, torch.empty_like(count), count, count.new_empty(room + SPARE))
     grid, rest = _tile_kernel(layout, built, count.shape[-1], by_key)
     fill_tiles[grid](built.mask, built.summary, lists, **rest)
     return lists
@@ -245,55 +240,13 @@ def _tile_kernel(layout: Layout, built: Schedule, outer: int, by_key: bool) -> t
 
 
 def _key_lists(layout: Layout, built: Schedule, positions: int, marks: Marks | None, *, drop: bool) -> Lists:
-    """Lists of all keys that `end` keeps, refined from those of longer tiles so that few keys are looked at twice."""
-    root = None
-    if positions < _ROOT < layout.length:
-        root = layout.schedule("triton root", lambda: _list_keys(layout, built, _ROOT, None, None, sort=False, drop=False))
-    return Lists(*_list_keys(layout, built, positions, root, marks, sort=True, drop=drop)[:4])
-
-
-def _list_keys(
-    layout: Layout, built: Schedule, positions: int, root: KeyLists | None, marks: Marks | None, sort: bool, drop: bool
-) -> KeyLists:
-    """`list_keys` writes everything, so nothing is cleared or counted before."""
-    room = _room(layout, built, positions)
-    whole, count = layout.end.new_empty(2, layout.sequences, layout.heads, -(-layout.length // positions)).unbind()
-    items = layout.end.new_empty(count.numel() * room + _SPARE)
-    start = torch.empty_like(count, dtype=torch.int64)
-    lists = KeyLists(start, whole, count, items, None if sort else torch.empty_like(items))
-    read = layout.length if root is None else _room(layout, built, _ROOT)
-    once = read <= _AT_ONCE
-    step = max(256, 1 << (read - 1).bit_length()) if once else 2048
-    launch(
-        list_keys,
-        (count.shape[-1], layout.sequences * layout.heads),
-        built.mask,
-        root,
-        lists,
-        marks,
-        room,
-        layout.heads,
-        positions,
-        built.keys,
-        _ROOT // positions,
-        sort,
-        drop,
-        once,
-        STEP=step,
-        num_warps=4 if once and step <= 2048 else 8,
-    )
-    return lists
-
-
-def _room(layout: Layout, built: Schedule, positions: int) -> int:
-    """The most keys that the rows of a query tile can keep by `end`."""
-    return min(built.most + positions - 1, layout.length)
+    return key_lists(layout, built.mask, built.most, positions, built.keys, marks, drop=drop)
 
 
 def _marks(layout: Layout, built: Schedule) -> Marks | None:
     """Room for words; None where one word is not enough or all together are too many: kernels then compute the rule."""
     lists = layout.sequences * layout.heads * built.mask.tiles
-    chunks = -(-_room(layout, built, built.positions) // built.keys)
+    chunks = -(-room_of(layout, built.most, built.positions) // built.keys)
     if built.keys > _WORD or lists * chunks * built.positions > _MOST_WORDS:
         return None
     return Marks(layout.end.new_empty(lists, chunks, built.positions, dtype=torch.int64), chunks)
@@ -301,7 +254,7 @@ def _marks(layout: Layout, built: Schedule) -> Marks | None:
 
 def _stretches(layout: Layout, built: Schedule, positions: int) -> tuple[Lists, int]:
     if built.listed == LISTED_ALL.value:
-        return _key_lists(layout, built, positions, None, drop=False), _room(layout, built, positions)
+        return _key_lists(layout, built, positions, None, drop=False), room_of(layout, built.most, positions)
     assert built.singles is not None
     columns, ratio = built.singles.items, positions // built.positions
     missing = -built.mask.tiles % ratio
