@@ -271,7 +271,11 @@ def test_a_threshold_that_drops_everything_is_refused():
         ({"floor": 0.0}, "set a floor"),
         ({"share": 0.0}, "share"),
         ({"preset": "paper", "eps": 0.0}, "eps"),
-        ({"force_sink": -1}, "sinks"),
+        ({"force_sink": -1}, "force_sink must be a whole number, got -1"),
+        ({"preset": "paper", "tau": "much"}, "tau must be a finite number, got 'much'"),
+        ({"preset": "paper", "tau": float("nan")}, "tau must be a finite number, got nan"),
+        ({"preset": "paper", "tau": -1}, "tau must be at least 0"),
+        ({"join": "no"}, "join must be true or false, got 'no'"),
     ],
 )
 def test_bad_settings_are_refused(options, message):

@@ -69,8 +69,9 @@ def fit(
 
     options.new_folder(out)
     budgets = _given(density=density, mass=mass, max_error=max_error)
-    overrides = _given(tau=tau, mu=mu, floor=floor) | named_values(settings or [])
-    guards = _given(dense_layers=dense_layers)
+    given, named, guards = _given(tau=tau, mu=mu, floor=floor), named_values(settings or []), _given(dense_layers=dense_layers)
+    _refuse(sorted(named.keys() & {"preset", *given, *guards}), "give it once, by the option of that name")
+    overrides = given | named
     if budgets or share is not None or last_rows is not None or dense_decode:
         _refuse(
             sorted(overrides) + ([] if preset is None else ["preset"]),

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from attnsieve.dam import EPS, LAM, TAU
 from attnsieve.dam.matching import exact_ratio
 from attnsieve.errors import UserError, require
+
+NUMBERS = ("tau", "lam", "eps", "share", "kappa", "floor")
+FLAGS = ("force_self", "join", "local")
+COUNTS = ("force_sink", "dense_layers")
 
 
 @dataclass(frozen=True)
@@ -45,18 +50,27 @@ class Settings:
     dense_layers: int = 0
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         known = ("absolute", "mass", "relative")
         require(self.threshold in known, f"threshold must be one of {', '.join(known)}, got {self.threshold!r}")
         exact_ratio(self.mu)
         support = self.min_support
         require(support is None or (type(support) is int and support >= 1), f"min_support must be at least 1, got {support!r}")
+        require(self.tau >= 0, f"tau must be at least 0, where everything is kept, got {self.tau!r}")
         require(0 <= self.floor <= 1, f"floor is a share of mass from 0 to 1, got {self.floor!r}")
-        require(
-            type(self.dense_layers) is int and self.dense_layers >= 0,
-            f"dense_layers must be a whole number, got {self.dense_layers!r}",
-        )
         require(self.fallback in ("dense", "keys"), f"fallback must be dense or keys, got {self.fallback!r}")
         require(not self.local or self.floor > 0, "local rules are chosen by their mass: set a floor above 0 with local")
+
+    def _check_kinds(self) -> None:
+        """Settings come from command lines too, where "no" or "1e-3x" is text."""
+        for name in NUMBERS:
+            value = getattr(self, name)
+            require(type(value) in (int, float) and math.isfinite(value), f"{name} must be a finite number, got {value!r}")
+        for name in FLAGS:
+            require(type(getattr(self, name)) is bool, f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in COUNTS:
+            value = getattr(self, name)
+            require(type(value) is int and value >= 0, f"{name} must be a whole number, got {value!r}")
 
     def to_json(self) -> dict[str, Any]:
         """All fields, for a plan's provenance."""

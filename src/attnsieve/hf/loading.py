@@ -75,10 +75,9 @@ def user_cache() -> Path:
 
 
 def _check_device(device: torch.device) -> None:
-    require(
-        device.type != "cuda" or torch.cuda.is_available(),
-        f"device {device} was asked for, but torch {torch.__version__} sees no CUDA device; use cpu",
-    )
+    module: Any = getattr(torch, device.type, None)
+    there = module is not None and module.is_available() and (device.index or 0) < module.device_count()
+    require(there, f"device {device} was asked for, but torch {torch.__version__} sees no such device; use cpu")
 
 
 def _source(name_or_path: str | Path, cache: Path) -> tuple[str | Path, bool]:
