@@ -197,19 +197,19 @@ def launches(monkeypatch, grad: bool = False, documents: int = 0, **rule) -> tup
 def test_the_host_queues_few_launches_before_attention(monkeypatch, rule):
     forward, _ = launches(monkeypatch, **rule)
     assert forward[-1] == "forward_kernel"
-    assert len(forward) <= 14, forward
+    assert len(forward) <= 16, forward
 
 
 @needs_interpreter
 def test_documents_add_few(monkeypatch):
     forward, _ = launches(monkeypatch, documents=3, keep_window_size=1024)
-    assert len(forward) <= 19, forward
+    assert len(forward) <= 21, forward
 
 
 @needs_interpreter
 def test_training_takes_few_launches(monkeypatch):
     forward, backward = launches(monkeypatch, grad=True, keep_window_size=2048)
-    assert len(forward) <= 13, forward
+    assert len(forward) <= 16, forward
     assert len(backward) <= 17, backward
 
 
