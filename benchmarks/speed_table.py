@@ -1,0 +1,90 @@
+"""The tables of speed in docs/RESULTS.md: one attention layer of 32/8 heads of width 128, and time to first token.
+
+python benchmarks/speed_table.py benchmarks/results/kernels.jsonl
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from attnsieve.show import markdown, percent
+
+Rows = dict[tuple[Any, ...], dict[str, Any]]
+LAYER = {"batch": 1, "q_heads": 32, "kv_heads": 8, "head_dim": 128}
+K = 1024
+# What a line is called; operation, mask and backend of its rows, and their numbers of keys.
+LINES = (
+    ("prefill, 10 % of 128 x 128 blocks (`fa4`)", "prefill", "blocks-10", "fa4", (32, 128)),
+    ("prefill, `sink(4) | window(1024)` (`fa4`)", "prefill", "sink(4) | window(1024)", "fa4", (128,)),
+    ("prefill, 1000 columns per head, a window of 1024 (`fa4`)", "prefill", "C", "fa4", (32, 128)),
+    ("the same by `triton`", "prefill", "C", "triton", (128,)),
+    ("prefill, half of all columns, random per head (`fa4`)", "prefill", "columns-50", "fa4", (8,)),
+    ("prefill, clusters and bands of diagonals (`triton`)", "prefill", "B", "triton", (128,)),
+    ("prefill, DMA with 1024 keys a row", "prefill", "dma-1024", "triton", (32, 128)),
+    ("forward and backward, DMA with 2048 keys", "forward_backward", "dma-2048", "triton", (32, 128)),
+    ("decode, 10 % of the keys, one mask per KV group", "decode", "columns-10+", "triton", (128,)),
+    ("decode, 10 % of the keys, a mask per query head", "decode", "columns-10", "triton", (128,)),
+)
+LAYER_HEADER = ("what", "tokens", "density", "dense", "ours", "with building", "speed-up", "of the ideal")
+MODEL, PATTERN = "llama-3.1-8b", "sink(4) | window(1024)"
+MODEL_HEADER = ("tokens", "density", "SDPA", "ours", "ours, first prompt of its length")
+
+
+def newest(rows: Iterable[dict[str, Any]]) -> Rows:
+    """The last row of each measurement of the layer."""
+    names = ("op", "mask", "backend", "kv_len", "includes_mask_building")
+    return {tuple(row[n] for n in names): row for row in rows if all(row[n] == size for n, size in LAYER.items())}
+
+
+def layer_lines(rows: Rows) -> list[list[str]]:
+    """One line for each number of keys; a name stands once."""
+    lines = []
+    for name, *what, lengths in LINES:
+        for place, length in enumerate(lengths):
+            row, built = rows[(*what, length * K, False)], rows.get((*what, length * K, True))
+            speedup = row["baseline_ms_p50"] / row["ms_p50"]
+            times = [written(ms, "ms") for ms in (row["baseline_ms_p50"], row["ms_p50"])]
+            building = "" if built is None else written(built["ms_p50"], "ms")
+            ideal = short(f"{speedup * row['density']:.2f}")
+            density = f"{percent(row['density'])} %"
+            lines.append(["" if place else name, f"{length}K", density, *times, building, f"{speedup:.2g}", ideal])
+    return lines
+
+
+def model_lines(rows: Iterable[dict[str, Any]]) -> list[list[str]]:
+    """Seconds to the first token, by the number of tokens."""
+    found: Rows = {
+        (row["kv_len"], row["backend"], row["includes_mask_building"]): row
+        for row in rows
+        if row["op"] == "ttft" and row["shape"] == MODEL and row["backend"] in ("sdpa", "auto") and row["batch"] == 1
+    }
+    lines = []
+    for length in sorted({length for length, *_ in found}):
+        shown = [found[length, *which] for which in (("sdpa", False), ("auto", False), ("auto", True))]
+        seconds = [written(row["ms_p50"] / 1000, "s") for row in shown]
+        lines.append([f"{length // K}K", f"{percent(shown[1]['density'])} %", *seconds])
+    return lines
+
+
+def written(number: float, unit: str) -> str:
+    """Three digits: 204 ms, 23.7 ms, .043 ms."""
+    return f"{short(f'{number:.3g}')} {unit}"
+
+
+def short(number: str) -> str:
+    return number.removeprefix("0") if number.startswith("0.") else number
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    rows = [json.loads(line) for line in parser.parse_args().rows.read_text(encoding="utf-8").splitlines()]
+    print(markdown(LAYER_HEADER, layer_lines(newest(rows))))
+    print(f"\n{MODEL}, random weights, {PATTERN} in all layers:\n")
+    print(markdown(MODEL_HEADER, model_lines([row for row in rows if row["mask"] in ("dense()", PATTERN)])))
+
+
+if __name__ == "__main__":
+    main()

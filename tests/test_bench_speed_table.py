@@ -1,0 +1,38 @@
+"""The table of speed in docs/RESULTS.md is made of the newest rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import speed_table
+
+    return speed_table
+
+
+def rows():
+    return [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "kernels.jsonl").read_text().splitlines()]
+
+
+def test_every_line_has_rows_and_the_newest_ones_count(table):
+    found = rows()
+    lines = table.layer_lines(table.newest(found))
+    assert len(lines) == sum(len(lengths) for *_, lengths in table.LINES)
+    slower = [*found, *(row | {"baseline_ms_p50": row["baseline_ms_p50"] and row["baseline_ms_p50"] / 10} for row in found)]
+    again = table.layer_lines(table.newest(slower))
+    assert all(float(now[6]) < float(before[6]) for now, before in zip(again, lines, strict=True))
+
+
+def test_numbers_have_three_digits(table):
+    assert [table.written(ms, "ms") for ms in (203.8, 23.68, 0.0429, 1.0)] == ["204 ms", "23.7 ms", ".0429 ms", "1 ms"]
+
+
+def test_models_are_told_by_length(table):
+    lines = table.model_lines([row for row in rows() if row["mask"] in ("dense()", table.PATTERN)])
+    assert [line[0] for line in lines] == ["8K", "32K", "128K"]
