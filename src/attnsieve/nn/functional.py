@@ -52,7 +52,7 @@ def dynamic_mask_attention(
     rule = SelectionRule(keep_window_size, window, sinks, union)
     score = partial(key_scores, dt_weight=dt_weight, dt_bias=dt_bias, a=A, exponential=exponential)
     select = partial(_select_and_attend, rule=rule, scale=scale, backend=backend)
-    if spans is None and cache is None:
+    if spans is None and cache is None and (scale is None or type(scale) is float):
         given = [x for x in (q, k, v, dt_weight, A, dt_bias) if x is not None]
         kind = ("dynamic mask", rule, exponential, scale, backend, dt_bias is None)
         return repeat(kind, given, lambda: select(q, k, v, *score(v), None))
