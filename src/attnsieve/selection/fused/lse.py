@@ -3,6 +3,8 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,12 +15,23 @@ from attnsieve.selection.fused.rows import (
     TILES_AT_ONCE,
     ProbedRows,
     Sides,
-    constants,
     head_of,
     keys_of,
     load_keys,
     load_rows,
+    shape_of,
 )
+
+
+class Row(NamedTuple):
+    """Rows r of a KV head, positions y and heads g, where `ok`: address of the head's queries, and the last key that each reads."""
+
+    p_q: Any
+    y: Any
+    g: Any
+    r: Any
+    ok: Any
+    last: Any
 
 
 @triton.jit
@@ -27,23 +40,14 @@ def _scan(
     total,
     t,
     q_tile,
-    p_q,
-    y,
-    g,
-    r,
-    row_ok,
-    last,
+    rows,
     p_k,
     keys,
     p_blocks,
     blocks,
     scale,
+    shape,
     GUARD: tl.constexpr,
-    G: tl.constexpr,
-    PARTS: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    PRECISION: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -54,17 +58,17 @@ def _scan(
     o = tl.arange(0, N)
     j = (t * (N // SIDE) + o // SIDE) * BLOCK + o % SIDE
     ok = o % SIDE < BLOCK
-    if PARTS == 1:
-        s = tl.dot(q_tile, tl.trans(load_keys(p_k, keys, j, ok, 0, 1, D, DP)), input_precision=PRECISION)
+    if shape.PARTS == 1:
+        s = tl.dot(q_tile, tl.trans(load_keys(p_k, keys, j, ok, 0, shape)), input_precision=shape.PRECISION)
     else:
         s = tl.zeros([M, N], tl.float32)
-        for part in tl.range(0, PARTS, num_stages=STAGES):
-            q_part = load_rows(p_q, y, g, row_ok, part, G, PARTS, D, DP)
-            k_part = load_keys(p_k, keys, j, ok, part, PARTS, D, DP)
-            s = tl.dot(q_part, tl.trans(k_part), s, input_precision=PRECISION)
+        for part in tl.range(0, shape.PARTS, num_stages=STAGES):
+            q_part = load_rows(rows.p_q, rows.y, rows.g, rows.ok, part, shape)
+            k_part = load_keys(p_k, keys, j, ok, part, shape)
+            s = tl.dot(q_part, tl.trans(k_part), s, input_precision=shape.PRECISION)
     s *= scale
     if GUARD:
-        s = tl.where(ok[None, :] & (j[None, :] <= last[:, None]), s, -float("inf"))
+        s = tl.where(ok[None, :] & (j[None, :] <= rows.last[:, None]), s, -float("inf"))
     by_block = tl.reshape(s, [M, N // SIDE, SIDE])
     top = tl.max(by_block, 2)
     # Rows that read nothing of a block have -inf; subtracting 0 instead keeps their sums 0, not NaN.
@@ -72,8 +76,8 @@ def _scan(
     sums = tl.sum(tl.exp2(by_block - base[:, :, None]), 2)
     if p_blocks is not None:
         block = t * (N // SIDE) + tl.arange(0, N // SIDE)
-        p_own = p_blocks + r.to(tl.int64)[:, None] * blocks + block[None, :]
-        tl.store(p_own, base + tl.log2(sums), mask=row_ok[:, None] & (block < blocks)[None, :])
+        p_own = p_blocks + rows.r.to(tl.int64)[:, None] * blocks + block[None, :]
+        tl.store(p_own, base + tl.log2(sums), mask=rows.ok[:, None] & (block < blocks)[None, :])
     new_peak = tl.maximum(peak, tl.max(top, 1))
     new_base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
     total = total * tl.exp2(peak - new_base) + tl.sum(sums * tl.exp2(base - new_base[:, None]), 1)
@@ -90,14 +94,10 @@ def lse_kernel(
     scale,
     rows,
     blocks,
+    shape,
     KV: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
-    G: tl.constexpr,
-    PARTS: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    PRECISION: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -107,13 +107,14 @@ def lse_kernel(
     i_split, i_sk = tl.program_id(1), tl.program_id(2)
     r = tl.program_id(0) * M + tl.arange(0, M)
     row_ok = r < rows
-    y, g = r // G, r % G
+    y, g = r // shape.G, r % shape.G
     last = tl.load(position + y, mask=row_ok, other=-1)
-    p_q = q + i_sk.to(tl.int64) * rows * PARTS * D
+    p_q = q + i_sk.to(tl.int64) * rows * shape.PARTS * shape.D
     p_k = head_of(keys, i_sk, KV)
     if p_blocks is not None:
         p_blocks += i_sk.to(tl.int64) * rows * blocks
-    q_tile = load_rows(p_q, y, g, row_ok, 0, G, PARTS, D, DP)
+    q_tile = load_rows(p_q, y, g, row_ok, 0, shape)
+    own = Row(p_q, y, g, r, row_ok, last)
     peak = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     STEP: tl.constexpr = N // SIDE * BLOCK
@@ -126,32 +127,7 @@ def lse_kernel(
     for guard in tl.static_range(2):
         for t in tl.range(n_whole if guard else start, stop if guard else n_whole, num_stages=STAGES):
             peak, total = _scan(
-                peak,
-                total,
-                t,
-                q_tile,
-                p_q,
-                y,
-                g,
-                r,
-                row_ok,
-                last,
-                p_k,
-                keys,
-                p_blocks,
-                blocks,
-                scale,
-                guard,
-                G,
-                PARTS,
-                D,
-                DP,
-                PRECISION,
-                M,
-                N,
-                BLOCK,
-                SIDE,
-                STAGES,
+                peak, total, t, q_tile, own, p_k, keys, p_blocks, blocks, scale, shape, guard, M, N, BLOCK, SIDE, STAGES
             )
     lse = tl.where(total == 0, -float("inf"), peak + tl.log2(total))
     tl.store(p_lse + (i_sk.to(tl.int64) * tl.num_programs(1) + i_split) * rows + r, lse, mask=row_ok)
@@ -178,6 +154,7 @@ def row_lse(probed: ProbedRows, k: Tensor, block: int = 0) -> tuple[Tensor, Tens
         probed.scale,
         probed.count,
         blocks,
+        shape_of(probed.q),
         KV=k.shape[1],
         TILES=TILES_AT_ONCE,
         STAGES=sides.stages,
@@ -185,7 +162,6 @@ def row_lse(probed: ProbedRows, k: Tensor, block: int = 0) -> tuple[Tensor, Tens
         N=sides.keys,
         BLOCK=size,
         SIDE=side,
-        **constants(probed.q),
         num_warps=8 if sides.rows == 128 else 4,
     )
     lse = partial[:, 0] if splits == 1 else (partial / LOG2E).logsumexp(1) * LOG2E

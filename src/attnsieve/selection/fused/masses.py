@@ -15,11 +15,11 @@ from attnsieve.selection.fused.rows import (
     TILES_AT_ONCE,
     ProbedRows,
     Sides,
-    constants,
     head_of,
     keys_of,
     load_keys,
     load_rows,
+    shape_of,
 )
 
 
@@ -42,6 +42,7 @@ def keys_kernel(
     rows,
     units,
     X,
+    shape,
     KV: tl.constexpr,
     GX: tl.constexpr,
     TILES: tl.constexpr,
@@ -49,18 +50,13 @@ def keys_kernel(
     U: tl.constexpr,
     XP: tl.constexpr,
     N: tl.constexpr,
-    G: tl.constexpr,
-    PARTS: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """out [S * K, G // GX, B, n]: attention of the X probed positions and GX heads of a unit, by key.
 
     Keys lie along the rows of the scores and a unit's rows U columns apart: all in the registers of one thread.
     """
     i_split, i_sk = tl.program_id(1), tl.program_id(2)
-    GU: tl.constexpr = G // GX
+    GU: tl.constexpr = shape.G // GX
     slot = tl.arange(0, U * XP)
     unit = tl.program_id(0) * U + slot % U
     x = slot // U
@@ -68,8 +64,8 @@ def keys_kernel(
     y = unit // GU * X + x // GX
     g = unit % GU + x % GX
     last = tl.load(position + y, mask=ok, other=-1)
-    row_lse = tl.load(lse + i_sk.to(tl.int64) * rows + y * G + g, mask=ok, other=0.0)
-    q_tile = load_rows(q + i_sk.to(tl.int64) * rows * D, y, g, ok, 0, G, PARTS, D, DP)
+    row_lse = tl.load(lse + i_sk.to(tl.int64) * rows + y * shape.G + g, mask=ok, other=0.0)
+    q_tile = load_rows(q + i_sk.to(tl.int64) * rows * shape.D, y, g, ok, 0, shape)
     p_k = head_of(keys, i_sk, KV)
     u = tl.program_id(0) * U + tl.arange(0, U)
     o_out = (i_sk * GU + u % GU).to(tl.int64) * (units // GU) + u // GU
@@ -78,8 +74,8 @@ def keys_kernel(
     stop = tl.minimum(start + TILES, tl.cdiv(tl.max(last, 0) + 1, N))
     for t in tl.range(start, stop, num_stages=STAGES):
         j = t * N + tl.arange(0, N)
-        k_tile = load_keys(p_k, keys, j, j >= 0, 0, 1, D, DP)
-        s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
+        k_tile = load_keys(p_k, keys, j, j >= 0, 0, shape)
+        s = tl.dot(k_tile, tl.trans(q_tile), input_precision=shape.PRECISION) * scale
         shares = tl.where(j[:, None] <= last[None, :], tl.exp2(s - row_lse[None, :]), 0.0)
         mass = tl.sum(tl.reshape(shares, [N, XP, U]), 1)
         tl.store(p_out + j[:, None], mass, mask=(j < keys.tokens)[:, None] & (u < units)[None, :])
@@ -123,6 +119,7 @@ def _write_by_key(probed: ProbedRows, k: Tensor, rows: int, members: int, out: T
         probed.count,
         units,
         rows,
+        shape_of(probed.q),
         KV=k.shape[1],
         GX=members,
         TILES=TILES_AT_ONCE,
@@ -130,7 +127,6 @@ def _write_by_key(probed: ProbedRows, k: Tensor, rows: int, members: int, out: T
         U=at_once,
         XP=slots,
         N=sides.keys,
-        **constants(probed.q),
         # Four warps, side by side along the keys, leave every unit's rows to one thread.
         num_warps=4,
     )

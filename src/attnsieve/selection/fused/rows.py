@@ -104,10 +104,20 @@ class Sides:
         return cls(min(most, max(16, triton.next_power_of_2(rows))), keys, stages)
 
 
-def constants(q: Tensor) -> dict[str, Any]:
-    """What every kernel is specialised on, for q [S, K, Y, PARTS, G, D]."""
+class Shape(NamedTuple):
+    """What every kernel is specialised on: G heads of a group, PARTS tokens of a row and of a key, their width, padded too."""
+
+    G: Any
+    PARTS: Any
+    D: Any
+    DP: Any
+    PRECISION: Any
+
+
+def shape_of(q: Tensor) -> Shape:
+    """For q [S, K, Y, PARTS, G, D]. float32 inputs are multiplied in float32, not in tf32."""
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    return {"G": q.shape[4], "PARTS": q.shape[3], "D": q.shape[5], "DP": _padded(q.shape[5]), "PRECISION": precision}
+    return Shape._make(map(tl.constexpr, (q.shape[4], q.shape[3], q.shape[5], _padded(q.shape[5]), precision)))
 
 
 def _padded(width: int) -> int:
@@ -121,17 +131,17 @@ def head_of(keys, i_sk, KV: tl.constexpr):
 
 
 @triton.jit
-def load_rows(p_q, y, g, ok, part, G: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+def load_rows(p_q, y, g, ok, part, shape):
     """[rows, DP] of packed queries."""
-    o_d = tl.arange(0, DP)
-    o_row = ((y.to(tl.int64) * PARTS + part) * G + g) * D
-    return tl.load(p_q + o_row[:, None] + o_d[None, :], mask=ok[:, None] & (o_d < D)[None, :], other=0.0)
+    o_d = tl.arange(0, shape.DP)
+    o_row = ((y.to(tl.int64) * shape.PARTS + part) * shape.G + g) * shape.D
+    return tl.load(p_q + o_row[:, None] + o_d[None, :], mask=ok[:, None] & (o_d < shape.D)[None, :], other=0.0)
 
 
 @triton.jit
-def load_keys(p_k, keys, j, ok, part, PARTS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+def load_keys(p_k, keys, j, ok, part, shape):
     """[keys, DP] of K."""
-    o_d = tl.arange(0, DP)
-    token = j.to(tl.int64) * PARTS + part
+    o_d = tl.arange(0, shape.DP)
+    token = j.to(tl.int64) * shape.PARTS + part
     ok = ok & (token < keys.tokens)
-    return tl.load(p_k + token[:, None] * keys.s_token + o_d[None, :], mask=ok[:, None] & (o_d < D)[None, :], other=0.0)
+    return tl.load(p_k + token[:, None] * keys.s_token + o_d[None, :], mask=ok[:, None] & (o_d < shape.D)[None, :], other=0.0)

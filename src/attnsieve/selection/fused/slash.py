@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnsieve.selection.fused.lse import row_lse
-from attnsieve.selection.fused.rows import ProbedRows, Sides, constants, head_of, keys_of, load_keys, load_rows
+from attnsieve.selection.fused.rows import ProbedRows, Sides, head_of, keys_of, load_keys, load_rows, shape_of
 from attnsieve.selection.sequence import SequenceQK
 
 # Numbers held at once before they are added up: bounds memory, not the result.
@@ -38,16 +38,12 @@ def slash_kernel(
     rows,
     first,
     count,
+    shape,
     KV: tl.constexpr,
     GX: tl.constexpr,
     ROWS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     N: tl.constexpr,
-    G: tl.constexpr,
-    PARTS: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """of_keys [S * C, stretches, n] and of_distances [S * C, stretches, 2, n], to be added up over what lies between.
 
@@ -56,7 +52,7 @@ def slash_kernel(
     of the two alone, the column where they are equal.
     """
     i_x, i_c = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    GU: tl.constexpr = G // GX
+    GU: tl.constexpr = shape.G // GX
     i_sk = i_c // GU
     x = tl.arange(0, ROWS)
     y = i_x * AT_ONCE + x
@@ -65,14 +61,14 @@ def slash_kernel(
     last = tl.load(position + y, mask=ok, other=-1)
     o = tl.arange(0, N)
     j = tl.program_id(0) * N + o
-    k_tile = load_keys(head_of(keys, i_sk, KV), keys, j, j >= 0, 0, 1, D, DP)
+    k_tile = load_keys(head_of(keys, i_sk, KV), keys, j, j >= 0, 0, shape)
     read = j[None, :] <= last[:, None]
     cells = tl.zeros([ROWS, N], tl.float32)
     for g_x in range(GX):
         g = i_c % GU + g_x + x * 0
-        q_tile = load_rows(q + i_sk * rows * D, y, g, ok, 0, G, PARTS, D, DP)
-        row_lse = tl.load(lse + i_sk * rows + y * G + g, mask=ok, other=0.0)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        q_tile = load_rows(q + i_sk * rows * shape.D, y, g, ok, 0, shape)
+        row_lse = tl.load(lse + i_sk * rows + y * shape.G + g, mask=ok, other=0.0)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=shape.PRECISION) * scale
         cells += tl.exp2(s - row_lse[:, None])
     cells = tl.where(read, cells, 0.0)
     if cut is not None:
@@ -194,12 +190,12 @@ def _sums(
         probed.count,
         first,
         count,
+        shape_of(probed.q),
         KV=k.shape[1],
         GX=members,
         ROWS=sides.rows,
         AT_ONCE=at_once,
         N=sides.keys,
-        **constants(probed.q),
         num_warps=4,
     )
     shape = (k.shape[0], -1, n)
