@@ -11,7 +11,9 @@ from transformers import LlamaForCausalLM
 import attnsieve as package
 from attnsieve.cli.fit import named_values
 from attnsieve.cli.options import lengths_of
+from attnsieve.cli.run import read_prompt
 from attnsieve.errors import UserError
+from attnsieve.evaluation.text import text_source
 from attnsieve.plan import Plan
 from attnsieve.profiling import Measurement, Profile
 from tests.cli_tiny import attnsieve, save_tiny_model
@@ -258,6 +260,9 @@ def test_eval_writes_rows_that_show_reads(work, tmp_path):
         (["run", "{}/model", "--prompt", "a", "--pattern", "windw(4)"], "did you mean window?"),
         (["run", "{}/model", "--prompt", "a", "--pattern", "empty()"], "8 heads keep no key in any row"),
         (["run", "{}/model", "--prompt", " ", "--pattern", "dense()"], "the prompt is empty"),
+        (["run", "{}/model", "--prompt", "a\udcffb", "--pattern", "dense()"], "the prompt is not UTF-8"),
+        (["run", "{}/model", "--prompt", "a", "--pattern", ""], "cannot read pattern ''"),
+        (["run", "{}/model", "--prompt", "a", "--plan", ""], "expected a directory with config.json"),
         (["run", "{}/model", "--pattern", "dense()"], "--prompt TEXT or --prompt-file FILE"),
         (["run", "{}/model", "--prompt-file", "{}/none", "--pattern", "dense()"], "none: No such file or directory"),
         (["run", "{}/model", "--prompt", "a" * 500, "--pattern", "dense()"], "more than the model's 512 positions"),
@@ -271,6 +276,12 @@ def test_eval_writes_rows_that_show_reads(work, tmp_path):
 )
 def test_what_a_user_can_get_wrong_is_one_sentence(work, arguments, message):
     assert message in refused(*(str(argument).replace("{}", str(work)) for argument in arguments))
+
+
+def test_byte_order_marks_and_line_ends_are_no_text(tmp_path):
+    for name in ("prompt.txt", "book.txt"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    assert read_prompt(None, str(tmp_path / "prompt.txt")) == text_source(tmp_path / "book.txt").read(9) == "one\ntwo\n"
 
 
 def test_a_model_that_computes_nan_is_refused(work):

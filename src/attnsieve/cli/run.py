@@ -41,7 +41,7 @@ def run(
     from attnsieve.hf import apply, fingerprint
 
     text = read_prompt(prompt, prompt_file)
-    wanted = options.read_plan(plan, pattern) if plan or pattern else None
+    wanted = options.read_plan(plan, pattern) if plan is not None or pattern is not None else None
     network, tokenizer = options.load(model, device, dtype)
     chosen = None if wanted is None else options.plan_for(wanted, fingerprint(network))
     ids = prompt_ids(tokenizer, text, chat)
@@ -66,13 +66,18 @@ def read_prompt(prompt: str | None, path: str | None) -> str:
     if prompt is None:
         prompt = _read(str(path))
     require(bool(prompt.strip()), "the prompt is empty: give a text to continue")
+    # Arguments with bytes of another encoding arrive as lone surrogates, which no tokenizer takes.
+    require(
+        prompt.isascii() or prompt == prompt.encode(errors="ignore").decode(), "the prompt is not UTF-8 text: convert it first"
+    )
     return prompt
 
 
 def _read(path: str) -> str:
     data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     try:
-        return data.decode("utf-8")
+        # As other text files are read: without a byte order mark, lines end in one character.
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
 

@@ -120,7 +120,7 @@ def _read_file(path: Path) -> str:
     known = ", ".join(["synthetic", *PACKAGED])
     require(path.is_file(), f"no text file {str(path)!r}; expected a path or one of: {known}")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
     require(bool(content.strip()), f"{path} is empty")
