@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -128,6 +128,15 @@ def test_nan_never_becomes_a_row(tmp_path):
     with pytest.raises(UserError, match="NaN"):
         append_rows(tmp_path / "x.jsonl", [broken])
     assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_rows_are_added_after_a_last_line_without_an_end(tmp_path):
+    out = tmp_path / "eval.jsonl"
+    rows = [replace(row, command="one\u2028two") for row in run({})]
+    append_rows(out, rows[:1])
+    out.write_text(out.read_text().rstrip())
+    append_rows(out, rows[1:])
+    assert read_rows(out) == rows
 
 
 def test_bad_requests():

@@ -129,6 +129,24 @@ def test_bad_records_are_named_by_line(tmp_path, line):
         make_task("longbench:hotpotqa", data=tmp_path).items(tokenizer(), 500, 1, 0)
 
 
+def test_files_may_begin_with_a_byte_order_mark_and_hold_any_separator(tmp_path):
+    lines = [json.dumps(record(n, input="one\u2028two"), ensure_ascii=False) for n in range(2)]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert [found["input"] for found in records.read_records(tmp_path, "a.jsonl", "a.zip")] == ["one\u2028two"] * 2
+    talks = json.dumps({"topic": "tea", "conversation": "USER: one\u2028two"}, ensure_ascii=False)
+    (tmp_path / "talks.jsonl").write_text(talks + "\n", encoding="utf-8")
+    assert make_task("longeval-topics", data=tmp_path / "talks.jsonl").variant == "official"
+
+
+def test_files_in_other_encodings_and_texts_that_are_none_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json.dumps(record(0, input="é"), ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        records.read_records(tmp_path, "a.jsonl", "a.zip")
+    (tmp_path / "a.jsonl").write_text(json.dumps(record(0, input=None)))
+    with pytest.raises(UserError, match="line 1: input and context must be text"):
+        records.read_records(tmp_path, "a.jsonl", "a.zip")
+
+
 def test_unknown_sets_and_missing_files(tmp_path):
     with pytest.raises(UserError, match="no LongBench set"):
         make_task("longbench:squad")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from attnsieve.errors import UserError, require
 
@@ -57,7 +58,9 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a file, none where it does not exist. Raises UserError that names the line which is no row."""
     names = {field.name for field in fields(Row)}
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+    # Not splitlines: inside a row's text JSON leaves separators such as U+2028 as they are.
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if path.exists() else []
+    for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
             data = json.loads(line)
         except ValueError:
@@ -77,5 +80,14 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
     except ValueError:
         raise UserError("a measured value is NaN or infinite: check the model's weights and dtype") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    with path.open("a+b") as file:
+        # Editors may leave the last line without an end; rows glued to it would be lost with it.
+        file.write(_line_end(file) + text.encode())
+
+
+def _line_end(file: BinaryIO) -> bytes:
+    """What is missing at the end of `file`: a line end, or nothing."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return b""
+    file.seek(-1, os.SEEK_END)
+    return b"" if file.read(1) == b"\n" else b"\n"

@@ -112,7 +112,7 @@ def _drawn(random: Random, official: list[Conversation], count: int) -> list[Con
 def _read_conversations(path: Path) -> list[Conversation]:
     require(path.is_file(), f"no file {path}; expected LongEval's conversations.jsonl")
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         found = [(str(row["topic"]), str(row["conversation"])) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         found = []

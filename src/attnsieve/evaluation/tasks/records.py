@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import IO, Any
 
 from attnsieve.errors import UserError, require
 from attnsieve.evaluation.tasks.base import Task
@@ -63,12 +63,13 @@ def read_records(source: str | Path, file: str, archive: str) -> list[dict[str, 
     if folder.is_dir():
         path = folder / file
         require(path.is_file(), f"no file {path}; expected the benchmark's JSON lines under that name")
-        return list(_parsed(path.open(encoding="utf-8"), str(path)))
+        with path.open("rb") as raw:
+            return _parsed(raw, str(path))
     with zipfile.ZipFile(_download(str(source), archive)) as zipped:
         names = [name for name in zipped.namelist() if Path(name).name == file]
         require(bool(names), f"{archive} of {source} holds no {file}")
         with zipped.open(names[0]) as raw:
-            return list(_parsed(io.TextIOWrapper(raw, encoding="utf-8"), file))
+            return _parsed(raw, file)
 
 
 def _download(repository: str, archive: str) -> str:
@@ -83,14 +84,21 @@ def _download(repository: str, archive: str) -> str:
         ) from None
 
 
-def _parsed(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{name}, line {number}: not JSON ({error})") from None
-        good = isinstance(record, dict) and all(key in record for key in FIELDS) and isinstance(record["answers"], list)
-        require(good and bool(record["answers"]), f"{name}, line {number}: expected the fields {', '.join(FIELDS)}")
-        yield record
+def _parsed(raw: IO[bytes], name: str) -> list[dict[str, Any]]:
+    try:
+        lines = list(io.TextIOWrapper(raw, encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise UserError(f"{name} is not UTF-8 text: convert it first") from None
+    return [_record(line, f"{name}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    good = isinstance(record, dict) and all(key in record for key in FIELDS) and isinstance(record["answers"], list)
+    require(good and bool(record["answers"]), f"{where}: expected the fields {', '.join(FIELDS)}")
+    text = all(isinstance(record[key], str) for key in ("input", "context"))
+    require(text, f"{where}: input and context must be text")
+    return dict(record)
