@@ -253,3 +253,8 @@ def test_a_row_without_a_baseline_claims_no_speed_up():
 def test_auto_is_named_with_what_it_chose():
     row = next(iter(kernels.prefill(SMALL, "auto", **FAST)))
     assert row.backend in {f"auto: {name}" for name in attention.BACKENDS}
+
+
+def test_masks_of_more_keys_than_there_are_say_so():
+    with pytest.raises(UserError, match="keeps 1000 keys of every head: use a longer length than 64"):
+        mask("C", 64, 2, "cpu")

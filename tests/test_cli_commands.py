@@ -256,6 +256,7 @@ def test_eval_writes_rows_that_show_reads(work, tmp_path):
         (["eval", "{}/model", "--pattern", "dense()", "--lengths", "8"], "use a longer length"),
         (["eval", "{}/model", "--pattern", "dense()", "--out", "rows.csv"], "got 'rows.csv'"),
         (["eval", "{}/model", "--plan", "{}/profile"], "expected a saved plan"),
+        (["bench", "prefill", "--masks", ";", "--lengths", "64"], "give at least one mask"),
         (["run", "{}/model", "--prompt", "a", "--plan", "{}/plan", "--pattern", "dense()"], "--plan DIRECTORY or --pattern"),
         (["run", "{}/model", "--prompt", "a", "--pattern", "windw(4)"], "did you mean window?"),
         (["run", "{}/model", "--prompt", "a", "--pattern", "empty()"], "8 heads keep no key in any row"),

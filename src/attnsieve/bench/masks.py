@@ -136,6 +136,7 @@ def _generator(device: torch.device | str, seed: int = 0) -> torch.Generator:
 
 
 def _random_keys(n: int, heads: int, count: int, device: torch.device | str, seed: int = 0) -> Tensor:
-    """bool [heads, n] with `count` True in every row."""
+    """bool [heads, n] with `count` True in every row. Raises UserError where there are fewer keys."""
+    require(count <= n, f"this mask keeps {count} keys of every head: use a longer length than {n}")
     score = torch.rand(heads, n, generator=_generator(device, seed), device=device)
     return torch.zeros(heads, n, dtype=torch.bool, device=device).scatter_(1, score.topk(count, dim=-1).indices, True)
