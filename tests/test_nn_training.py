@@ -145,6 +145,18 @@ def test_long_files_are_read_in_pieces_of_one_document(tmp_path, monkeypatch):
     assert [block["input_ids"].tolist() for block in TokenBlocks(open_text(tmp_path), tokenizer, 32)] == whole
 
 
+def test_files_that_hold_no_text_are_named(tmp_path):
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfone\n")
+    assert list(open_text(tmp_path / "marked.txt")()) == [("one\n", True)]
+    for name, content in (("other.txt", b"\xe9\n"), ("other.jsonl", b'{"text": "\xe9"}')):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} is not UTF-8 text"):
+            list(open_text(tmp_path / name)())
+    (tmp_path / "none.jsonl").write_text('{"text": null}')
+    with pytest.raises(UserError, match=r'none\.jsonl:1: "text" must be text, got None'):
+        list(open_text(tmp_path / "none.jsonl")())
+
+
 def test_bad_input_is_refused(text, tmp_path):
     out, tokenizer = tmp_path / "run", characters()
     for bad, word in (

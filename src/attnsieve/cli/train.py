@@ -41,7 +41,8 @@ def train(
         int | None,
         typer.Option(
             help="Keys that a row keeps: swa's window, or DMA's budget, to which a window of a quarter of it is added "
-            "(--set window=N). A quarter of --length if not given."
+            "(--set window=N). A quarter of --length if not given.",
+            min=1,
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="JSON or YAML with fields of DmaConfig, such as hidden_size.")] = None,

@@ -62,12 +62,19 @@ def open_text(source: str | Path | Iterable[str]) -> Callable[[], Iterator[tuple
     require(path.exists(), f"no text at {str(path)!r}: give a file, a folder, or hub:NAME for a data set on the hub")
     files = [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.suffix in _SUFFIXES)
     require(bool(files), f"the folder {str(path)!r} holds no {', '.join(_SUFFIXES)} file")
-    return lambda: (piece for file in files for piece in (_json_lines(file) if file.suffix == ".jsonl" else _text(file)))
+    return lambda: (piece for file in files for piece in _pieces(file))
+
+
+def _pieces(path: Path) -> Iterator[tuple[str, bool]]:
+    try:
+        yield from _json_lines(path) if path.suffix == ".jsonl" else _text(path)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: convert it first") from None
 
 
 def _text(path: Path) -> Iterator[tuple[str, bool]]:
     """Whole lines, about 64K characters at a time, so that tokens seldom meet the edge of a piece."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         lines = file.readlines(_PIECE)
         while lines:
             following = file.readlines(_PIECE)
@@ -76,12 +83,14 @@ def _text(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, bool]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield json.loads(line)["text"], True
+                text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f'{path}:{number} is no JSON object with "text"') from error
+            require(isinstance(text, str), f'{path}:{number}: "text" must be text, got {text!r:.40}')
+            yield text, True
 
 
 def _hub(name: str) -> Iterator[tuple[str, bool]]:
