@@ -57,7 +57,8 @@ collect() { # Everything that is worth keeping, as one file.
 
 salvage() { # Every minute what there is, should the whole be cut off.
     while sleep 60; do
-        (cd "$work" && tar czf "$out/partial.tmp" $(ls -d rows-*.jsonl logs-* heads ablation measured) && mv "$out/partial.tmp" "$out/partial.tgz")
+        # tar complains of logs that grow while it reads them.
+        (cd "$work"; tar czf "$out/partial.tmp" $(ls -d rows-*.jsonl logs-* heads ablation measured); mv "$out/partial.tmp" "$out/partial.tgz")
     done > /dev/null 2>&1
 }
 
