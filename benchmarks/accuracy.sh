@@ -51,6 +51,7 @@ collect() { # Everything that is worth keeping, as one file.
     [ -d "$work/ablation" ] && cp "$work"/ablation/*.{jsonl,md} "$kept"
     [ -d "$work/capture" ] && cat "$work"/capture/*-0.jsonl > "$kept/capture.jsonl"
     (cd "$work" && tar czf "$out/accuracy.tgz" kept $(ls -d measured plans/*/*/{fitted,thorough} 2> /dev/null))
+    rm -f "$out"/partial.*
     wc -l "$kept"/*.jsonl
     grep -h Error "$work"/logs-*/*.log | cut -c 1-200 | sort | uniq -c | sort -rn | head
 }
@@ -148,7 +149,6 @@ all() {
     fleet all "$each" "$seconds" worklist "$work/list.txt" --out "$work"
     kill $salvaging
     wait
-    rm -f "$out"/partial.*
 }
 
 early() {
