@@ -50,8 +50,7 @@ collect() { # Everything that is worth keeping, as one file.
     [ -d "$work/heads" ] && cp "$work"/heads/{rows-*.jsonl,heads.md,plan.txt} "$kept"
     [ -d "$work/ablation" ] && cp "$work"/ablation/*.{jsonl,md} "$kept"
     [ -d "$work/capture" ] && cat "$work"/capture/*-0.jsonl > "$kept/capture.jsonl"
-    (cd "$work" && tar czf "$out/accuracy.tgz" kept $(ls -d measured plans/*/*/{fitted,thorough} 2> /dev/null))
-    rm -f "$out"/partial.*
+    (cd "$work" && tar czf "$out/accuracy.tgz" kept $(ls -d measured plans/*/*/{fitted,thorough} 2> /dev/null)) && rm -f "$out"/partial.*
     wc -l "$kept"/*.jsonl
     grep -h Error "$work"/logs-*/*.log | cut -c 1-200 | sort | uniq -c | sort -rn | head
 }
