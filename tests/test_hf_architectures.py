@@ -150,6 +150,19 @@ def test_what_is_no_plain_softmax_is_not_observed(observe):
         observe(model, [tokens(9).tolist()])
 
 
+@pytest.mark.parametrize(
+    "observe", [lambda *a: profile(*a, pcl=4, lengths=(8,), progress=False), lambda *a: measure(*a, [RULE])]
+)
+def test_hybrids_are_planned_by_hand(observe):
+    """A budget over measured layers without attention, which cost nothing, would be spent on the others."""
+    model = built("Lfm2Config", **GQA, layer_types=["conv", "full_attention"])
+    with pytest.raises(UserError, match="layers 0 of Lfm2ForCausalLM have no attention to observe"):
+        observe(model, [tokens(9).tolist()])
+    with apply(model, Plan.uniform(fingerprint(model), RULE), strict=True) as handle:
+        logits(model, tokens(1, 9))
+    assert handle.report().sparse_calls == 1
+
+
 def test_attention_to_images_stays_dense_by_name():
     text = SIZES | GQA | {"cross_attention_layers": [1]}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2}

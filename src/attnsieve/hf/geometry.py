@@ -126,6 +126,21 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     return sorted(layers, key=lambda layer: layer.index)
 
 
+def observed_layers(model: nn.Module) -> list[AttentionLayer]:
+    """`attention_layers` of a model whose every layer has attention.
+
+    Raises UserError for hybrids: profiles, measurements and budgets count all layers alike, those without attention too.
+    """
+    layers = attention_layers(model)
+    without = sorted(set(range(text_config(model).num_hidden_layers)) - {layer.index for layer in layers})
+    require(
+        not without,
+        f"layers {', '.join(map(str, without))} of {type(model).__name__} have no attention to observe, and profiles and budgets "
+        "count all layers alike: make the plan by hand, such as Plan.uniform(fingerprint(model), 'sink(4) | window(1024)')",
+    )
+    return layers
+
+
 def _calls_interface(module: nn.Module, config: Any) -> bool:
     modeling = sys.modules.get(type(module).__module__)
     return (

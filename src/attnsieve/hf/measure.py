@@ -15,7 +15,7 @@ from attnsieve.attention import attend
 from attnsieve.errors import UserError, require
 from attnsieve.hf.capture import evaluating
 from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_layer_dense
-from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
+from attnsieve.hf.geometry import AttentionLayer, fingerprint, observed_layers, text_config
 from attnsieve.hf.interface import LayerCall, LayerState, attach
 from attnsieve.hf.texts import Batch, digest, documents_of
 from attnsieve.layout import Layout, compile_layout
@@ -37,10 +37,11 @@ def measure(
     batches as in `profile`; texts of equal length are averaged, and every length is a row of the result. The model's own
     activations are undisturbed: every layer sees dense inputs. dense() is added to the candidates if it is not among them.
 
-    Raises UserError for models whose layers cannot run sparse, for candidates with captured bits, and for empty texts.
+    Raises UserError for models whose layers cannot run sparse or have no attention, for candidates with captured bits, and for
+    empty texts.
     """
     mark = fingerprint(model)
-    for layer in attention_layers(model):
+    for layer in observed_layers(model):
         reason = why_layer_dense(layer)
         if reason is not None:
             raise UserError(f"layer {layer.index} cannot be measured ({reason})")
