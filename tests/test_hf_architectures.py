@@ -185,9 +185,20 @@ def test_attention_to_images_stays_dense_by_name():
         close(in_steps(model, ids, handle.cache(12), [6, 1, 2]), logits(model, ids, use_cache=False))
 
 
-@pytest.mark.parametrize("name", ["DeepseekV3Config", "YoutuConfig"])
-def test_latent_attention_with_narrower_values_follows_the_plan(name):
-    model = built(name, **MHA, **EXPERTS, **MLA, n_group=1, topk_group=1)
+TWO_IN_A_LAYER = {
+    "num_layers": 2,
+    "num_experts_per_tok": 2,
+    "ffn_hidden_size": 16,
+    "expert_ffn_hidden_size": 8,
+    "zero_expert_num": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("DeepseekV3Config", {}), ("YoutuConfig", {}), ("LongcatFlashConfig", TWO_IN_A_LAYER)]
+)
+def test_latent_attention_with_narrower_values_follows_the_plan(name, changes):
+    model = built(name, **(MHA | EXPERTS | MLA | {"n_group": 1, "topk_group": 1} | changes))
     plan, ids = Plan.uniform(fingerprint(model), RULE), tokens(2, 20)
     with apply(model, plan, backend="portable", strict=True) as handle:
         whole = logits(model, ids, use_cache=False)

@@ -34,6 +34,8 @@ HASHED = (
     "hidden_size",
     "head_dim",
 )
+# What transformers calls the classes of its attention modules; MLA is LongCat's, which has two in a layer with indices of their own.
+ATTENTION = ("Attention", "MLA")
 # Layers whose keys are not the tokens of the text: the model appends compressed ones, and extends additive masks by hand.
 COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")
 
@@ -145,7 +147,7 @@ def _calls_interface(module: nn.Module, config: Any) -> bool:
     modeling = sys.modules.get(type(module).__module__)
     return (
         isinstance(getattr(module, "layer_idx", None), int)
-        and "Attention" in type(module).__name__
+        and any(word in type(module).__name__ for word in ATTENTION)
         and getattr(module, "config", None) is config
         and hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
     )
