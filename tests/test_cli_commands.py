@@ -11,9 +11,10 @@ from transformers import LlamaForCausalLM
 import attnsieve as package
 from attnsieve.cli.fit import named_values
 from attnsieve.cli.options import lengths_of
-from attnsieve.cli.run import read_prompt
+from attnsieve.cli.run import check_room, read_prompt
 from attnsieve.errors import UserError
 from attnsieve.evaluation.text import text_source
+from attnsieve.hf import longest_text
 from attnsieve.plan import Plan
 from attnsieve.profiling import Measurement, Profile
 from tests.cli_tiny import attnsieve, save_tiny_model
@@ -254,6 +255,7 @@ def test_eval_writes_rows_that_show_reads(work, tmp_path):
         (["eval", "{}/model", "--pattern", "dense()", "--tasks", "kvv"], "did you mean kv?"),
         (["eval", "{}/model", "--pattern", "dense()", "--lengths", "-5"], "got '-5'"),
         (["eval", "{}/model", "--pattern", "dense()", "--lengths", "8"], "use a longer length"),
+        (["eval", "{}/model", "--pattern", "dense()", "--lengths", "64,1K"], "1024 tokens are more than the model's 512"),
         (["eval", "{}/model", "--pattern", "dense()", "--out", "rows.csv"], "got 'rows.csv'"),
         (["eval", "{}/model", "--plan", "{}/profile"], "expected a saved plan"),
         (["bench", "prefill", "--masks", ";", "--lengths", "64"], "give at least one mask"),
@@ -277,6 +279,16 @@ def test_eval_writes_rows_that_show_reads(work, tmp_path):
 )
 def test_what_a_user_can_get_wrong_is_one_sentence(work, arguments, message):
     assert message in refused(*(str(argument).replace("{}", str(work)) for argument in arguments))
+
+
+def test_scaled_positions_are_positions(work):
+    model = LlamaForCausalLM.from_pretrained(work / "model")
+    assert longest_text(model) == 512
+    scaled = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
+    model.config.rope_parameters = scaled
+    check_room(model, 2000, 48)
+    with pytest.raises(UserError, match="more than the model's 2048 positions"):
+        check_room(model, 2000, 49)
 
 
 def test_byte_order_marks_and_line_ends_are_no_text(tmp_path):

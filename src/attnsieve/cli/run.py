@@ -92,7 +92,9 @@ def prompt_ids(tokenizer: Any, text: str, chat: bool) -> list[int]:
 
 def check_room(model: Any, prompt_tokens: int, new_tokens: int) -> None:
     """Raise UserError where the text would grow beyond the positions that the model was made for."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    from attnsieve.hf import longest_text
+
+    most = longest_text(model)
     require(
         most is None or prompt_tokens + new_tokens <= most,
         f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than the model's {most} positions: shorten the "

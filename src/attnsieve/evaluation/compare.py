@@ -21,6 +21,7 @@ from attnsieve.evaluation.fidelity import layer_fidelity
 from attnsieve.evaluation.rows import Row, append_rows, read_rows
 from attnsieve.evaluation.statistics import paired_p_value, standard_error
 from attnsieve.evaluation.tasks.base import Task
+from attnsieve.hf import longest_text
 from attnsieve.patterns import dense
 from attnsieve.plan import Plan
 
@@ -200,7 +201,7 @@ def summary(values: Sequence[float], dense_values: Sequence[float] | None) -> di
 
 
 def _warn_beyond_context(model: Any, lengths: Sequence[int]) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = longest_text(model)
     beyond = [length for length in lengths if context is not None and length > context]
     if beyond:
         logger.warning("lengths %s are beyond the %d tokens that this model was made for", beyond, context)

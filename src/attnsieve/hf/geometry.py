@@ -96,6 +96,16 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     )
 
 
+def longest_text(model: nn.Module) -> int | None:
+    """The tokens that a model was made for, as far as its configuration says: its positions, or what RoPE is scaled to."""
+    config: Any = model.config
+    config = config.get_text_config()
+    most: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    scaled = (rope.get("factor") or 0) * (rope.get("original_max_position_embeddings") or 0)
+    return most if most is None else max(most, int(scaled))
+
+
 def layer_configs(config: Any) -> list[Any]:
     """Per layer, a configuration to read heads and widths from: some models (Gemma 4) have other ones in some layers."""
     own = getattr(config, "per_layer_config", None)
