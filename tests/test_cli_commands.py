@@ -9,6 +9,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 import attnsieve as package
+from attnsieve.cli.demo import next_steps
 from attnsieve.cli.fit import named_values
 from attnsieve.cli.options import lengths_of
 from attnsieve.cli.run import check_room, read_prompt
@@ -92,6 +93,7 @@ def test_measure_and_fit_within_a_budget(work, tmp_path):
         "dense()",
     ]
     assert Measurement.from_pretrained(tmp_path / "measured").lengths == (64, 128)
+    assert "--out DIRECTORY draws measurements" in refused("show", tmp_path / "measured", "--html", tmp_path / "page.html")
     done = attnsieve("fit", tmp_path / "measured", "--density", 0.5, "--share", "kv", "--out", tmp_path / "plan")
     assert done.exit_code == 0, done.output
     plan = Plan.from_pretrained(tmp_path / "plan")
@@ -279,6 +281,13 @@ def test_eval_writes_rows_that_show_reads(work, tmp_path):
 )
 def test_what_a_user_can_get_wrong_is_one_sentence(work, arguments, message):
     assert message in refused(*(str(argument).replace("{}", str(work)) for argument in arguments))
+
+
+def test_hints_are_commands_where_paths_have_spaces(work, tmp_path):
+    out = tmp_path / "a plan"
+    done = attnsieve("fit", work / "profile", "--preset", "paper", "--tau", 0.35, "--out", out)
+    assert f"attnsieve show '{out}', attnsieve run MODEL --plan '{out}'" in done.stderr
+    assert f"show '{out}/robust' '{out}/profile'" in next_steps("smollm2-135m", out)
 
 
 def test_scaled_positions_are_positions(work):

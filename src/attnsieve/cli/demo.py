@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm.auto import tqdm
 
-from attnsieve.cli import options
+from attnsieve.cli import options, output
 from attnsieve.errors import require
 from attnsieve.patterns import dense
 from attnsieve.plan import Plan
@@ -259,11 +259,12 @@ def halves(name: str) -> tuple[TextSource, TextSource]:
 
 def next_steps(model: str, out: Path) -> str:
     """Commands that go on from here."""
+    plan, profile, model = (output.quoted(name) for name in (out / "robust", out / "profile", model))
     return "\n".join(
         [
             "Try next:",
-            f"  attnsieve show {out / 'robust'} {out / 'profile'} --heads 0:3,5:1 --out figures",
-            f"  attnsieve run {model} --plan {out / 'robust'} --prompt 'Once upon a time'",
-            f"  attnsieve eval {model} --plan {out / 'robust'} --pattern 'sink(4) | window(256)' --tasks kv --lengths 1024",
+            f"  attnsieve show {plan} {profile} --heads 0:3,5:1 --out figures",
+            f"  attnsieve run {model} --plan {plan} --prompt 'Once upon a time'",
+            f"  attnsieve eval {model} --plan {plan} --pattern 'sink(4) | window(256)' --tasks kv --lengths 1024",
         ]
     )

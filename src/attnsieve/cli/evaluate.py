@@ -68,7 +68,7 @@ def evaluate(
     else:
         output.result(result_table(rows))
     if out is not None:
-        output.note(f"rows are in {out}; next: attnsieve show {out} --out FIGURES")
+        output.note(f"rows are in {out}; next: attnsieve show {output.quoted(out)} --out FIGURES")
 
 
 def named_plans(plans: Sequence[str], patterns: Sequence[str]) -> dict[str, Plan | Pattern]:

@@ -83,9 +83,8 @@ def fit(
     else:
         plan = _by_preset(sources, preset or "robust", overrides | guards)
     plan.save_pretrained(out)
-    output.note(
-        f"saved in {out}; next: attnsieve show {out}, attnsieve run MODEL --plan {out}, attnsieve eval MODEL --plan {out}"
-    )
+    at = output.quoted(out)
+    output.note(f"saved in {out}; next: attnsieve show {at}, attnsieve run MODEL --plan {at}, attnsieve eval MODEL --plan {at}")
     if json:
         output.result_json({"out": str(out)} | plan_summary(plan))
     else:

@@ -74,7 +74,8 @@ def measure(
     texts = [text for length in sorted(set(wanted)) for text in read(tokenizer, length, documents, seed)]
     found = compare(network, texts, rules, backend=backend)
     found.save_pretrained(out)
-    output.note(f"saved in {out}; next: attnsieve fit {out} --density 0.25 --out PLAN, or --mass 0.95, or --max-error 0.1")
+    at = output.quoted(out)
+    output.note(f"saved in {out}; next: attnsieve fit {at} --density 0.25 --out PLAN, or --mass 0.95, or --max-error 0.1")
     if json:
         output.result_json({"out": str(out), **found.to_config()})
     else:

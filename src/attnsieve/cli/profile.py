@@ -48,7 +48,8 @@ def profile(
     texts = text_windows(sources, tokenizer, max(pcl, *probed), documents, seed)
     observed = observe(network, texts, pcl=pcl, lengths=probed, provenance={"model": model, "data": data, "seed": seed})
     observed.save_pretrained(out)
-    output.note(f"saved in {out}; next: attnsieve fit {out} --out PLAN, or attnsieve show {out}")
+    at = output.quoted(out)
+    output.note(f"saved in {out}; next: attnsieve fit {at} --out PLAN, or attnsieve show {at}")
     if json:
         output.result_json({"out": str(out), "pcl": pcl, "lengths": probed, "provenance": observed.provenance})
     else:

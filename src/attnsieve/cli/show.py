@@ -55,6 +55,11 @@ def show(
     drawn = out is not None or html is not None
     require(heads is None or drawn, "--heads says which heads to draw: say where with --out DIRECTORY or --html FILE")
     found = find(paths, preset)
+    paged = found.plan or found.profile or found.rows
+    require(
+        html is None or bool(paged),
+        "a page shows a plan, a profile or rows: give one of them with --html; --out DIRECTORY draws measurements",
+    )
     chosen = None if heads is None else parse_heads(heads)
     written = [] if out is None else found.draw(out, chosen)
     if html is not None:

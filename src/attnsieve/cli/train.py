@@ -240,7 +240,7 @@ def first_process() -> bool:
 def report(out: Path, log: list[dict[str, Any]], measures: dict[str, dict[str, str]], json: bool) -> None:
     """The last logged row, what a conversion changed, and what could be done next."""
     last: dict[str, Any] = next((row for row in reversed(log) if "loss" in row), {})
-    output.note(f"saved in {out}; next: attnsieve run {out} --prompt TEXT")
+    output.note(f"saved in {out}; next: attnsieve run {output.quoted(out)} --prompt TEXT")
     if json:
         output.result_json({"out": str(out), "log": log, "measures": measures})
         return
