@@ -89,6 +89,9 @@ class Nothing(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 with Nothing():
     assert not known()
+from torch.autograd import forward_ad
+with forward_ad.dual_level():
+    assert ways(forward_ad.make_dual(x, y), y) == ["triton"] * 2
 class Special(torch.Tensor): pass
 assert ways(x.as_subclass(Special), y) == ["triton"] * 2
 assert known()

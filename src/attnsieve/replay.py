@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnsieve.device import is_capturing, on_device_of, stream_of
@@ -73,6 +74,9 @@ def _can_repeat(inputs: Sequence[Tensor]) -> bool:
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    # Tangents of dual tensors would be lost without a word.
+    if forward_ad._current_level >= 0:
         return False
     return not is_capturing(inputs[0]) and not is_heard()
 
