@@ -1,6 +1,7 @@
 """Artefacts read strictly: every damaged or made-up file is a UserError or the same artefact, never anything else."""
 
 import json
+import os
 import struct
 
 import pytest
@@ -95,6 +96,16 @@ def test_where_nothing_can_be_written_is_a_user_error(saved):
         made.save_pretrained(folder, config={"a": 1})
     with pytest.raises(TypeError):
         made.save_pretrained(folder, push_to_hub=True)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_pipes_are_refused_without_waiting_for_a_writer(saved, name):
+    made, folder = saved
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match="no regular file"):
+        load(made, folder)
 
 
 def test_other_files_in_the_directory_stay(saved):

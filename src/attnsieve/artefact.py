@@ -270,6 +270,7 @@ def _finite_float(text: str) -> float:
 
 def _read(path: Path, limit: int, whole: bool = True) -> bytes:
     """The first `limit` bytes; with `whole`, refuses a file that has more."""
+    require(path.is_file() or not path.exists(), f"{path} is no regular file: expected what save_pretrained writes")
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1 if whole else limit)
