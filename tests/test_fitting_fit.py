@@ -1,5 +1,6 @@
 """Fitting: the paper's patterns from written-out maps, honest expectations, and heads that get what they need."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -281,6 +282,13 @@ def test_a_threshold_that_drops_everything_is_refused():
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         fit(profile_of(random_whole(), 12), **options)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    profile = profile_of(random_whole(), 12)
+    plan = fit(profile, preset="paper", tau=np.float64(0.25))
+    plan.save_pretrained(tmp_path)
+    assert Plan.from_pretrained(tmp_path) == fit(profile, preset="paper", tau=0.25)
 
 
 def test_a_profile_without_maps_is_refused():

@@ -65,7 +65,8 @@ class Settings:
         """Settings come from command lines too, where "no" or "1e-3x" is text."""
         for name in NUMBERS:
             value = getattr(self, name)
-            require(type(value) in (int, float) and math.isfinite(value), f"{name} must be a finite number, got {value!r}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            require(number and math.isfinite(value), f"{name} must be a finite number, got {value!r}")
         for name in FLAGS:
             require(type(getattr(self, name)) is bool, f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in COUNTS:
