@@ -11,7 +11,7 @@ from attnsieve import replay
 from attnsieve.replay import launch, repeat
 from tests.gpu_compiler import record_launches
 
-__all__ = ["Bundle", "call", "kept", "kernel", "launched", "replay", "stream", "torch", "ways"]
+__all__ = ["Bundle", "call", "kept", "kernel", "launch", "launched", "launches", "repeat", "replay", "stream", "torch", "ways"]
 
 launches = record_launches()
 stream = SimpleNamespace(cuda_stream=0)

@@ -111,3 +111,23 @@ gc.collect()
 assert [one() for one in gone] == [None] * 3
 assert not [found for found in gc.get_objects() if type(found) in (replay._Recording, replay._Row)]
 """)
+
+
+def test_calls_that_write_elsewhere_in_the_result_are_never_repeated():
+    run("""
+x = torch.zeros(64)
+def parts():
+    out = torch.empty(2, 64)
+    launch(kernel, (2,), x, Bundle(kept, 7), out, 5, None, STEP=4)
+    launch(kernel, (2,), x, Bundle(kept, 7), out[1], 5, None, STEP=4)
+    return out
+def piece():
+    room = torch.empty(2, 64)
+    launch(kernel, (2,), x, Bundle(kept, 7), room, 5, None, STEP=4)
+    return room[:, :5]
+for run in (parts, piece):
+    for _ in range(4):
+        del launches[:]
+        repeat((run,), [x], run)
+        assert {one[0] for one in launches} == {"triton"}
+""")

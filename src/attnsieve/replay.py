@@ -141,10 +141,12 @@ class _Row:
 
     def __init__(self, recording: _Recording, inputs: Sequence[Tensor], result: Tensor) -> None:
         self._given = {x.data_ptr(): number for number, x in enumerate((*inputs, result))}
-        self._theirs = {x.untyped_storage().data_ptr() for x in inputs}
+        self._theirs = {x.untyped_storage().data_ptr() for x in (*inputs, result)}
         self._memory = recording.memory
         self._begins: dict[int, int] = {}
-        self.served = result.untyped_storage().data_ptr() in self._memory and result.storage_offset() == 0
+        storage = result.untyped_storage()
+        # Beyond the result nothing is there to be written to.
+        self.served = storage.data_ptr() in self._memory and storage.nbytes() == result.nbytes
         self.values: list[Any] = []
         # Places of addresses: of tensors given, and in the memory between them; and of bundles of values before them.
         self.given: list[tuple[int, int]] = []
@@ -171,10 +173,11 @@ class _Row:
         place, address, begin = len(self.values), x.data_ptr(), x.untyped_storage().data_ptr()
         if address in self._given:
             self.given.append((place, self._given[address]))
+        elif begin in self._theirs:
+            self.served = False
         elif begin in self._memory:
             self.between.append((place, self._begin(begin) + address - begin))
         else:
-            self.served &= begin not in self._theirs
             self.kept.append(x)
         return address
 
