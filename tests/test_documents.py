@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import attnsieve
 from attnsieve.cli.app import app
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,8 @@ def test_python_in_the_readme_imports_what_exists():
     for node in (node for block in code for node in ast.walk(ast.parse(block))):
         if isinstance(node, ast.ImportFrom):
             assert all(hasattr(import_module(str(node.module)), alias.name) for alias in node.names), ast.unparse(node)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "attnsieve":
+            assert node.attr in attnsieve.__all__, f"{ast.unparse(node)} is there only where something else imported it"
 
 
 def test_commands_in_the_readme_exist():
