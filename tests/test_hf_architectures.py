@@ -150,6 +150,18 @@ def test_what_is_no_plain_softmax_is_not_observed(observe):
         observe(model, [tokens(9).tolist()])
 
 
+def test_attention_beside_recurrent_states_follows_the_plan():
+    """Falcon-H1 has both in every layer."""
+    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    model = built("FalconH1Config", **GQA, **mamba, head_dim=8)
+    plan, ids = Plan.uniform(fingerprint(model), RULE), tokens(2, 12)
+    with apply(model, plan, backend="reference", strict=True):
+        whole = logits(model, ids, use_cache=False)
+        close(in_steps(model, ids, tr.DynamicCache(config=model.config), [7, 1, 1, 1, 1, 1]), whole)
+    close(whole, oracle(model, plan, ids))
+    profile(model, [tokens(12).tolist()], pcl=8, lengths=(), progress=False)
+
+
 @pytest.mark.parametrize(
     "observe", [lambda *a: profile(*a, pcl=4, lengths=(8,), progress=False), lambda *a: measure(*a, [RULE])]
 )

@@ -52,6 +52,10 @@ def _additive_mask(call: LayerCall) -> Tensor:
     return torch.zeros_like(mask, dtype=call.query.dtype).masked_fill_(~mask, lowest)
 
 
+# Layer types whose attention is to all earlier keys or those of a window; "hybrid" has recurrent states beside it.
+PLAIN = ("full_attention", "sliding_attention", "hybrid")
+
+
 def why_layer_dense(layer: AttentionLayer) -> str | None:
     """Why no call of this layer can run sparse, or None."""
     return why_not_plain(layer) or _why_window_dense(layer, layer.window)
@@ -63,7 +67,7 @@ def why_not_plain(layer: AttentionLayer) -> str | None:
         return "softcap: the model caps its attention scores"
     if layer.sinks:
         return "sinks: learned sinks take part in the model's softmax"
-    if layer.kind not in ("full_attention", "sliding_attention"):
+    if layer.kind not in PLAIN:
         return f"layer type {layer.kind}: the model restricts this layer by its own rule"
     return None
 
