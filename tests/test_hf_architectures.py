@@ -6,6 +6,7 @@ import transformers as tr
 
 from attnsieve import UserError
 from attnsieve.hf import apply, fingerprint, measure, profile
+from attnsieve.nn import DmaConfig, DmaForCausalLM
 from attnsieve.patterns import Pattern, dense
 from attnsieve.plan import Plan
 from tests.hf_tiny import GQA, MHA, SIZES, close, logits, oracle, tokens
@@ -148,6 +149,12 @@ def test_what_is_no_plain_softmax_is_not_observed(observe):
     model = built("DogeConfig", **GQA)
     with pytest.raises(UserError, match=r"layer 0 cannot be observed \(the model makes a mask of its own\)"):
         observe(model, [tokens(9).tolist()])
+
+
+def test_models_of_our_own_take_no_plan():
+    model = DmaForCausalLM(DmaConfig(**SIZES, **GQA))
+    with pytest.raises(UserError, match="masks of its own, which no plan replaces: run it as it is"):
+        fingerprint(model)
 
 
 def test_attention_beside_recurrent_states_follows_the_plan():

@@ -124,6 +124,10 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     Raises UserError, with the reason, when there is none, when two share a layer and when attention is not causal.
     """
     config = text_config(model)
+    require(
+        not type(model).__module__.startswith("attnsieve."),
+        f"{type(model).__name__} computes its attention by masks of its own, which no plan replaces: run it as it is",
+    )
     modules = [module for module in model.modules() if _calls_interface(module, config)]
     require(
         bool(modules),
