@@ -36,6 +36,12 @@ def test_links_lead_somewhere(path):
     assert not lost
 
 
+def test_every_entry_of_the_log_is_in_its_contents():
+    text = (ROOT / "docs" / "LOG.md").read_text(encoding="utf-8")
+    dated = {anchor for anchor in anchors(ROOT / "docs" / "LOG.md") if anchor.startswith("20")}
+    assert dated <= set(re.findall(r"\]\(#([^)]+)\)", text))
+
+
 def test_python_in_the_readme_imports_what_exists():
     code = blocks(ROOT / "README.md", "python")
     assert code
