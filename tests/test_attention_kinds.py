@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from attnsieve import Spans, UserError, attend, attention, compile_layout
 from attnsieve.backends import kinds, whole
@@ -174,3 +175,19 @@ def test_transforms_of_torch_leave_nothing_behind(transform, backend):
             torch.ones(4 if transform is torch.vmap else ())
         )
     attend(q, k, v, layout, backend=backend)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("backend", ["triton", "dense"])
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_kernels_refuse_dual_tensors_also_in_a_known_kind(backend, q_len):
+    layout = compile_layout([window(64)] * 4, 40)
+    q, k, v = inputs(q_len)
+    for _ in range(2):
+        attend(q, k, v, layout, backend=backend)
+    with forward_ad.dual_level():
+        attend(q, k, v, layout, backend=backend)
+        for place in range(3):
+            tensors = [forward_ad.make_dual(x, x) if x is (q, k, v)[place] else x for x in (q, k, v)]
+            with pytest.raises(UserError, match="forward-mode"):
+                attend(*tensors, layout, backend=backend)

@@ -8,6 +8,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnsieve.layout import Layout
 from attnsieve.spans import Spans
@@ -43,6 +44,14 @@ class Call:
         tensors = (self.q, self.k, self.v, self.key_bias)
         return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
+    @property
+    def has_tangents(self) -> bool:
+        """Whether an input is a dual tensor, whose tangents kernels do not see."""
+        tensors = (self.q, self.k, self.v, self.key_bias)
+        return forward_ad._current_level >= 0 and any(
+            tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+        )
+
 
 def problem_of_scale(scale: object) -> str | None:
     """What is wrong with the number that scores are multiplied by."""
@@ -60,6 +69,8 @@ def why_not_plain(call: Call, kernels: str) -> str | None:
         return f"{kernels} add no key bias"
     if call.needs_grad:
         return f"{kernels} are run without gradients (through the LSE they have none)"
+    if call.has_tangents:
+        return f"{kernels} are run without gradients, forward-mode ones too"
     if not call.whole:
         return f"the sequences do not fill their batch rows (padding or packing), which {kernels} cannot see"
     return None

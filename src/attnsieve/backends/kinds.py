@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnsieve.backends.call import DECODE_QUERIES
 from attnsieve.layout import Layout
@@ -33,10 +34,12 @@ def kind_of(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, spans: Spans | None, scale: float | None, backend: str
 ) -> Hashable | None:
     """The kind of a call without bias, or None if such calls are not remembered: of masks chosen from the input, with padding or
-    packing, and those that autograd records."""
+    packing, and those that autograd records or where it looks for tangents."""
     if layout.passing or layout.most_keys is not None or not (type(q) is type(k) is type(v) is Tensor):
         return None
     if q.requires_grad or k.requires_grad or v.requires_grad or not (scale is None or type(scale) is float):
+        return None
+    if forward_ad._current_level >= 0:
         return None
     device, (q_shape, k_shape, v_shape) = q.device, (q.shape, k.shape, v.shape)
     if not len(q_shape) == len(k_shape) == len(v_shape) == 4:

@@ -22,6 +22,8 @@ def why_not(call: Call) -> str | None:
     reason = why_not_tensors(call.q, call.v, call.scale)
     if reason is not None:
         return reason
+    if call.has_tangents:
+        return "Triton kernels have no forward-mode gradients"
     blocks = call.layout.blocks
     return None if blocks is None else _why_not_blocks(blocks, call)
 
