@@ -232,6 +232,28 @@ def test_words_say_which_rows_keep_the_listed_keys_that_not_all_keep(root, monke
 
 
 @needs_interpreter
+def test_stretches_as_long_as_roots_are_the_roots(monkeypatch):
+    n, root = 300, 64
+    from attnsieve.backends.triton import key_lists
+    from attnsieve.backends.triton.schedule import schedule, stretches
+
+    monkeypatch.setattr(key_lists, "ROOT", root)
+    monkeypatch.setattr(key_lists, "LONG", root)
+    layout = selected(n, 2, "cpu", 70)
+    built = schedule(layout, 32, 16)
+    made = layout.schedule("triton root", lambda: pytest.fail("query tiles are listed without roots"))
+    lists, longest = stretches(layout, built, root)
+    assert lists.items is made.items
+    kept = layout.dense(torch.arange(n), torch.arange(n))[0]
+    for head, tile in torch.cartesian_prod(torch.arange(2), torch.arange(-(-n // root))).tolist():
+        rows = kept[head, tile * root : (tile + 1) * root]
+        whole, rest = entries(lists, head * -(-n // root) + tile)
+        assert len(whole) + len(rest) <= longest
+        assert sorted(whole + rest) == rows.any(0).nonzero()[:, 0].tolist()
+        assert rows[:, whole].all()
+
+
+@needs_interpreter
 def test_kernels_compute_the_rule_where_words_would_be_too_many(monkeypatch):
     from attnsieve.backends.triton import schedule as room
 

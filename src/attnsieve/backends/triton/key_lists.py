@@ -26,11 +26,17 @@ _ALIGNED = 16
 
 def key_lists(layout: Layout, mask: Mask, most: int, positions: int, keys: int, marks: Marks | None, *, drop: bool) -> Lists:
     """Those of query tiles of `positions` rows. most: the most keys that a row keeps; keys: those of a key tile; see `list_keys`."""
-    root = None
-    if positions < ROOT < layout.length:
-        long = lambda: _list_keys(layout, mask, most, ROOT, keys, _lasting(layout, mask), None, False)  # noqa: E731
-        root = layout.schedule("triton root", long)
+    root = _root(layout, mask, most, keys) if positions <= ROOT < layout.length else None
+    if root is not None and positions == ROOT:
+        assert (marks, drop) == (None, False), "query tiles are shorter than roots"
+        return Lists(*root[:4])
     return Lists(*_list_keys(layout, mask, most, positions, keys, root, marks, drop)[:4])
+
+
+def _root(layout: Layout, mask: Mask, most: int, keys: int) -> KeyLists:
+    """Lists of the layout's roots, made once."""
+    make = lambda: _list_keys(layout, mask, most, ROOT, keys, _lasting(layout, mask), None, False)  # noqa: E731
+    return layout.schedule("triton root", make)
 
 
 def room_of(layout: Layout, most: int, positions: int) -> int:
