@@ -84,7 +84,7 @@ def _can_repeat(inputs: Sequence[Tensor]) -> bool:
 def _can_record(inputs: Sequence[Tensor]) -> bool:
     """One address for two tensors could be either's in another call; code for odd addresses would be slow for others."""
     addresses = {x.data_ptr() for x in inputs}
-    return len(addresses) == len(inputs) and not any(address % _ALIGNED for address in addresses) and _is_known_triton()
+    return len(addresses) == len(inputs) and not any(address % _ALIGNED for address in addresses) and is_known_triton()
 
 
 def _remember(kind: Hashable, what: int | Replay | None) -> None:
@@ -247,12 +247,13 @@ def _getter(places: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
 def can_launch_directly(compiled: Any) -> bool:
     """Whether compiled code can be called without Triton: how that is done is no promise, so by Triton 3.6 only."""
     # Interpreted kernels have no code, compiled ones that were never launched no function.
-    if not _is_known_triton() or getattr(compiled, "function", None) is None:
+    if not is_known_triton() or getattr(compiled, "function", None) is None:
         return False
     return not (compiled.run.global_scratch_size or compiled.run.profile_scratch_size)
 
 
-def _is_known_triton() -> bool:
+def is_known_triton() -> bool:
+    """Whether it is Triton 3.6: how its code is called, and Gluon, are no promises and differ between versions."""
     import triton
 
     return triton.__version__.split(".")[:2] == ["3", "6"]  # type: ignore[no-any-return]

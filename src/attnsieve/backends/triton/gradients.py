@@ -18,6 +18,7 @@ from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
 from attnsieve.backends.triton.outputs import clear_uncovered
 from attnsieve.backends.triton.schedule import Schedule, only_lists, schedule, stretches, tiles_by_key
 from attnsieve.backends.triton.tuning import STRETCH_ROWS, key_tiles, query_tiles
+from attnsieve.replay import is_known_triton
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,8 @@ def _stretches(geometry: Geometry, built: Schedule, rows: int) -> tuple[tuple[in
 
 
 def _hopper(call: Call, built: Schedule, d_out: Tensor) -> Any:
-    """The module of the Hopper kernel where it serves the call, else None. Gluon is experimental and differs between versions."""
-    if not call.q.is_cuda or triton.__version__.split(".")[:2] != ["3", "6"]:
+    """The module of the Hopper kernel where it serves the call, else None."""
+    if not call.q.is_cuda or not is_known_triton():
         return None
     from attnsieve.backends.triton import hopper
 
