@@ -57,8 +57,9 @@ def bench(
     require(out is None or out.suffix == ".jsonl", f"rows are written to a .jsonl file, got {str(out)!r}")
     where = options.device_of(device)
     number = options.dtype_of(dtype, where)
-    require(bool(_parts(masks, ";")), f"give at least one mask with --masks, such as blocks-10, got {masks!r}")
-    wanted = _Wanted(op, _parts(masks, ";"), _parts(shapes), options.lengths_of(lengths), _parts(backends), _parts(baselines))
+    given = _parts(masks, ";")
+    require(bool(given), f"give at least one mask with --masks, such as blocks-10, got {masks!r}")
+    wanted = _Wanted(op, given, _parts(shapes), options.lengths_of(lengths), _parts(backends), _parts(baselines))
     measured = (_whole_models if op == "ttft" else _kernels)(wanted, str(where), number, batch, budget_ms)
     rows: list[Row] = []
     try:
