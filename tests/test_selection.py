@@ -1,5 +1,7 @@
 """Dynamic atoms: what they choose on inputs whose answer is known, and the rules every one of them obeys."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -191,10 +193,12 @@ def test_probed_keys_hold_the_mass_of_every_block_of_queries(mass, block, n):
     assert layout.pairs(n).tolist() == kept.sum((1, 2))[None].tolist()
 
 
+@pytest.mark.parametrize("sharp", [False, True], ids=["late rows keep most", "early rows keep most"])
 @pytest.mark.parametrize("first", [0, 40])
-def test_single_keys_are_flagged_for_some_blocks_of_queries_at_a_time(first, monkeypatch):
+def test_single_keys_are_flagged_for_some_blocks_of_queries_at_a_time(first, sharp, monkeypatch):
     """All flags would be the largest tensor of all; the lists are those of all flags at once."""
     q, k = random_qk(2, 4, 2, 130)
+    q[:, :, 70:] *= 100 if sharp else 1
     pattern, at_once = probed_keys(mass=0.7, block=16, rows=3), []
     whole = choose([pattern] * 4, q[:, :, first:], k).blocks
     monkeypatch.setitem(blocks.CELLS_AT_ONCE, "cpu", 2 * 2 * 4 * 3 * 130)
@@ -205,6 +209,18 @@ def test_single_keys_are_flagged_for_some_blocks_of_queries_at_a_time(first, mon
     assert sum(at_once) == -(-130 // 16) - first // 16
     assert torch.equal(parts.count, whole.count)
     assert torch.equal(parts.index, whole.index)
+    assert (whole.count[:, :, -4:].amax() < whole.count.amax()) == sharp
+
+
+def test_lists_that_memory_has_no_room_for_are_an_error_that_says_what_to_do(monkeypatch):
+    def pad(*_args, **_options):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setitem(blocks.CELLS_AT_ONCE, "cpu", 1)
+    monkeypatch.setattr(join, "F", SimpleNamespace(pad=pad))
+    q, k = random_qk(1, 2, 1, 40)
+    with pytest.raises(UserError, match=r"single keys for each of 3 blocks of queries, and .* GB .* keep less mass"):
+        choose([probed_keys(mass=0.7, block=16, rows=2)] * 2, q, k)
 
 
 def test_a_short_chunk_is_probed_by_all_its_queries():

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnsieve.errors import UserError
 from attnsieve.layout import Blocks, Layout
 from attnsieve.selection import fused
 from attnsieve.selection.carriers import Carrier, index_of
@@ -134,14 +135,43 @@ def _finer(table: Tensor, rows: int, keys: int) -> Tensor:
 
 def _listed(table: Tensor | TableInParts, rows: int, keys: int, first: int) -> Blocks:
     """Lists of what causal rows keep; row 0 of the table is row `first` of blocks."""
-    lists, row = [], first
-    for part in table.parts() if isinstance(table, TableInParts) else [table]:
-        lists.append(_lists_of(part, rows, keys, row))
-        row += part.shape[2]
-    count, index = lists[0] if len(lists) == 1 else _stacked(lists)
+    if isinstance(table, TableInParts) and table.at_once < table.shape[2]:
+        count, index = _lists_in_parts(table, rows, keys, first)
+    else:
+        count, index = _lists_of(table.whole() if isinstance(table, TableInParts) else table, rows, keys, first)
     if first:
         count, index = F.pad(count, (first, 0)), F.pad(index, (0, 0, first, 0), value=-1)
     return Blocks(rows, keys, count, index)
+
+
+def _lists_in_parts(table: TableInParts, rows: int, keys: int, first: int) -> tuple[Tensor, Tensor]:
+    """`_lists_of` a whole table, with the room of the longest list. The lists are the largest of all that a choice takes: beside
+    them lie those of one part at a time, and where an earlier part has a longer one those that are made wider."""
+    count = index = None
+    for start, part in table.parts():
+        own_count, own = _lists_of(part, rows, keys, first + start)
+        count = own_count.new_empty(table.shape[:3]) if count is None else count
+        index = _widened(own.new_empty(*table.shape[:3], 0) if index is None else index, own.shape[3])
+        count[:, :, start : start + part.shape[2]] = own_count
+        index[:, :, start : start + part.shape[2], : own.shape[3]] = own
+    assert count is not None
+    assert index is not None
+    return count, index
+
+
+def _widened(index: Tensor, room: int) -> Tensor:
+    """Lists with room for at least so many entries. Raises UserError where memory has none."""
+    if room <= index.shape[3]:
+        return index
+    try:
+        return F.pad(index, (0, room - index.shape[3]), value=-1)
+    except torch.OutOfMemoryError as error:
+        sequences, heads, blocks = index.shape[:3]
+        size = 4 * index[..., :1].numel() * room / 1e9
+        raise UserError(
+            f"{sequences * heads} sequences and heads keep up to {room} single keys for each of {blocks} blocks of queries, and "
+            f'{size:.1f} GB for their lists are not there: keep less mass, use longer blocks, share="kv" or probed_blocks'
+        ) from error
 
 
 def _lists_of(table: Tensor, rows: int, keys: int, first: int) -> tuple[Tensor, Tensor]:
@@ -150,17 +180,6 @@ def _lists_of(table: Tensor, rows: int, keys: int, first: int) -> tuple[Tensor, 
 
         return listed(table, rows, keys, first)
     return _lists(table, rows, keys, first)
-
-
-def _stacked(lists: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Lists of consecutive rows of blocks as one, with the room of the longest."""
-    count = torch.cat([count for count, _ in lists], dim=2)
-    index = count.new_full((*count.shape, max(part.shape[3] for _, part in lists)), -1)
-    row = 0
-    for _, part in lists:
-        index[:, :, row : row + part.shape[2], : part.shape[3]] = part
-        row += part.shape[2]
-    return count, index
 
 
 def _lists(table: Tensor, rows: int, keys: int, first: int) -> tuple[Tensor, Tensor]:

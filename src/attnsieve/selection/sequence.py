@@ -76,20 +76,19 @@ class TableInParts:
     at_once: int
     choose: Callable[[slice], Tensor]
 
-    def parts(self) -> Iterator[Tensor]:
-        """[S, C, some rows, key blocks], in order."""
-        for start in range(0, self.shape[2], self.at_once):
-            yield self.choose(slice(start, min(start + self.at_once, self.shape[2])))
+    def parts(self) -> Iterator[tuple[int, Tensor]]:
+        """The first row of a part and the part, [S, C, some rows, key blocks]; the last rows first, which can keep most."""
+        for start in reversed(range(0, self.shape[2], self.at_once)):
+            yield start, self.choose(slice(start, min(start + self.at_once, self.shape[2])))
 
     def whole(self) -> Tensor:
         """All of it."""
         if self.at_once >= self.shape[2]:
             return self.choose(slice(0, self.shape[2]))
-        table, start = None, 0
-        for part in self.parts():
+        table = None
+        for start, part in self.parts():
             table = part.new_empty(self.shape) if table is None else table
             table[:, :, start : start + part.shape[2]] = part
-            start += part.shape[2]
         assert table is not None
         return table
 
