@@ -2,7 +2,8 @@
 
 One JSON line for each length and dynamic pattern: milliseconds of `choose`, of the attention with what was chosen, with and without
 what the backend derives from a layout, and density. 32 query and 8 KV heads of width 128, batch 1. Queries resemble their
-neighbours and keys theirs, as in text; scores have a standard deviation of 4. --warm compiles in that many processes first.
+neighbours and keys theirs, as in text; scores have a standard deviation of 4. With --random all are independent, scores have a
+standard deviation of 1, and nearly every key is needed. --warm compiles in that many processes first.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -17,7 +19,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from attnsieve import Pattern, attend
+from attnsieve import Pattern, UserError, attend
 from attnsieve.bench.timing import measure
 from attnsieve.layout import Blocks, Layout
 from attnsieve.selection import choose
@@ -49,6 +51,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--warm", type=int, default=0, metavar="PROCESSES")
     parser.add_argument("--kernels", action="store_true", help="list the kernels of every choice by time")
+    parser.add_argument("--random", action="store_true")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     start, patterns = time.monotonic(), arguments.patterns.split(";")
@@ -56,14 +59,14 @@ def main() -> None:
         with ProcessPoolExecutor(arguments.warm, get_context("spawn")) as pool:
             list(pool.map(compile_one, patterns))
     for n in map(int, arguments.lengths.split(",")):
-        q, k, v = inputs(n, arguments.device)
+        q, k, v = inputs(n, arguments.device, arguments.random)
         for pattern in patterns:
             if time.monotonic() - start > arguments.seconds:
                 print(f"out of time, not measured: {n} {pattern}")
                 continue
             try:
                 line = json.dumps(measured(pattern, q, k, v))
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, UserError) as error:
                 line = f"out of memory: {n} {pattern}: {error}"
             print(f"[{time.monotonic() - start:5.1f} s]", line, flush=True)
             if arguments.kernels:
@@ -76,10 +79,13 @@ def compile_one(pattern: str) -> None:
     attend(q, k, v, choose(row_of(pattern), q, k))
 
 
-def inputs(n: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(n: int, device: str, random: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """bf16 q [1, 32, n, 128], k and v [1, 8, n, 128]."""
     torch.manual_seed(0)
-    q, k = 4 * alike(HEADS, n, 256, device), alike(KV_HEADS, n, 64, device)
+    if random:
+        q, k = (alike(heads, n, 1, device) for heads in (HEADS, KV_HEADS))
+    else:
+        q, k = 4 * alike(HEADS, n, 256, device), alike(KV_HEADS, n, 64, device)
     return q, k, torch.randn(k.shape, device=device, dtype=k.dtype)
 
 
@@ -99,17 +105,24 @@ def measured(pattern: str, q: Tensor, k: Tensor, v: Tensor) -> dict[str, object]
     row, device = row_of(pattern), q.device.type
     if q.is_cuda:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    choose_ms, choose_gib = timed(lambda: choose(row, q, k), device)
     layout = choose(row, q, k)
-    times = {
-        "choose_ms": measure(lambda: choose(row, q, k), 20.0, device=device).p50,
-        "attention_ms": measure(lambda: attend(q, k, v, layout), 20.0, device=device).p50,
-        "attention_and_lists_ms": measure(lambda: attend(q, k, v, replace(layout)), 20.0, device=device).p50,
-    }
-    rounded = {name: round(ms, 3) for name, ms in times.items()}
+    attention_ms, attention_gib = timed(lambda: attend(q, k, v, layout), device)
+    # Lists of single keys are as large as the layout: beside those that are timed there may be no room for more.
+    layout.schedules.clear()
+    both_ms, _ = timed(lambda: attend(q, k, v, replace(layout)), device)
+    times = {"choose_ms": choose_ms, "attention_ms": attention_ms, "attention_and_lists_ms": both_ms}
+    peaks = {"choose_peak_gib": choose_gib, "attention_peak_gib": attention_gib}
     density = round(float(of_first_head(layout).density().mean()), 4)
-    gigabytes = round(torch.cuda.max_memory_allocated() / 2**30, 1) if q.is_cuda else None
-    return {"pattern": pattern, "kv_len": k.shape[2], **rounded, "density_of_head_0": density, "peak_gib": gigabytes}
+    return {"pattern": pattern, "kv_len": k.shape[2], **times, "density_of_head_0": density, **peaks}
+
+
+def timed(run: Callable[[], object], device: str) -> tuple[float, float | None]:
+    """Milliseconds, and on a GPU all memory in use at the peak, in GiB."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    ms = round(measure(run, 20.0, device=device).p50, 3)
+    return ms, round(torch.cuda.max_memory_allocated() / 2**30, 1) if device == "cuda" else None
 
 
 def of_first_head(layout: Layout) -> Layout:
