@@ -1,4 +1,4 @@
-"""Where kernels are launched, and what the place is called."""
+"""Where kernels are launched, what is under way there, and what the place is called."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _NOTHING = nullcontext()
 
@@ -32,3 +33,14 @@ def is_capturing(tensor: Tensor) -> bool:
 def stream_of(tensor: Tensor) -> int:
     """The stream on which kernels for the tensor are launched, 0 on a CPU."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode gradients are under way: inputs may be dual tensors, whose tangents kernels would lose. Torch has no
+    public name for it, and asking every tensor takes longer than a short call may."""
+    return forward_ad._current_level >= 0
+
+
+def padded(width: int) -> int:
+    """The next power of two from 16: sides that the matrix units take. Triton's own function takes microseconds."""
+    return max(16, 1 << (width - 1).bit_length())

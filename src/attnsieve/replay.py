@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnsieve.device import is_capturing, on_device_of, stream_of
+from attnsieve.device import in_forward_mode, is_capturing, on_device_of, stream_of
 
 # Triton compiles other code for addresses that are no multiples of this.
 _ALIGNED = 16
@@ -75,10 +74,7 @@ def _can_repeat(inputs: Sequence[Tensor]) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    # Tangents of dual tensors would be lost without a word.
-    if forward_ad._current_level >= 0:
-        return False
-    return not is_capturing(inputs[0]) and not is_heard()
+    return not (in_forward_mode() or is_capturing(inputs[0]) or is_heard())
 
 
 def _can_record(inputs: Sequence[Tensor]) -> bool:

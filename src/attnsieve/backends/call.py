@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from attnsieve.device import in_forward_mode
 from attnsieve.layout import Layout
 from attnsieve.spans import Spans
 
@@ -48,7 +49,7 @@ class Call:
     def has_tangents(self) -> bool:
         """Whether an input is a dual tensor, whose tangents kernels do not see."""
         tensors = (self.q, self.k, self.v, self.key_bias)
-        return forward_ad._current_level >= 0 and any(
+        return in_forward_mode() and any(
             tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
         )
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from attnsieve.backends.call import DECODE_QUERIES
+from attnsieve.device import in_forward_mode
 from attnsieve.layout import Layout
 from attnsieve.spans import Spans
 
@@ -39,7 +39,7 @@ def kind_of(
         return None
     if q.requires_grad or k.requires_grad or v.requires_grad or not (scale is None or type(scale) is float):
         return None
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         return None
     device, (q_shape, k_shape, v_shape) = q.device, (q.shape, k.shape, v.shape)
     if not len(q_shape) == len(k_shape) == len(v_shape) == 4:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnsieve.device import padded
 from attnsieve.replay import launch
 
 # Tokens at a time, and programs that share the tokens of a head in the backward pass.
@@ -101,7 +102,6 @@ def _parameters(weight: Tensor, bias: Tensor | None, a: Tensor) -> Parameters:
 
 def _sizes(v: Tensor) -> dict[str, int]:
     heads, width = v.shape[1], v.shape[3]
-    padded = lambda size: max(16, triton.next_power_of_2(size))  # noqa: E731
     return {"H": heads, "HP": padded(heads), "D": width, "DP": padded(width), "STEP": _TOKENS}
 
 

@@ -18,11 +18,12 @@ from attnsieve.backends.call import Call
 from attnsieve.backends.triton.common import Places, Rows, head_base, places_of, rows_of, span_of
 from attnsieve.backends.triton.decode_places import Row, plain_heads, row_places, sections_of
 from attnsieve.backends.triton.decode_rule import rule
-from attnsieve.backends.triton.geometry import padded, padded_value
+from attnsieve.backends.triton.geometry import padded_value
 from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.outputs import clear_slots, new_outputs
 from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, combine_shares, shape_of
 from attnsieve.backends.triton.tuning import decode_tuning
+from attnsieve.device import padded
 
 _MOST_HEADS = 32
 # Queries and words among which programs are dealt: longer sequences get more of them.

@@ -10,6 +10,7 @@ import torch
 
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton.schedule import Schedule
+from attnsieve.device import padded
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,6 @@ class Geometry:
         tiles = self.tiles
         of_schedule = {"LISTED": built.listed, "BLOCK": built.block, "STAGES": tiles.stages}
         return {**self.constants(), **of_schedule, "num_warps": tiles.warps, "maxnreg": tiles.registers}
-
-
-def padded(width: int) -> int:
-    """The next power of two from 16: sides that the matrix units take."""
-    return max(16, _power_of_2(width))
 
 
 def padded_value(v_width: int) -> int:

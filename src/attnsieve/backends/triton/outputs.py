@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton.common import places_of, rows_of
-from attnsieve.backends.triton.geometry import padded
+from attnsieve.device import padded
 
 
 def new_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from attnsieve.backends.ragged import Index, Memory
 from attnsieve.backends.triton.common import head_base, rows_of
-from attnsieve.backends.triton.geometry import padded, padded_value
+from attnsieve.backends.triton.geometry import padded_value
 from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, combine_shares, shape_of
 from attnsieve.backends.triton.tuning import decode_tuning
+from attnsieve.device import padded
 
 
 @triton.jit

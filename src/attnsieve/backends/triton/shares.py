@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 from attnsieve.backends.triton.common import LN2, LOG2E, load_rows
-from attnsieve.backends.triton.geometry import padded, padded_value
+from attnsieve.backends.triton.geometry import padded_value
 from attnsieve.backends.triton.nonfinite import is_finite
+from attnsieve.device import padded
 
 # Shares that are combined at a time.
 COMBINED = 64

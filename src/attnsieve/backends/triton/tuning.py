@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 
 from attnsieve.backends.call import Call
-from attnsieve.backends.triton.geometry import Geometry, Tiles, padded
+from attnsieve.backends.triton.geometry import Geometry, Tiles
 from attnsieve.backends.triton.shares import Tuning
+from attnsieve.device import padded
 
 # Prefill in half precision, heads up to 128 wide: square blocks; columns and windows; masks with diagonals or lists of keys for
 # blocks of queries; DMA's lists of keys. Half the registers let two programs share a multiprocessor, which hides their waiting.

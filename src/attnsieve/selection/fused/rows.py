@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnsieve.device import padded
 from attnsieve.selection.sequence import SequenceQK
 
 LOG2E = 1.4426950408889634
@@ -95,13 +96,13 @@ class Sides:
     def of(cls, q: Tensor, rows: int) -> Sides:
         """For `rows` rows of q's width and dtype: two programs fit into an H100's shared memory up to 256 bytes per row, one where
         queries are read again for every key tile, which makes long tiles of keys worth more."""
-        width = _padded(q.shape[-1]) * q.element_size()
+        width = padded(q.shape[-1]) * q.element_size()
         most, keys, stages = (128, 64, 3) if width <= 256 else (64, 64, 3)
         if q.shape[3] > 1:
             keys, stages = 128 * most // 64, 2
         if q.dtype == torch.float32:  # multiplied without matrix units, in registers
             most, keys, stages = 32, 32, 2
-        return cls(min(most, max(16, triton.next_power_of_2(rows))), keys, stages)
+        return cls(min(most, padded(rows)), keys, stages)
 
 
 class Shape(NamedTuple):
@@ -117,11 +118,7 @@ class Shape(NamedTuple):
 def shape_of(q: Tensor) -> Shape:
     """For q [S, K, Y, PARTS, G, D]. float32 inputs are multiplied in float32, not in tf32."""
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    return Shape._make(map(tl.constexpr, (q.shape[4], q.shape[3], q.shape[5], _padded(q.shape[5]), precision)))
-
-
-def _padded(width: int) -> int:
-    return max(16, int(triton.next_power_of_2(width)))
+    return Shape._make(map(tl.constexpr, (q.shape[4], q.shape[3], q.shape[5], padded(q.shape[5]), precision)))
 
 
 @triton.jit
