@@ -4,10 +4,10 @@
 #   python benchmarks/language.py prepare --tokens runs/tokens
 #   benchmarks/experiments.sh OUT runs/tokens smollm2-135m [SECONDS]
 #
-# Jobs in the order of what they tell, those with rows in results/ last, five at a time on two GPUs (GPUS, all by default; three on
-# one); one that needs more seconds than are left is not begun, and all end after SECONDS (570). Rows are added to OUT/*.jsonl as they
-# are measured, those that are there already are not measured again: call it again to go on, or with OUT = benchmarks/results to add
-# to those. Output goes to OUT/experiments.log. Tables and figures are made later, on any machine, with --minutes 0:
+# Jobs in the order of what they tell, the longest early, those with rows in results/ last, two at a time on each GPU (GPUS, all by
+# default); one that needs more seconds than are left is not begun, and all end after SECONDS (570). Rows are added to OUT/*.jsonl as
+# they are measured, those that are there already are not measured again: call it again to go on, or with OUT = benchmarks/results to
+# add to those. Output goes to OUT/experiments.log. Tables and figures are made later, on any machine, with --minutes 0:
 #
 #   python benchmarks/mqar.py --minutes 0 --out OUT/mqar.jsonl
 #
@@ -58,29 +58,28 @@ run() { # NEEDS COMMAND...
 export -f left measure language conversion recall run
 {
     count=$(tr ',' '\n' <<< "$gpus" | wc -l)
-    xargs -P $(((5 * count + 1) / 2)) --process-slot-var=slot -I{} bash -c "run {}" << JOBS
-300 language swa 1 1600 -long
-150 recall 512x128,1024x128 dma,dma-window --rates 7e-4
-150 recall 512x256x4 dma,dma-window,swa --seeds 1
-250 language gqa 1
-250 language mla 1
-80 recall 256x32,512x32 mha,dma,dma-window,swa --seeds 1
-250 language mqa 1
-120 recall 512x256 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
+    xargs -P $((2 * count)) --process-slot-var=slot -I{} bash -c "run {}" << JOBS
 450 language nsa 1
-120 recall 512x256x4 nsa --seeds 1
-250 language dma-window 2
-250 language mha 2
-250 language swa 2
+60 recall 512x64+noise mha,dma,dma-window,swa --seeds 1
 400 conversion 256 1000
-120 recall 1024x32,256x256,256x128,2048x128 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
-60 recall 512x64+noise mha,dma,dma-window
+150 language mqa 1
+100 recall 512x256 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
+150 language dma-window 2
+150 language mha 2
+100 recall 512x256x4 dma,dma-window --rates 7e-4 --seeds 1
+150 language swa 2
+120 recall 512x256x4 nsa --seeds 1
+120 recall 2048x128 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
+60 recall 1024x32,256x256,256x128 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
 60 recall 512x64 mha,dma-window --no-convolution
 400 conversion 512 1000
 300 language dma-all 1 1600 -long
-400 language dma-window,mha 1 1600 -long
+400 language dma-window,mha,swa 1 1600 -long
+250 language gqa,mla 1
 150 recall 512x64,1024x64,512x128,2048x64,1024x128,256x64 mha,dma,dma-window,swa
-100 recall 512x256x4 mha,gqa,mqa,mla
+150 recall 512x128,1024x128 dma,dma-window --rates 7e-4
+80 recall 256x32,512x32 mha,dma,dma-window,swa --seeds 1
+150 recall 512x256x4 mha,gqa,mqa,mla,dma,dma-window,swa --seeds 1
 JOBS
     rm -rf "$models"
 } >> "$out/experiments.log" 2>&1
