@@ -83,6 +83,11 @@ def test_dense_is_what_the_fastest_dense_kernel_takes():
     assert sum(found["dense prefill"][kind] * amount for kind, amount in work.items()) == pytest.approx(4.0, rel=1e-3)
 
 
+def test_what_auto_took_counts_for_it():
+    rows = [row("fa4", {"call": 1.0, "whole": 1.0}, 3.0), row("auto: fa4", {"call": 1.0, "whole": 3.0}, 5.0)]
+    assert fit(rows)["gpu"]["constants"] == {"fa4 prefill": pytest.approx({"call": 2.0, "whole": 1.0}, rel=1e-3)}
+
+
 def test_rows_with_building_or_without_work_are_left_out():
     with pytest.raises(UserError, match="no row holds"):
         fit([row("triton", {"call": 1.0}, 1.0, includes_mask_building=True), row("triton", None, 1.0)])

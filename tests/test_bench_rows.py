@@ -253,6 +253,7 @@ def test_a_row_without_a_baseline_claims_no_speed_up():
 def test_auto_is_named_with_what_it_chose():
     row = next(iter(kernels.prefill(SMALL, "auto", **FAST)))
     assert row.backend in {f"auto: {name}" for name in attention.BACKENDS}
+    assert row.work == next(iter(kernels.prefill(SMALL, row.backend.removeprefix("auto: "), **FAST))).work is not None
 
 
 def test_masks_of_more_keys_than_there_are_say_so():

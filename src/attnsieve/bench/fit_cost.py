@@ -25,27 +25,28 @@ def fit(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     is what torch's own choice is taken to be. Raises UserError where no row says what work it was.
     """
     groups: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for row in _newest(rows):
+    for row in newest(rows):
         if row.get("work") and not row["includes_mask_building"]:
-            groups[row["device"]][f"{_backend(row)} {row['op']}"].append(row)
+            groups[row["device"]][f"{backend_of(row)} {row['op']}"].append(row)
     require(bool(groups), "no row holds amounts of work: fit to rows of attnsieve bench prefill and decode")
     return {device: _of_device(by_kind) for device, by_kind in groups.items()}
 
 
-def _newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last of the rows of each measurement, by the order in which they are given."""
     return list({tuple(row[name] for name in (*_CASE, "includes_mask_building")): row for row in rows}.values())
 
 
-def _backend(row: dict[str, Any]) -> str:
-    """Dense kernels of others are one backend."""
-    return cost.DENSE if row["backend"] in KERNELS and row["backend"] != "fa4" and row["density"] == 1 else row["backend"]
+def backend_of(row: dict[str, Any]) -> str:
+    """Dense kernels of others are one backend; what auto took is that."""
+    name: str = row["backend"].removeprefix("auto: ")
+    return cost.DENSE if name in KERNELS and name != "fa4" and row["density"] == 1 else name
 
 
 def _of_device(by_kind: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     constants, errors = {}, {}
     for kind, rows in sorted(by_kind.items()):
-        rows = _fastest(rows)
+        rows = fastest(rows)
         kinds = sorted({name for row in rows for name in row["work"]})
         amounts = torch.tensor([[row["work"].get(name, 0.0) for name in kinds] for row in rows], dtype=torch.float64)
         ms = torch.tensor([row["ms_p20"] for row in rows], dtype=torch.float64)
@@ -60,11 +61,11 @@ def _all(by_kind: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [row for rows in by_kind.values() for row in rows]
 
 
-def _fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def fastest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each backend's work, of the dense kernels the fastest."""
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        key = (_backend(row), *sorted(row["work"].items()))
+        key = (backend_of(row), *sorted(row["work"].items()))
         if key not in best or row["ms_p20"] < best[key]["ms_p20"]:
             best[key] = row
     return list(best.values())

@@ -238,9 +238,11 @@ class _Made:
 
     def _work(self, building: bool) -> dict[str, float] | None:
         """What costs are fitted to: forward passes alone."""
-        if building or self.op not in ("prefill", "decode") or self.backend == "auto":
+        if building or self.op not in ("prefill", "decode"):
             return None
-        backend = cost.DENSE if self.backend in dense.KERNELS and self.case.mask == DENSE else self.backend
+        backend = choose_backend(self.call) if self.backend == "auto" else self.backend
+        if backend in dense.KERNELS and self.case.mask == DENSE:
+            backend = cost.DENSE
         return cost_work.work(self.call, backend)
 
 
