@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,9 @@ STRICT = (0.1, 0.15, 0.2, 0.22, 0.24)
 MASSES = (0.7, 0.8, 0.9, 0.95)
 RATIOS = (0.02, 0.1, 0.3)
 PCL = 512
+# What every rule may be given besides: the rows that ask, and decode steps, read every key. Methods for prompts are published so.
+RAIL = "last_queries(32) | dense_decode()"
+FITTED_RAIL: dict[str, Any] = {"last_rows": 32, "dense_decode": True}
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def fixed(workshop: Workshop, length: int) -> dict[str, Plan]:
     mark = fingerprint(workshop.model)
     return offered(
         {
-            f"{name}-{d:g}": lambda name=name, d=d: static_baseline(name, mark, density=d, length=length)
+            f"{name}-{d:g}": partial(static_baseline, name, mark, density=d, length=length)
             for name, d in product(STATIC, DENSITIES)
         }
     )
@@ -95,7 +98,7 @@ def caches(workshop: Workshop, length: int) -> dict[str, Plan]:
     mark = fingerprint(workshop.model)
     return offered(
         {
-            f"{name}-{d:g}": lambda name=name, d=d: cache_baseline(name, mark, density=d, length=length)
+            f"{name}-{d:g}": partial(cache_baseline, name, mark, density=d, length=length)
             for name, d in product(CACHE, DENSITIES[::2])
         }
     )
@@ -110,61 +113,59 @@ def profiled(workshop: Workshop, length: int) -> dict[str, Plan]:
     mass = sum(kind.long[-1].offset_mass for kind in kinds)
     mark = fingerprint(workshop.model)
     made = {
-        f"dam-paper-{capture}": lambda: fit(kinds, preset="paper"),
-        "dam-robust-0.9": lambda: fit(kinds, preset="robust"),
-        "dam-adaptive-0.95": lambda: fit(kinds, preset="adaptive"),
+        f"dam-paper-{capture}": partial(fit, kinds, preset="paper"),
+        "dam-robust-0.9": partial(fit, kinds, preset="robust"),
+        "dam-adaptive-0.95": partial(fit, kinds, preset="adaptive"),
     }
-    made |= {f"moa-{d:g}": lambda d=d: moa_baseline(mark, mass, density=d, length=length) for d in DENSITIES}
+    made |= {f"moa-{d:g}": partial(moa_baseline, mark, mass, density=d, length=length) for d in DENSITIES}
     return offered(made)
 
 
 def budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
     """A rule per head within a density, with and without guard rails."""
     kinds = measured(workshop, length, "none")
-    made = {f"budget-{d:g}": lambda d=d: fit_budget(kinds, density=d) for d in DENSITIES}
-    made |= {f"budget-guarded-{d:g}": lambda d=d: fit_budget(kinds, density=d, dense_layers=1, last_rows=64) for d in DENSITIES}
-    return offered(made)
+    guarded_too = _budgets("budget-guarded", kinds, DENSITIES, dense_layers=1, last_rows=64)
+    return offered(_budgets("budget", kinds, DENSITIES) | guarded_too)
 
 
 def shared_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
     """A rule per KV group, whose query heads choose together."""
-    kinds = measured(workshop, length, "kv")
-    return offered({f"budget-kv-{d:g}": lambda d=d: fit_budget(kinds, density=d, share="kv") for d in DENSITIES})
+    return offered(_budgets("budget-kv", measured(workshop, length, "kv"), DENSITIES, share="kv"))
 
 
 def fitted_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
     """Within a density that includes the guard rails of `RAIL`: what `attnsieve fit --last-rows 32 --dense-decode` makes."""
-    kinds = measured(workshop, length, "none")
-    return offered({f"budget-fitted-prompt-{d:g}": lambda d=d: fit_budget(kinds, density=d, **FITTED_RAIL) for d in CLOSE})
+    return offered(_budgets("budget-fitted-prompt", measured(workshop, length, "none"), CLOSE, **FITTED_RAIL))
 
 
 def thorough_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
     """Single keys are chosen by all queries of a block instead of eight of 64; with and without rails within the density."""
     kinds = measured(workshop, length, "none", rows=64)
-    made = {f"budget-all-{d:g}": lambda d=d: fit_budget(kinds, density=d) for d in CLOSE}
-    made |= {f"budget-all-fitted-prompt-{d:g}": lambda d=d: fit_budget(kinds, density=d, **FITTED_RAIL) for d in CLOSE}
-    return offered(made)
+    return offered(_budgets("budget-all", kinds, CLOSE) | _budgets("budget-all-fitted-prompt", kinds, CLOSE, **FITTED_RAIL))
 
 
 def near_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
     """Among today's usual candidates, whose windows are no wider than a sixteenth of the length."""
-    plans: dict[str, Callable[[], Plan]] = {}
-    for name, rows in (("budget-near", 8), ("budget-all-near", 64)):
-        kinds = [only(kind, default_candidates(length, rows=rows)) for kind in measured(workshop, length, "none", rows=rows)]
-        plans |= {f"{name}-{d:g}": lambda d=d, kinds=kinds: fit_budget(kinds, density=d) for d in STRICT}
-        plans |= {
-            f"{name}-fitted-prompt-{d:g}": lambda d=d, kinds=kinds: fit_budget(kinds, density=d, **FITTED_RAIL) for d in STRICT
-        }
-    return offered(plans)
+    return _near_budgets(workshop, length, {"": {}, "-fitted-prompt": FITTED_RAIL})
 
 
 def asking_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
     """As `near_budgets`, with every key for the last rows of a prompt, paid from the budget; decode steps are sparse."""
-    plans: dict[str, Callable[[], Plan]] = {}
-    for name, rows in (("budget-near-asked", 8), ("budget-all-near-asked", 64)):
+    return _near_budgets(workshop, length, {"-asked": {"last_rows": 32}})
+
+
+def _near_budgets(workshop: Workshop, length: int, guards: Mapping[str, Mapping[str, Any]]) -> dict[str, Plan]:
+    """guards: what `fit_budget` is given besides, by the end of the plans' names."""
+    made: dict[str, Callable[[], Plan]] = {}
+    for name, rows in (("budget-near", 8), ("budget-all-near", 64)):
         kinds = [only(kind, default_candidates(length, rows=rows)) for kind in measured(workshop, length, "none", rows=rows)]
-        plans |= {f"{name}-{d:g}": lambda d=d, kinds=kinds: fit_budget(kinds, density=d, last_rows=32) for d in STRICT}
-    return offered(plans)
+        for end, options in guards.items():
+            made |= _budgets(name + end, kinds, STRICT, **options)
+    return offered(made)
+
+
+def _budgets(name: str, kinds: list[Measurement], densities: Sequence[float], **options: Any) -> dict[str, Callable[[], Plan]]:
+    return {f"{name}-{d:g}": partial(fit_budget, kinds, density=d, **options) for d in densities}
 
 
 def measured(workshop: Workshop, length: int, share: str, *, rows: int = 8) -> list[Measurement]:
@@ -218,11 +219,6 @@ GROUPS: dict[str, Callable[[Workshop, int], dict[str, Plan]]] = {
     "caches": caches,
     "phases": phases,
 }
-
-
-# What every rule may be given besides: the rows that ask, and decode steps, read every key. Methods for prompts are published so.
-RAIL = "last_queries(32) | dense_decode()"
-FITTED_RAIL: dict[str, Any] = {"last_rows": 32, "dense_decode": True}
 
 
 def railed(plans: dict[str, Plan]) -> dict[str, Plan]:
@@ -285,24 +281,14 @@ def _read(group: Path) -> dict[str, Plan]:
     return {path.name: Plan.from_pretrained(path) for path in sorted(group.iterdir())}
 
 
+# Of a plan's provenance, what a summary tells.
+TOLD = ("method", "preset", "pcl", "budget", "share", "guards", "expected", "heads")
+TOLD += ("reach", "reach_bound", "bound", "strength", "rail")
+
+
 def summary(model: str, length: int, name: str, plan: Plan) -> str:
     """One JSON line: what a plan was asked for, what it expects of itself, and for DAM's how far it can look back."""
-    keys = (
-        "method",
-        "preset",
-        "pcl",
-        "budget",
-        "share",
-        "guards",
-        "expected",
-        "heads",
-        "reach",
-        "reach_bound",
-        "bound",
-        "strength",
-        "rail",
-    )
-    about = {key: plan.provenance[key] for key in keys if key in plan.provenance}
+    about = {key: plan.provenance[key] for key in TOLD if key in plan.provenance}
     density = None if plan.density is None else float(plan.density.mean())
     return json.dumps(
         {"model": model, "length": length, "plan": name, "plan_digest": plan_digest(plan), "density": density, **about}
