@@ -65,10 +65,21 @@ STANDARD = {
         ("prefill", "blocks-50;blocks-25;blocks-5;B;columns-5;window(4096);dense()", LLAMA, "32768", "fa4", "fa4"),
         ("prefill", f"C;blocks-10;C+;columns-5;{WINDOW}", LLAMA, "131072", "fa4", "fa4"),
     ],
+    # A line for each kind of mask: what torch compiles for one serves all masks of its kind.
     "flex": [
-        ("prefill", "blocks-10;blocks-25;blocks-50;blocks-5", LLAMA, "32768", "flex-triton,flex-flash", "cudnn,fa4"),
+        ("prefill", "A;B", LLAMA, "32768", "flex-triton,flex-flash", "cudnn,fa4"),
+        ("prefill", "blocks-25;blocks-50;blocks-5;blocks-10", LLAMA, "32768", "flex-triton,flex-flash", "cudnn,fa4"),
+        ("prefill", "C", LLAMA, "131072", "flex-triton,flex-flash", "fa4"),
+        ("prefill", "blocks-10", LLAMA, "131072", "flex-triton,flex-flash", "fa4"),
+        ("prefill", "C", LLAMA, "8192", "flex-triton,flex-flash", "cudnn,fa4"),
+        ("prefill", "blocks-10", LLAMA, "8192", "flex-triton,flex-flash", "cudnn,fa4"),
         ("prefill", "C", LLAMA, "32768", "flex-triton,flex-flash", "cudnn,fa4"),
-        ("prefill", "B;A", LLAMA, "32768", "flex-triton,flex-flash", "cudnn,fa4"),
+    ],
+    # Who is fastest, measured and not chosen: what costs of other shapes are fitted to.
+    "choices": [
+        *(("prefill", "blocks-10;C;columns-50", shape, "32768", "triton,fa4", "fa4") for shape in OTHERS),
+        *(("prefill", "blocks-10;C;columns-50;window(1024)", shape, "8192", "triton,fa4", "cudnn,fa4") for shape in OTHERS),
+        *(("prefill", "blocks-10;blocks-50;window(1024)", shape, "4096", "triton,fa4", "cudnn,fa4") for shape in OTHERS),
     ],
     "shapes": [
         *(("prefill", "blocks-10;C;columns-50", shape, "32768", "auto", "cudnn,fa4") for shape in OTHERS),

@@ -149,6 +149,21 @@ def test_what_cannot_be_served_is_skipped_by_name():
     assert "CUDA" in rows[1].reason
 
 
+def test_where_flex_attention_fails_the_rest_is_still_measured(monkeypatch):
+    def attend(_call, kernel):
+        raise NotImplementedError(f"no code for {kernel}") if kernel == "FLASH" else WrongResult("far off")
+
+    monkeypatch.setattr(kernels.flex, "attend", attend)
+    suite = Suite(
+        "prefill", ["window(9)"], [shape_of("smollm2-135m")], [64], ["flex-flash", "portable"], [], torch.float32, "cpu"
+    )
+    skipped, *rows = suite.rows()
+    assert str(skipped) == "skipped flex-flash window(9) at 64: NotImplementedError: no code for FLASH"
+    assert [row.backend for row in rows] == ["portable"] * 2
+    with pytest.raises(WrongResult, match="far off"):
+        list(replace(suite, backends=["flex-triton"]).rows())
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
