@@ -212,12 +212,14 @@ def window_kernels(window: int) -> dict[str, Callable[[Call], Tensor]]:
         out: Tensor = flash_attn_func(q, k, v, softmax_scale=call.scale, window_size=(window - 1, 0))[0]
         return out.transpose(1, 2)
 
-    def flex(call: Call) -> Tensor:
+    def flex(call: Call, **options: str) -> Tensor:
         mask = flex_window(call.k.shape[2], window, call.k.device)
-        out: Tensor = compiled()(call.q, call.k, call.v, block_mask=mask, scale=call.scale, enable_gqa=call.group > 1)
+        rest = {"block_mask": mask, "scale": call.scale, "enable_gqa": call.group > 1, "kernel_options": options}
+        out: Tensor = compiled()(call.q, call.k, call.v, **rest)
         return out
 
-    return {"triton": ours("triton"), "auto": ours("auto"), "fa4": fa4, "flex": flex}
+    others = {"fa4": fa4, "flex": flex, "flex-flash": partial(flex, BACKEND="FLASH")}
+    return {"triton": ours("triton"), "auto": ours("auto"), **others}
 
 
 @lru_cache(maxsize=1)
