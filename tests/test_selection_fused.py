@@ -11,7 +11,7 @@ from attnsieve.selection import blocks, choose, fused
 from attnsieve.selection.sequence import SequenceQK, fewest_with_mass
 from tests.gpu_compiler import compiled
 from tests.interpreter import needs_interpreter
-from tests.test_selection import random_qk, shared
+from tests.selection_samples import random_qk, shared
 
 pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")]
 PROBES = [

@@ -12,7 +12,7 @@ from attnsieve.selection import choose, fused
 from attnsieve.selection.probe import probe_rows
 from attnsieve.selection.sequence import SequenceQK
 from attnsieve.testing import relative_error
-from tests.test_selection import SAMPLES, VOTING, random_qk, shared
+from tests.selection_samples import SAMPLES, VOTING, random_qk, shared
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from attnsieve.errors import require
 from attnsieve.patterns import Pattern
 from attnsieve.patterns.dynamic import CallAtom, DynamicAtom
+from attnsieve.selection.memo import once_per_row
 from attnsieve.selection.sequence import SequenceQK
 
 
@@ -38,7 +39,7 @@ def per_group(patterns: Sequence[Pattern], group: int) -> bool:
     return alike and not any(_per_head(atom) for pattern in patterns for atom in pattern)
 
 
-@lru_cache(maxsize=256)
+@once_per_row
 def carriers(patterns: tuple[Pattern, ...], group: int) -> tuple[Carrier, ...]:
     """The carriers of one layer's patterns, one per query head.
 

@@ -8,7 +8,6 @@ memory allows is done in parts: rows of blocks or KV heads one after the other, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -38,6 +37,7 @@ from attnsieve.selection.blocks import antidiagonal_blocks, pooled_blocks, probe
 from attnsieve.selection.carriers import Carrier, carriers, per_group
 from attnsieve.selection.join import Part, Static, join
 from attnsieve.selection.keys import heavy_hitters, voted_keys
+from attnsieve.selection.memo import once_per_row
 from attnsieve.selection.phases import dense_decode, dense_prefill, last_queries
 from attnsieve.selection.probe import dam_online, vertical_slash
 from attnsieve.selection.sequence import Chosen, SequenceQK
@@ -99,7 +99,7 @@ def _chosen(
     return join(static, q.shape[0] if spans is None else len(spans), parts) if parts else static.layout
 
 
-@lru_cache(maxsize=256)
+@once_per_row
 def _static_part(patterns: tuple[Pattern, ...], capacity: int, device: torch.device) -> Static:
     static = [Pattern.of(*(atom for atom in pattern if not atom.dynamic)) for pattern in patterns]
     return Static.of(compile_layout(static, capacity, device))
