@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import product
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,7 +36,16 @@ from attnsieve.hf.ragged import PROGRAMS
 from attnsieve.patterns import Pattern, columns, window
 from attnsieve.ragged import Kept, RaggedStore
 
+if TYPE_CHECKING:
+    from attnsieve.backends.triton.shares import Tuning
+
 Q_HEADS, KV_HEADS, WIDTH, WINDOW = 32, 8, 128, 256
+SCALE = WIDTH**-0.5
+# keys, warps, tiles ahead, programs on a multiprocessor: what the library takes first, then by what may be gained.
+TUNINGS = (
+    "32,4,2,4 32,4,3,4 32,4,2,5 32,4,1,4 64,4,1,4 64,4,2,3 32,2,2,8 32,2,2,5 16,2,3,8 32,4,3,3 64,8,2,2 64,4,2,2 "
+    "16,4,4,4 32,4,1,8 64,4,1,2 32,8,2,2"
+)
 
 
 @dataclass(frozen=True)
@@ -63,65 +76,101 @@ class Result:
         )
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One decode step: q of the last token, k and v of all, a pattern per query head."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    row: list[Pattern]
+    kept: Kept
+
+    @classmethod
+    def random(cls, n: int, density: float, per_head: bool, device: str) -> Layer:
+        torch.manual_seed(0)
+        k, v = (torch.randn(1, KV_HEADS, n, WIDTH, device=device, dtype=_dtype(device)) for _ in range(2))
+        q = torch.randn(1, Q_HEADS, 1, WIDTH, device=device, dtype=_dtype(device))
+        row = _row(n, density, per_head)
+        return cls(q, k, v, row, Kept.of(row, KV_HEADS, n + 1024))
+
+    def call(self, per_head: bool) -> Call:
+        """The same step over a full cache."""
+        n, device = self.k.shape[2], self.k.device
+        layout = compile_layout(self.row if per_head else self.row[:: Q_HEADS // KV_HEADS], n, device)
+        return Call(self.q, self.k, self.v, layout, Spans.full(1, 1, n, device), SCALE)
+
+    def store(self, programs: int) -> RaggedStore:
+        """All tokens but the last, with work for so many programs per multiprocessor."""
+        processors = torch.cuda.get_device_properties(self.k.device).multi_processor_count if self.k.is_cuda else 1
+        store = RaggedStore(self.kept, self.kept.index(self.k.device, programs * processors), self.k, self.v)
+        store.fill(self.k[:, :, :-1], self.v[:, :, :-1], [0], 0)
+        return store
+
+    def last(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k[:, :, -1:], self.v[:, :, -1:]
+
+
 def run(n: int, density: float, per_head: bool, device: str = "cuda") -> Result:
     """Measure one density at `n` keys."""
-    torch.manual_seed(0)
-    k, v = (torch.randn(1, KV_HEADS, n, WIDTH, device=device, dtype=_dtype(device)) for _ in range(2))
-    q = torch.randn(1, Q_HEADS, 1, WIDTH, device=device, dtype=_dtype(device))
-    row = _row(n, density, per_head)
-    kept = Kept.of(row, KV_HEADS, n + 1024)
-    store = _store(kept, k, v, PROGRAMS)
-    scale = WIDTH**-0.5
-    step = lambda: store.step(q, k[:, :, -1:], v[:, :, -1:], scale)  # noqa: E731
-    layout = compile_layout(row if per_head else row[:: Q_HEADS // KV_HEADS], n, device)
-    call = Call(q, k, v, layout, Spans.full(1, 1, n, device), scale)
+    layer = Layer.random(n, density, per_head, device)
+    store, call, kept = layer.store(PROGRAMS), layer.call(per_head), layer.kept
+    step = lambda: store.step(*layer.last(), SCALE)  # noqa: E731
     verdict = check_rows(call, *step(), rows=1)
     return Result(
         n=n,
         per_head=per_head,
         density=float(
-            torch.stack([pattern.keep(torch.tensor(n - 1), torch.arange(n)).float().mean() for pattern in row]).mean()
+            torch.stack([pattern.keep(torch.tensor(n - 1), torch.arange(n)).float().mean() for pattern in layer.row]).mean()
         ),
         share=kept.slots / (KV_HEADS * n),
         stored_bytes=store.nbytes,
         index_bytes=sum(t.nbytes for t in (*store.index.heads, *store.index[1:])),
-        full_bytes=k.nbytes + v.nbytes,
+        full_bytes=layer.k.nbytes + layer.v.nbytes,
         step_ms=_ms(step, device),
-        full_cache_ms=_ms(lambda: attend(q, k, v, layout, spans=call.spans, scale=scale), device),
-        dense_ms=_ms(lambda: _dense(q, k, v, device), device, record=False),
+        full_cache_ms=_ms(lambda: attend(call.q, call.k, call.v, call.layout, spans=call.spans, scale=SCALE), device),
+        dense_ms=_ms(lambda: _dense(layer.q, layer.k, layer.v, device), device, record=False),
         error=verdict.error,
         error_budget=verdict.budget,
     )
 
 
-def tune(n: int, device: str) -> None:
+def tune(n: int, device: str, variants: list[Tuning], processes: int, seconds: float) -> None:
     """Print step times of choices that the kernel leaves open, at 10 % per KV head and per query head."""
-    from attnsieve.backends.triton.ragged import Step
-    from attnsieve.backends.triton.shares import Tuning
+    start = time.monotonic()
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        problems = list(pool.map(partial(compile_variant, n, device), variants))
+    print(f"[{time.monotonic() - start:5.1f} s] compiled and checked", flush=True)
+    layers = [Layer.random(n, 0.1, per_head, device) for per_head in (False, True)]
+    for tuning, problem in zip(variants, problems, strict=True):
+        if problem or time.monotonic() - start > seconds:
+            print(f"{tuning}: {problem or 'out of time'}", flush=True)
+            continue
+        times = [_ms(_tuned(layer, tuning), device, budget_ms=30.0) for layer in layers]
+        print(f"[{time.monotonic() - start:5.1f} s] {tuning}: {times[0]:.4f} and {times[1]:.4f} ms", flush=True)
 
-    dtype = _dtype(device)
-    k, v = (torch.randn(1, KV_HEADS, n, WIDTH, device=device, dtype=dtype) for _ in range(2))
-    q = torch.randn(1, Q_HEADS, 1, WIDTH, device=device, dtype=dtype)
-    kept = [Kept.of(_row(n, 0.1, per_head), KV_HEADS, n + 1024) for per_head in (False, True)]
-    for keys, ahead, programs in product((32, 64), (1, 2, 3), (2, 4, 8)):
-        times = []
-        for plan in kept:
-            store = _store(plan, k, v, programs)
-            step = Step(q, store.memory, store.index, 0.1, Tuning(keys, warps=4, ahead=ahead, programs=programs))
-            times.append(_ms(lambda step=step: step(q, k[:, :, -1:], v[:, :, -1:]), device, budget_ms=30.0))
-        print(f"keys {keys}, ahead {ahead}, programs {programs}: {times[0]:.4f} and {times[1]:.4f} ms", flush=True)
+
+def compile_variant(n: int, device: str, tuning: Tuning) -> str | None:
+    """Compile one choice and compare it with the oracle; why it cannot be used, or None."""
+    try:
+        for per_head in (False, True):
+            layer = Layer.random(n, 0.1, per_head, device)
+            check_rows(layer.call(per_head), *_tuned(layer, tuning)(), rows=1)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[-300:]}"
+    return None
+
+
+def _tuned(layer: Layer, tuning: Tuning) -> Callable[[], tuple[Tensor, Tensor]]:
+    from attnsieve.backends.triton.ragged import Step
+
+    store = layer.store(tuning.programs)
+    step = Step(layer.q, store.memory, store.index, SCALE, tuning)
+    return lambda: step(*layer.last())
 
 
 def _dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
-
-
-def _store(kept: Kept, k: Tensor, v: Tensor, programs: int) -> RaggedStore:
-    """All tokens but the last, with work for so many programs per multiprocessor."""
-    processors = torch.cuda.get_device_properties(k.device).multi_processor_count if k.is_cuda else 1
-    store = RaggedStore(kept, kept.index(k.device, programs * processors), k, v)
-    store.fill(k[:, :, :-1], v[:, :, :-1], [0], 0)
-    return store
 
 
 def _row(n: int, density: float, per_head: bool) -> list[Pattern]:
@@ -149,9 +198,15 @@ def main() -> None:
     parser.add_argument("--densities", default="0.1,0.05,0.02")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ragged.jsonl")
     parser.add_argument("--tune", action="store_true", help="only compare choices of the kernel")
+    parser.add_argument("--tiles", default=TUNINGS, help="of --tune: keys,warps,ahead,programs separated by spaces")
+    parser.add_argument("--processes", type=int, default=12, help="of --tune: that compile")
+    parser.add_argument("--seconds", type=float, default=50.0, help="of --tune: no further choice is timed after so many")
     args = parser.parse_args()
     if args.tune:
-        tune(args.n, args.device)
+        from attnsieve.backends.triton.shares import Tuning
+
+        variants = [Tuning(*map(int, part.split(","))) for part in args.tiles.split()]
+        tune(args.n, args.device, variants, args.processes, args.seconds)
         return
     for density in (float(text) for text in args.densities.split(",")):
         for per_head in (False, True):
