@@ -100,7 +100,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.shape, self.device, self.budget_ms = shape_of(arguments.shape), arguments.device, arguments.budget_ms
         self.dtype = torch.bfloat16 if torch.device(self.device).type == "cuda" else torch.float32
-        self.baselines, self.by = arguments.baselines.split(","), arguments.windows_by.split(",")
+        self.baselines, self.by = [name for name in arguments.baselines.split(",") if name], arguments.windows_by.split(",")
         self._dense: dict[tuple[str, int], kernels.Dense | None] = {}
 
     def dense(self, op: str, n: int) -> Iterator[Row]:
@@ -292,7 +292,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget-ms", type=float, default=100.0, help="how long one measurement is repeated")
     parser.add_argument("--lengths", default="", help="instead of all, as 4096,32768")
     parser.add_argument("--budgets", default="", help="w, instead of all")
-    parser.add_argument("--baselines", default="cudnn,flash,fa4", help="those that are missing are skipped")
+    parser.add_argument("--baselines", default="cudnn,flash,fa4", help="those that are missing are skipped; may be none")
     parser.add_argument("--windows-by", default="triton,fa4", help="kernels of windows; flex takes seconds to compile")
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
     parser.add_argument("--device", default="cuda")
