@@ -108,9 +108,9 @@ def test_heads_are_added_up_some_at_a_time(pattern, on_chip, monkeypatch):
 
     q, k = random_qk(2, 4, 2, 40, width=16)
     on_chip()
-    whole, heads, right = choose([pattern] * 4, q, k), [], slash._sums
+    whole, heads, right = choose([pattern] * 4, q, k), [], slash.Cells._sums
     monkeypatch.setattr(slash, "SUMS_AT_ONCE", 1)
-    monkeypatch.setattr(slash, "_sums", lambda probed, *rest: heads.append(probed.q.shape[1]) or right(probed, *rest))
+    monkeypatch.setattr(slash.Cells, "_sums", lambda cells, *rest: heads.append(cells.k.shape[1]) or right(cells, *rest))
     parts = choose([pattern] * 4, q, k)
     assert set(heads) == {1}
     assert torch.equal(parts.end, whole.end)

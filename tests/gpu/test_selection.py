@@ -80,10 +80,9 @@ def double_attention(sequence, rows):
     [(4, 128, torch.bfloat16), (7, 80, torch.bfloat16), (3, 256, torch.float16), (1, 64, torch.float32)],
 )
 def test_masses_are_those_of_float64(group, width, dtype):
-    from attnsieve.selection.fused.lse import row_lse
     from attnsieve.selection.fused.masses import Sums, by_block, by_key
     from attnsieve.selection.fused.rows import ProbedRows
-    from attnsieve.selection.fused.slash import sums
+    from attnsieve.selection.fused.slash import Cells
 
     n, count = 9001, 96
     q, k = long_inputs(n, group, width, dtype)
@@ -98,7 +97,7 @@ def test_masses_are_those_of_float64(group, width, dtype):
         assert relative_error(by_key(probed, k, Sums(4, together))[..., read], expected[..., read]) < 3e-5
         blocks = torch.nn.functional.pad(expected, (0, -n % 64)).unflatten(-1, (-1, 64)).sum(-1)
         assert relative_error(by_block(probed, k, 64, Sums(4, together)), blocks) < 3e-5
-        found = sums(probed, k, row_lse(probed, k)[0], count, together)
+        found = Cells.of(sequence, rows).sums(count)
         distance = (rows[:, None] - torch.arange(n, device="cuda")).clamp_min(0).flatten().expand(*cells.shape[:2], -1)
         by_distance = torch.zeros_like(cells[:, :, 0]).scatter_add_(-1, distance, cells.flatten(2))
         for one, other in zip(found, (cells.sum(2), by_distance), strict=True):

@@ -7,7 +7,7 @@ distance below each other; those that run over the edge belong to N distances fu
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -98,105 +98,108 @@ def slash_kernel(
 def larger_shares(sequence: SequenceQK, rows: Tensor, last: int) -> tuple[Tensor, Tensor]:
     """float32 [S, C, n] twice: the attention of the queries at `rows`, int64 [P] ascending, the last of them one by one, by key and
     by distance; every cell is counted where the sum of all cells is larger, by key where they are equal."""
-    probed = ProbedRows.of(sequence, rows)
-    lse, _ = row_lse(probed, sequence.k)
-    all_cells = sums(probed, sequence.k, lse, last, sequence.together)
-    return sums(probed, sequence.k, lse, last, sequence.together, by=all_cells)
+    cells = Cells.of(sequence, rows)
+    return cells.sums(last, by=cells.sums(last))
 
 
 def counts(sequence: SequenceQK, rows: Tensor, last: int, cut: float) -> tuple[Tensor, Tensor]:
     """As `larger_shares`: the number of cells, by key and by distance, that hold at least `cut`, exact in float32."""
-    probed = ProbedRows.of(sequence, rows)
-    lse, _ = row_lse(probed, sequence.k)
-    return sums(probed, sequence.k, lse, last, sequence.together, cut=cut)
+    return Cells.of(sequence, rows).sums(last, cut=cut)
 
 
-def sums(
-    probed: ProbedRows,
-    k: Tensor,
-    lse: Tensor,
-    last: int,
-    together: bool,
-    *,
-    cut: float | None = None,
-    by: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """float32 [S, C, n] twice: cells of the probed rows added up by key and by distance. The last `last` positions ascend one by
-    one, those before are anywhere. See `slash_kernel` for `cut` and `by`, its column and offset."""
-    earlier = len(probed.position) - last
-    stretches = [(earlier, last, 64), (0, earlier, 1)]
-    parts = [_in_parts(probed, k, lse, stretch, together, cut, by) for stretch in stretches if stretch[1]]
-    columns, distances = zip(*parts, strict=True)
-    return sum(columns[1:], columns[0]), sum(distances[1:], distances[0])
+@dataclass(frozen=True)
+class Stretch:
+    """`count` probed positions from number `first` on, of which up to `at_once` lie next to each other."""
+
+    first: int
+    count: int
+    at_once: int
 
 
-def _in_parts(
-    probed: ProbedRows,
-    k: Tensor,
-    lse: Tensor,
-    stretch: tuple[int, int, int],
-    together: bool,
-    cut: float | None,
-    by: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """`_sums` of as many KV heads at once as memory allows: rows that are anywhere have sums of their own before they are added."""
-    sequences, kv_heads, n = k.shape[:3]
-    choices = 1 if together else probed.group
-    at_once = SUMS_AT_ONCE // (3 * stretch[1] // stretch[2] * choices * n + 1)
-    if at_once >= sequences * kv_heads:
-        return _sums(probed, k, lse, stretch, together, cut, by)
-    at_once = max(1, at_once)
-    columns = k.new_empty(sequences, kv_heads * choices, n, dtype=torch.float32)
-    distances = torch.empty_like(columns)
-    for s, start in product(range(sequences), range(0, kv_heads, at_once)):
-        heads = slice(start, min(start + at_once, kv_heads))
-        own = slice(heads.start * choices, heads.stop * choices)
-        rows = replace(probed, q=probed.q[s : s + 1, heads])
-        some_lse = lse.view(sequences, kv_heads, -1)[s, heads]
-        some_by = None if by is None else (by[0][s : s + 1, own], by[1][s : s + 1, own])
-        found = _sums(rows, k[s : s + 1, heads], some_lse, stretch, together, cut, some_by)
-        columns[s : s + 1, own], distances[s : s + 1, own] = found
-    return columns, distances
+@dataclass(frozen=True)
+class Cells:
+    """The attention of probed rows to keys k [S, K, n, D]. lse: float32 [S * K, R], of the rows; together: heads of a group are
+    added up, C = K, else C is the number of query heads."""
 
+    probed: ProbedRows
+    k: Tensor
+    lse: Tensor
+    together: bool
 
-def _sums(
-    probed: ProbedRows,
-    k: Tensor,
-    lse: Tensor,
-    stretch: tuple[int, int, int],
-    together: bool,
-    cut: float | None,
-    by: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    first, count, at_once = stretch
-    members = probed.group if together else 1
-    sides = Sides.of(probed.q, min(count, at_once))
-    at_once = min(at_once, sides.rows)
-    heads, n = len(lse) * probed.group // members, k.shape[2]
-    stretches = triton.cdiv(count, at_once)
-    of_keys = k.new_empty(heads, stretches, n, dtype=torch.float32)
-    of_distances = k.new_zeros(heads, stretches, 2, n, dtype=torch.float32)
-    slash_kernel[(triton.cdiv(n, sides.keys), stretches, heads)](
-        probed.q,
-        probed.position,
-        lse,
-        keys_of(k),
-        None if by is None else by[0].contiguous(),
-        None if by is None else by[1].contiguous(),
-        of_keys,
-        of_distances,
-        probed.scale,
-        cut,
-        probed.count,
-        first,
-        count,
-        shape_of(probed.q),
-        KV=k.shape[1],
-        GX=members,
-        ROWS=sides.rows,
-        AT_ONCE=at_once,
-        N=sides.keys,
-        num_warps=4,
-    )
-    shape = (k.shape[0], -1, n)
-    return of_keys.sum(1).view(shape), of_distances.sum((1, 2)).view(shape)
+    @classmethod
+    def of(cls, sequence: SequenceQK, rows: Tensor) -> Cells:
+        """Of the queries at `rows`, int64 [P] ascending."""
+        probed = ProbedRows.of(sequence, rows)
+        return cls(probed, sequence.k, row_lse(probed, sequence.k)[0], sequence.together)
+
+    @property
+    def choices(self) -> int:
+        """C / K."""
+        return 1 if self.together else self.probed.group
+
+    def sums(self, last: int, *, cut: float | None = None, by: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """float32 [S, C, n] twice: added up by key and by distance. The last `last` positions ascend one by one, those before are
+        anywhere. See `slash_kernel` for `cut` and `by`, its column and offset."""
+        earlier = len(self.probed.position) - last
+        stretches = [Stretch(earlier, last, 64), Stretch(0, earlier, 1)]
+        parts = [self._in_parts(stretch, cut, by) for stretch in stretches if stretch.count]
+        columns, distances = zip(*parts, strict=True)
+        return sum(columns[1:], columns[0]), sum(distances[1:], distances[0])
+
+    def _in_parts(self, stretch: Stretch, cut: float | None, by: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """`_sums` of as many KV heads at once as memory allows: rows that are anywhere have sums of their own before they are
+        added."""
+        sequences, kv_heads, n = self.k.shape[:3]
+        at_once = SUMS_AT_ONCE // (3 * stretch.count // stretch.at_once * self.choices * n + 1)
+        if at_once >= sequences * kv_heads:
+            return self._sums(stretch, cut, by)
+        at_once = max(1, at_once)
+        columns = self.k.new_empty(sequences, kv_heads * self.choices, n, dtype=torch.float32)
+        distances = torch.empty_like(columns)
+        for s, start in product(range(sequences), range(0, kv_heads, at_once)):
+            heads = slice(start, min(start + at_once, kv_heads))
+            own = slice(heads.start * self.choices, heads.stop * self.choices)
+            some_by = None if by is None else (by[0][s : s + 1, own], by[1][s : s + 1, own])
+            found = self._of_heads(s, heads)._sums(stretch, cut, some_by)
+            columns[s : s + 1, own], distances[s : s + 1, own] = found
+        return columns, distances
+
+    def _of_heads(self, s: int, heads: slice) -> Cells:
+        """Of some KV heads of one sequence."""
+        lse = self.lse.view(*self.k.shape[:2], -1)[s, heads]
+        rows = replace(self.probed, q=self.probed.q[s : s + 1, heads])
+        return replace(self, probed=rows, k=self.k[s : s + 1, heads], lse=lse)
+
+    def _sums(self, stretch: Stretch, cut: float | None, by: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        probed, k = self.probed, self.k
+        members = probed.group // self.choices
+        sides = Sides.of(probed.q, min(stretch.count, stretch.at_once))
+        at_once = min(stretch.at_once, sides.rows)
+        heads, n = len(self.lse) * self.choices, k.shape[2]
+        stretches = triton.cdiv(stretch.count, at_once)
+        of_keys = k.new_empty(heads, stretches, n, dtype=torch.float32)
+        of_distances = k.new_zeros(heads, stretches, 2, n, dtype=torch.float32)
+        slash_kernel[(triton.cdiv(n, sides.keys), stretches, heads)](
+            probed.q,
+            probed.position,
+            self.lse,
+            keys_of(k),
+            None if by is None else by[0].contiguous(),
+            None if by is None else by[1].contiguous(),
+            of_keys,
+            of_distances,
+            probed.scale,
+            cut,
+            probed.count,
+            stretch.first,
+            stretch.count,
+            shape_of(probed.q),
+            KV=k.shape[1],
+            GX=members,
+            ROWS=sides.rows,
+            AT_ONCE=at_once,
+            N=sides.keys,
+            num_warps=4,
+        )
+        shape = (k.shape[0], -1, n)
+        return of_keys.sum(1).view(shape), of_distances.sum((1, 2)).view(shape)
