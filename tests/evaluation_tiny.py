@@ -1,6 +1,7 @@
 """A tiny random model and a byte-level tokenizer with one merge per pair of letters that matter, made from nothing."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -10,6 +11,15 @@ CHAT = (
     "{% for m in messages %}<s>[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[bot] {% endif %}"
 )
+
+# Random weights large enough that attention is not flat.
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.4,
+}
 
 
 def tokenizer(*, bos: bool = False, chat: bool = False) -> PreTrainedTokenizerFast:
@@ -33,17 +43,13 @@ def tokenizer(*, bos: bool = False, chat: bool = False) -> PreTrainedTokenizerFa
 
 @cache
 def model(*, layers: int = 2, dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
-    """4 query heads, 2 KV heads, random weights large enough that attention is not flat."""
+    """Of `SIZES`, random."""
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=len(tokenizer()),
-        hidden_size=32,
-        intermediate_size=48,
+        **SIZES,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=4096,
-        initializer_range=0.4,
         bos_token_id=0,
         eos_token_id=1,
     )

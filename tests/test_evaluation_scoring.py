@@ -10,7 +10,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from attnsieve import UserError
 from attnsieve.evaluation.scoring import _batches, fork, generate, log_probs_at, score_documents, spread
 from attnsieve.evaluation.tokens import Budget, as_chat, cut_middle, encode, shared_length, split_answer
-from tests.evaluation_tiny import model, tokenizer
+from tests.evaluation_tiny import SIZES, model, tokenizer
 
 
 def brute_force(network, tokens, prompt, answer) -> tuple[float, bool]:
@@ -164,16 +164,7 @@ def test_a_prompt_that_is_the_start_of_another():
 
 def test_sliding_caches_are_shared_rightly():
     torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=len(tokenizer()),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=16,
-        initializer_range=0.4,
-    )
+    config = MistralConfig(**SIZES, vocab_size=len(tokenizer()), num_hidden_layers=2, sliding_window=16)
     network, tokens = MistralForCausalLM(config).double().eval(), tokenizer()
     document = "".join(f"key{n}: {n}\n" for n in range(20))
     questions = [(f"{document}key{n}: ", str(n)) for n in (3, 12)]

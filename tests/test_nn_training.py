@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from attnsieve.nn.selection import SelectionRule
 from attnsieve.nn.training import TrainingSettings, train
 from tests.nn_text import SYMBOLS, characters, sentences
 from tests.nn_tiny import SIZES, distinct_tokens, dma
+from tests.two_processes import report_of
 
 
 def fresh(**changes) -> DmaForCausalLM:
@@ -183,12 +181,7 @@ def test_bad_input_is_refused(text, tmp_path):
 
 
 def test_two_processes_train_one_model(tmp_path):
-    worker = Path(__file__).with_name("nn_worker.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parent.parent)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker), str(tmp_path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr[-3000:]
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = report_of("nn_worker.py", tmp_path)
     assert report["ranks_agree"]
     assert report["losses"][-1] < report["losses"][0]
     assert report["sharded_error"] < 1e-6

@@ -54,7 +54,7 @@ def bench(
     from attnsieve.bench.rows import write
     from attnsieve.bench.suite import Skipped
 
-    require(out is None or out.suffix == ".jsonl", f"rows are written to a .jsonl file, got {str(out)!r}")
+    options.rows_file(out)
     where = options.device_of(device)
     number = options.dtype_of(dtype, where)
     given = _parts(masks, ";")

@@ -53,7 +53,7 @@ def evaluate(
     wanted = named_plans(plan or [], pattern or [])
     measured = options.lengths_of(lengths)
     chosen = [make_task(name.strip(), text=text, data=data) for name in tasks.split(",")]
-    require(out is None or out.suffix == ".jsonl", f"rows are written to a .jsonl file, got {str(out)!r}")
+    options.rows_file(out)
     network, tokenizer = options.load(model, device, dtype)
     most = longest_text(network)
     require(

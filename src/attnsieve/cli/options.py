@@ -88,3 +88,9 @@ def new_folder(path: Path) -> Path:
     """`path`, if a directory can be there."""
     require(not path.exists() or path.is_dir(), f"{path} is a file: give a directory with --out")
     return path
+
+
+def rows_file(path: Path | None) -> Path | None:
+    """`path`, if rows can be written there."""
+    require(path is None or path.suffix == ".jsonl", f"rows are written to a .jsonl file, got {str(path)!r}")
+    return path
