@@ -22,7 +22,8 @@ def transform_literal(maps: Tensor, lam: float, eps: float) -> Tensor:
 def transform(maps: Tensor, lam: float, eps: float) -> Tensor:
     """At in closed form, B(max(Abar, eps)) - B(eps); equals the literal form as soon as one cell is at most eps.
 
-    Causality leaves zeros above the diagonal, so every map of two or more rows has one. Any shape, dtype kept.
+    Causality leaves zeros above the diagonal, so every map of two or more rows has one. Any shape, dtype kept. Raises
+    UserError unless 0 < eps < 1.
     """
     return _boxcox(maps.clamp_min(_checked(eps)), lam) - _boxcox(maps.new_tensor(eps), lam)
 

@@ -21,7 +21,10 @@ def absolute(maps: Tensor, *, tau: float = TAU, lam: float = LAM, eps: float = E
 
 
 def mass(maps: Tensor, *, share: float) -> Tensor:
-    """Per row the fewest cells that hold at least `share` of the row's mean mass. Of equal cells the earliest stay."""
+    """Per row the fewest cells that hold at least `share` of the row's mean mass. Of equal cells the earliest stay.
+
+    Raises UserError unless 0 < share <= 1.
+    """
     require(0 < share <= 1, f"share must be above 0 and at most 1, got {share}")
     ordered, place = torch.sort(maps, dim=-1, descending=True, stable=True)
     before = ordered.double().cumsum(-1)
@@ -32,14 +35,20 @@ def mass(maps: Tensor, *, share: float) -> Tensor:
 
 
 def relative(maps: Tensor, *, kappa: float) -> Tensor:
-    """M[i, j] = 1 iff Abar[i, j] >= kappa / (i + 1): kappa times what uniform attention would give the cell."""
+    """M[i, j] = 1 iff Abar[i, j] >= kappa / (i + 1): kappa times what uniform attention would give the cell.
+
+    Raises UserError unless kappa > 0.
+    """
     require(kappa > 0, f"kappa must be positive, got {kappa}")
     rows = torch.arange(1, maps.shape[-1] + 1, device=maps.device, dtype=maps.dtype)
     return (maps * rows[:, None] >= kappa).tril()
 
 
 def force(mask: Tensor, *, self_key: bool, sinks: int) -> tuple[Tensor, Tensor]:
-    """`mask` with every query's own key (`self_key`) and the first `sinks` keys added, and the cells added, int64 [...]."""
+    """`mask` with every query's own key (`self_key`) and the first `sinks` keys added, and the cells added, int64 [...].
+
+    Raises UserError for more sinks than a map has keys.
+    """
     size = mask.shape[-1]
     require(0 <= sinks <= size, f"sinks must be from 0 to the capture length {size}, got {sinks}")
     wanted = torch.zeros(size, size, dtype=torch.bool, device=mask.device)

@@ -146,14 +146,15 @@ class Layout:
         return torch.stack([torch.stack(row) for row in heads])
 
     def pairs(self, n: int | None = None) -> Tensor:
-        """int64 [Z, H]: kept (query, key) pairs among the first `n` positions, counted exactly without n x n memory."""
+        """int64 [Z, H]: kept (query, key) pairs among the first `n` positions (default: all), counted exactly without n x n
+        memory. Raises UserError for more positions than the layout has."""
         n = self.length if n is None else n
         require(0 < n <= self.length, f"can count 1 to {self.length} positions, got {n}")
         counts = [[pairs_of_head(self, z, h, n) for h in range(self.heads)] for z in range(self.sequences)]
         return torch.tensor(counts)
 
     def density(self, n: int | None = None) -> Tensor:
-        """float64 [Z, H]: kept pairs over all causal pairs of the first `n` positions."""
+        """float64 [Z, H]: `pairs` over all causal pairs of the first `n` positions."""
         n = self.length if n is None else n
         return self.pairs(n).double() / (n * (n + 1) / 2)
 

@@ -75,7 +75,7 @@ class BoundedCache:
         return out
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep the batch rows `rows` int64, in that order: beams, repeats, finished rows."""
+        """Keep the batch rows `rows`, int64 [rows], in that order: beams, repeats, finished rows."""
         move = lambda tensor: tensor.index_select(0, rows.to(tensor.device))  # noqa: E731
         if self.slots is not None and self.length is not None:
             self.slots, self.length = self.slots.map(move), move(self.length)

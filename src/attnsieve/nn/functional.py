@@ -38,13 +38,18 @@ def dynamic_mask_attention(
 ) -> Tensor:
     """Causal attention over the `keep_window_size` best keys of each row's prefix (arXiv 2508.02124, Eq. 3 to 5).
 
-    q [B, Hq, Tq, D]; k [B, Hkv, Tk, D], both after RoPE; v [B, Hkv, Tk, Dv]; dt_weight [Hkv, Hkv * Dv]; A and dt_bias [Hkv].
-    The queries are the last Tq of the Tk slots. `window`, `sinks` and `union` as in `SelectionRule`, `exponential`
-    as in `key_scores`. `spans`: padding and
-    packed documents; `Segments` where they are built on the device. Slots in no document hold anything, NaN too, and give
-    output 0. With a `cache`, q, k and v are the next tokens of its text (at first the whole prompt, left padding allowed)
-    and earlier keys come from it. Returns [B, Hq, Tq, Dv] in q's dtype; differentiable in q, k, v (also through the
-    scores), dt_weight, dt_bias and A, not through the choice of keys: a key never admitted learns nothing about its score.
+    q [B, Hq, Tq, D]; k [B, Hkv, Tk, D], both after RoPE; v [B, Hkv, Tk, Dv]. The queries are the last Tq of the Tk slots.
+
+    - The scores of keys come from v: dt_weight [Hkv, Hkv * Dv], dt_bias [Hkv], A [Hkv] and `exponential` as in `key_scores`.
+    - Which keys a row keeps: `keep_window_size`, `window`, `sinks` and `union` as in `SelectionRule`.
+    - spans: padding and packed documents; `Segments` where they are built on the device. Slots in no document may hold
+      anything, NaN too, and give output 0.
+    - cache: q, k and v are the next tokens of its text (at first the whole prompt, left padding allowed), earlier keys come
+      from it.
+    - `scale` and `backend` as in `attend`.
+
+    Returns [B, Hq, Tq, Dv] in q's dtype; differentiable in q, k, v (also through the scores), dt_weight, dt_bias and A, not
+    through the choice of keys: a key never admitted learns nothing about its score.
 
     Raises UserError for shapes that do not fit, spans whose queries are not their last slots, a cache of another rule,
     and NaN scores (on a GPU these are not looked for, as that would read the device: they make the outputs NaN).

@@ -61,7 +61,7 @@ class SelectionRule:
         return self.widen(competition_ends(sigma, self.keep_window_size, segments), segments)
 
     def widen(self, ends: Tensor, segments: Segments | None = None) -> Tensor:
-        """Add window and sinks to the ends of the competition."""
+        """`ends` of the competition alone, int32 [B, H, n], with window and sinks added."""
         if not self.window and not self.sinks:
             return ends
         segments = segments or Segments.whole(ends.shape[0], ends.shape[-1], ends.device)

@@ -49,7 +49,7 @@ class Captured(Atom):
 
     @classmethod
     def from_mask(cls, mask: np.ndarray | Tensor) -> Captured:
-        """From bool [L, L]; cells above the diagonal must be False."""
+        """From bool [L, L]. Raises UserError unless it is square and all cells above the diagonal are False."""
         dense = np.asarray(mask, dtype=bool)
         require(dense.ndim == 2 and dense.shape[0] == dense.shape[1] > 0, f"a true mask is square, got shape {dense.shape}")
         require(not np.triu(dense, 1).any(), "a true mask is causal: it keeps keys after their query")

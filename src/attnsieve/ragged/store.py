@@ -92,7 +92,7 @@ class RaggedStore:
         return whole[0], whole[1]
 
     def select(self, rows: Tensor) -> Self:
-        """A store of the batch rows `rows` int64, in that order."""
+        """A store of the batch rows `rows`, int64 [rows], in that order."""
         new = object.__new__(type(self))
         new.kept, new.index = self.kept, self.index
         new.memory = Memory(*(tensor.index_select(0, rows.to(tensor.device)) for tensor in self.memory))
