@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -16,6 +17,9 @@ from attnsieve.layout import Blocks, Layout
 from attnsieve.selection import fused
 from attnsieve.selection.carriers import Carrier, index_of
 from attnsieve.selection.sequence import Chosen, TableInParts
+
+# Flags held at once where parts are joined: bounds memory, not the result.
+FLAGS_AT_ONCE = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,15 +121,53 @@ def _join_blocks(static: Static, sequences: int, parts: Sequence[Part]) -> Block
     if len(listing) == 1 and static.table is None and listing[0].chooses_all(sequences, base.heads):
         assert listing[0].chosen.table is not None
         return _listed(listing[0].chosen.table, size, keys, first)
-    table = torch.zeros(sequences, base.heads, count - first, width, dtype=torch.bool, device=base.device)
-    if static.table is not None and base.blocks is not None:
-        table |= _finer(static.table, base.blocks.rows // size, base.blocks.keys // keys)[..., first:count, :width]
+    shape = (sequences, base.heads, count - first, width)
+    union = partial(_union, static, listing, shape, (size, keys), first)
+    return _listed(TableInParts(shape, min(_at_once(part, shape, size) for part in listing), union), size, keys, first)
+
+
+def _at_once(part: Part, shape: tuple[int, int, int, int], size: int) -> int:
+    """Rows of blocks of `size` queries that are joined at once: all, unless a part is chosen some rows at a time."""
+    table = part.chosen.table
+    if not isinstance(table, TableInParts):
+        return shape[2]
+    return max(1, min(table.at_once * (part.chosen.block // size), FLAGS_AT_ONCE // (shape[0] * shape[1] * shape[3])))
+
+
+def _union(
+    static: Static,
+    listing: Sequence[Part],
+    shape: tuple[int, int, int, int],
+    sides: tuple[int, int],
+    first: int,
+    rows: slice,
+) -> Tensor:
+    """Rows of a table [Z, H, rows of blocks, key blocks] of blocks of these sides, of which row 0 is row `first` of all."""
+    table = torch.zeros(*shape[:2], rows.stop - rows.start, shape[3], dtype=torch.bool, device=static.layout.device)
+    start = first + rows.start
+    if static.table is not None and static.layout.blocks is not None:
+        blocks = static.layout.blocks
+        at, fixed = _finer_rows(static.table, (blocks.rows // sides[0], blocks.keys // sides[1]), start, table.shape[2])
+        if fixed is not None:
+            table[:, :, at : at + fixed.shape[2]] |= fixed[..., : shape[3]]
     for part in listing:
-        assert part.chosen.table is not None
-        own = part.chosen.table.whole() if isinstance(part.chosen.table, TableInParts) else part.chosen.table
-        start = part.first_row // part.chosen.block * part.chosen.block // size - first
-        part.put(table[:, :, start:], _finer(own, part.chosen.block // size, part.chosen.keys // keys))
-    return _listed(table, size, keys, first)
+        chosen = part.chosen
+        assert chosen.table is not None
+        ratios, begins = (chosen.block // sides[0], chosen.keys // sides[1]), part.first_row // chosen.block
+        at, values = _finer_rows(chosen.table, ratios, start - begins * ratios[0], table.shape[2])
+        if values is not None:
+            part.put(table[:, :, at:], values)
+    return table
+
+
+def _finer_rows(table: Tensor | TableInParts, ratios: tuple[int, int], start: int, count: int) -> tuple[int, Tensor | None]:
+    """The rows of a table made finer by `ratios` that are among `count` rows from `start` on, and where among those they begin."""
+    low, high = (min(max(0, row), table.shape[2]) for row in (start // ratios[0], -(-(start + count) // ratios[0])))
+    if low == high:
+        return 0, None
+    own = table.choose(slice(low, high)) if isinstance(table, TableInParts) else table[:, :, low:high]
+    at = low * ratios[0] - start
+    return max(at, 0), _finer(own, *ratios)[:, :, max(-at, 0) : count - at]
 
 
 def _finer(table: Tensor, rows: int, keys: int) -> Tensor:

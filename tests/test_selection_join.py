@@ -1,0 +1,34 @@
+"""Tables of several choices in one layer, joined some rows of blocks at a time: the same lists as all at once."""
+
+import pytest
+import torch
+
+from attnsieve import Spans
+from attnsieve.patterns import probed_keys, random_blocks, sink, top_blocks, window
+from attnsieve.selection import blocks, choose, join
+
+N = 150
+KEYS, COARSE = probed_keys(mass=0.7, block=16, rows=3), probed_keys(mass=0.6, block=48, rows=2)
+ROWS = {
+    "static heads beside": [KEYS, sink(1) | window(5), KEYS | window(3), sink(2)],
+    "blocks beside": [KEYS, top_blocks(2, block=32), KEYS | top_blocks(1, block=16), window(4)],
+    "random blocks beside": [KEYS, KEYS | random_blocks(2, block=24), random_blocks(1, block=24), COARSE],
+    "two sizes in one head": [KEYS | COARSE, KEYS, COARSE, window(1)],
+}
+
+
+@pytest.mark.parametrize("first", [0, 37, 130])
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_parts_are_joined_some_rows_at_a_time(row, first, monkeypatch):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 4, N - first, 8), torch.randn(2, 2, N, 8)
+    spans = Spans.of([(0, 0, N - first, 0, N), (1, 5, N - first - 5, 5, N - 5)]) if first < 130 else None
+    whole, at_once, right = choose(row, q, k, spans=spans), [], join._lists
+    monkeypatch.setattr(join, "FLAGS_AT_ONCE", 1)
+    monkeypatch.setitem(blocks.CELLS_AT_ONCE, "cpu", 1)
+    monkeypatch.setattr(join, "_lists", lambda table, *rest: at_once.append(table.shape[2]) or right(table, *rest))
+    parts = choose(row, q, k, spans=spans)
+    assert set(at_once) == {1}
+    assert torch.equal(parts.blocks.count, whole.blocks.count)
+    assert torch.equal(parts.blocks.index, whole.blocks.index)
+    assert torch.equal(parts.end, whole.end)
