@@ -36,6 +36,18 @@ def test_links_lead_somewhere(path):
     assert not lost
 
 
+def test_files_that_are_named_exist():
+    """By their last parts. The log tells of files as they were on its days."""
+    folders = ("src", "tests", "benchmarks", "examples", "docs")
+    files = [*ROOT.glob("*.*"), *(file for folder in folders for file in (ROOT / folder).rglob("*.*"))]
+    lost = []
+    for path in set(DOCUMENTS) - {ROOT / "docs" / "LOG.md", ROOT / "CHANGELOG.md"}:
+        for name in re.findall(r"`([\w./-]+\.(?:py|sh|txt))`", path.read_text(encoding="utf-8")):
+            if not any(f"/{file.relative_to(ROOT).as_posix()}".endswith(f"/{name}") for file in files):
+                lost.append(f"{path.name}: {name}")
+    assert not lost
+
+
 def test_every_entry_of_the_log_is_in_its_contents():
     text = (ROOT / "docs" / "LOG.md").read_text(encoding="utf-8")
     dated = {anchor for anchor in anchors(ROOT / "docs" / "LOG.md") if anchor.startswith("20")}
