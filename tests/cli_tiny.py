@@ -38,3 +38,28 @@ def save_tiny_model(folder: Path, *, layers: int = 2, heads: int = 4, head_dim: 
 def attnsieve(*arguments: object) -> Result:
     """Run one command. Exceptions other than exits are raised."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def refused(*arguments: object) -> str:
+    """What a command that must fail says: one sentence on stderr, exit code 2, nothing on stdout."""
+    done = attnsieve(*arguments)
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    # transformers shows a progress bar where a model had to be loaded first.
+    sentences = [line for line in done.stderr.splitlines() if "Loading weights" not in line and line]
+    assert len(sentences) == 1, done.stderr
+    assert sentences[0].startswith("attnsieve: ")
+    return sentences[0]
+
+
+def make_folder(folder: Path) -> Path:
+    """`folder` with a model, a profile of it and a plan from that, made by the commands themselves."""
+    save_tiny_model(folder / "model")
+    (folder / "text.txt").write_text("All that is gold does not glitter, not all those who wander are lost. " * 20)
+    (folder / "empty.txt").write_text(" \n")
+    common = ["--pcl", 16, "--lengths", "32", "--documents", 3]
+    made = attnsieve("profile", folder / "model", "--data", folder / "text.txt", *common, "--out", folder / "profile")
+    assert made.exit_code == 0, made.output
+    made = attnsieve("fit", folder / "profile", "--preset", "paper", "--tau", 0.35, "--out", folder / "plan")
+    assert made.exit_code == 0, made.output
+    return folder
