@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,25 +67,20 @@ def _selection_scores(n: int, heads: int, device: torch.device | str) -> Tensor:
     return torch.randn(1, heads, n, generator=_generator(device), device=device)
 
 
+# DMA's masks and the keys that a row of them keeps.
+_SELECTED = {f"dma-{budget}": budget for budget in (512, 1024, 2048)}
+# From positions, heads and a device.
 MASKS: dict[str, Callable[[int, int, torch.device | str], Layout]] = {
-    "blocks-50": lambda n, heads, device: blocks(n, heads, device, 0.50),
-    "blocks-25": lambda n, heads, device: blocks(n, heads, device, 0.25),
-    "blocks-10": lambda n, heads, device: blocks(n, heads, device, 0.10),
-    "blocks-5": lambda n, heads, device: blocks(n, heads, device, 0.05),
+    **{f"blocks-{percent}": partial(blocks, density=percent / 100) for percent in (50, 25, 10, 5)},
     "A": lambda n, heads, device: columns_and_diagonals(n, heads, device, n // 32, n // 64),
     "B": clusters_and_bands,
-    "C": lambda n, heads, device: columns_and_window(n, heads, device, 1000, 1024),
+    "C": partial(columns_and_window, columns=1000, window=1024),
     "columns-50": lambda n, heads, device: columns_and_window(n, heads, device, n // 2, 256),
     "columns-10": lambda n, heads, device: columns_and_window(n, heads, device, n // 11, 256),
     "columns-5": lambda n, heads, device: columns_and_window(n, heads, device, n // 22, 256),
     "columns-2": lambda n, heads, device: columns_and_window(n, heads, device, n // 60, 256),
-    "dma-512": lambda n, heads, device: selected(n, heads, device, 512),
-    "dma-1024": lambda n, heads, device: selected(n, heads, device, 1024),
-    "dma-2048": lambda n, heads, device: selected(n, heads, device, 2048),
+    **{name: partial(selected, budget=budget) for name, budget in _SELECTED.items()},
 }
-
-
-_SELECTED = {"dma-512": 512, "dma-1024": 1024, "dma-2048": 2048}
 
 
 def mask(name: str, n: int, heads: int, device: torch.device | str) -> Layout:
