@@ -5,8 +5,7 @@ import torch
 import transformers as tr
 
 from attnsieve import UserError
-from attnsieve.hf import apply, fingerprint, measure, profile
-from attnsieve.nn import DmaConfig, DmaForCausalLM
+from attnsieve.hf import apply, fingerprint, profile
 from attnsieve.patterns import Pattern, dense
 from attnsieve.plan import Plan
 from tests.hf_tiny import GQA, MHA, SIZES, close, logits, oracle, tokens
@@ -140,46 +139,6 @@ def test_sinks_of_each_token_are_left_to_the_models_own_code(monkeypatch):
         logits(model, tokens(1, 9), sinks=sinks)
     assert len(called) == 2
     assert [reason.split(":")[0] for reason in handle.report().unplanned] == ["softcap or sinks"]
-
-
-@pytest.mark.parametrize(
-    "observe", [lambda *a: profile(*a, pcl=4, lengths=(8,), progress=False), lambda *a: measure(*a, [RULE])]
-)
-def test_what_is_no_plain_softmax_is_not_observed(observe):
-    model = built("DogeConfig", **GQA)
-    with pytest.raises(UserError, match=r"layer 0 cannot be observed \(the model makes a mask of its own\)"):
-        observe(model, [tokens(9).tolist()])
-
-
-def test_models_of_our_own_take_no_plan():
-    model = DmaForCausalLM(DmaConfig(**SIZES, **GQA))
-    with pytest.raises(UserError, match="masks of its own, which no plan replaces: run it as it is"):
-        fingerprint(model)
-
-
-def test_attention_beside_recurrent_states_follows_the_plan():
-    """Falcon-H1 has both in every layer."""
-    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
-    model = built("FalconH1Config", **GQA, **mamba, head_dim=8)
-    plan, ids = Plan.uniform(fingerprint(model), RULE), tokens(2, 12)
-    with apply(model, plan, backend="reference", strict=True):
-        whole = logits(model, ids, use_cache=False)
-        close(in_steps(model, ids, tr.DynamicCache(config=model.config), [7, 1, 1, 1, 1, 1]), whole)
-    close(whole, oracle(model, plan, ids))
-    profile(model, [tokens(12).tolist()], pcl=8, lengths=(), progress=False)
-
-
-@pytest.mark.parametrize(
-    "observe", [lambda *a: profile(*a, pcl=4, lengths=(8,), progress=False), lambda *a: measure(*a, [RULE])]
-)
-def test_hybrids_are_planned_by_hand(observe):
-    """A budget over measured layers without attention, which cost nothing, would be spent on the others."""
-    model = built("Lfm2Config", **GQA, layer_types=["conv", "full_attention"])
-    with pytest.raises(UserError, match="layers 0 of Lfm2ForCausalLM have no attention to observe"):
-        observe(model, [tokens(9).tolist()])
-    with apply(model, Plan.uniform(fingerprint(model), RULE), strict=True) as handle:
-        logits(model, tokens(1, 9))
-    assert handle.report().sparse_calls == 1
 
 
 def test_attention_to_images_stays_dense_by_name():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -24,7 +24,7 @@ MAX_CORNER = 1 << 16
 class Plan(Artefact):
     """layers x query heads -> Pattern for the model that `fingerprint` names.
 
-    patterns: tuple of layers, each a tuple of one Pattern per query head. provenance: JSON, how the plan came about.
+    patterns: tuple of the layers with attention, each a tuple of one Pattern per query head. provenance: JSON, how the plan came about.
     density, retained: fp32 [layers, heads] or None, the expected share of causal pairs kept and of attention mass kept, at
     the length that provenance names.
 
@@ -49,7 +49,8 @@ class Plan(Artefact):
         )
         strange = [entry for row in self.patterns for entry in row if not isinstance(entry, Pattern)]
         require(not strange, f"a plan holds Pattern objects, got {strange[:1]!r:.80}: use Pattern.parse for text")
-        silent = [f"L{layer}H{head}" for layer, row in enumerate(self.patterns) for head in range(heads) if _silent(row[head])]
+        numbered = zip(self.fingerprint.indices, self.patterns, strict=True)
+        silent = [f"L{layer}H{head}" for layer, row in numbered for head in range(heads) if _silent(row[head])]
         require(
             not silent,
             f"{len(silent)} heads keep no key in any row ({', '.join(silent[:8])}): their output would be 0 everywhere; "
@@ -71,13 +72,18 @@ class Plan(Artefact):
         return any(pattern.dynamic for row in self.patterns for pattern in row)
 
     def row(self, layer: int) -> tuple[Pattern, ...]:
-        """The patterns of one layer, one per query head."""
-        require(0 <= layer < len(self.patterns), f"the plan has layers 0 to {len(self.patterns) - 1}, got {layer}")
-        return self.patterns[layer]
+        """The patterns of the model's layer `layer`, one per query head. Raises UserError for a layer without attention."""
+        return self.patterns[self.fingerprint.row(layer)]
 
     def check(self, fingerprint: Fingerprint) -> None:
-        """Raise UserError that lists the differences unless the plan was made for the model of `fingerprint`."""
-        self.fingerprint.check(fingerprint)
+        """Raise UserError that lists the differences unless the plan was made for the model of `fingerprint`.
+
+        Plans of older versions have rows for layers without attention too, which nothing reads.
+        """
+        own = self.fingerprint
+        if set(fingerprint.indices) < set(own.indices):
+            own = replace(own, layers=fingerprint.layers, indices=fingerprint.indices)
+        own.check(fingerprint)
 
     def __str__(self) -> str:
         model = self.fingerprint

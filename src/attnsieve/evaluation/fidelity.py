@@ -11,8 +11,9 @@ from torch import Tensor
 
 from attnsieve.attention import attend
 from attnsieve.errors import require
+from attnsieve.fingerprint import Fingerprint
 from attnsieve.hf.dense import own_attention, why_layer_dense
-from attnsieve.hf.geometry import AttentionLayer
+from attnsieve.hf.geometry import AttentionLayer, fingerprint
 from attnsieve.hf.interface import LayerCall, LayerState, attach
 from attnsieve.layout import Layout, compile_layout
 from attnsieve.patterns import dense
@@ -22,7 +23,7 @@ from attnsieve.selection import choose
 
 @dataclass(frozen=True, eq=False)
 class LayerFidelity:
-    """float64 [layers, query heads] each, of one text.
+    """float64 [layers, query heads] each, of one text; layers are those with attention.
 
     density: kept pairs over causal pairs. retained: mean over rows of the softmax mass on kept keys. error: norm of (sparse -
     dense output) over norm of the dense output, of the head before the output projection. Layers that must keep the model's own
@@ -48,9 +49,11 @@ def layer_fidelity(
     require(len(ids) > 0, "layer_fidelity needs at least one token")
     last = len(ids) if last is None else last
     require(0 < last <= len(ids), f"last must be from 1 to the text's {len(ids)} tokens, got {last}")
-    shape = (plan.fingerprint.layers, plan.fingerprint.heads)
+    mark = fingerprint(model)
+    plan.check(mark)
+    shape = (mark.layers, mark.heads)
     result = LayerFidelity(*(torch.full(shape, value, dtype=torch.float64) for value in (1.0, 1.0, 0.0)))
-    probe = _Probe(plan, result, last, backend)
+    probe = _Probe(plan, mark, result, last, backend)
     detach = attach(model, probe.layer)
     try:
         model.base_model(torch.tensor([list(ids)], device=model.device), use_cache=False)
@@ -62,8 +65,8 @@ def layer_fidelity(
 class _Probe:
     """Answers a layer's call as the model would and notes how its plan would have answered."""
 
-    def __init__(self, plan: Plan, result: LayerFidelity, last: int, backend: str) -> None:
-        self._plan, self._result, self._last, self._backend = plan, result, last, backend
+    def __init__(self, plan: Plan, mark: Fingerprint, result: LayerFidelity, last: int, backend: str) -> None:
+        self._plan, self._mark, self._result, self._last, self._backend = plan, mark, result, last, backend
         self._dense: Layout | None = None
 
     def layer(self, layer: AttentionLayer) -> LayerState:
@@ -84,12 +87,13 @@ class _Probe:
         layout = choose(self._plan.row(index), q, k, scale=call.scaling)
         full, full_lse = (part[:, :, -self._last :] for part in self._attend(call, self._dense))
         kept, kept_lse = (part[:, :, -self._last :] for part in self._attend(call, layout))
+        place = self._mark.row(index)
         # A layout of KV heads stands for the query heads of each.
-        self._result.density[index] = layout.density(tokens)[0].repeat_interleave(q.shape[1] // layout.heads)
-        self._result.retained[index] = (kept_lse.double() - full_lse.double()).exp().mean(-1)[0]
+        self._result.density[place] = layout.density(tokens)[0].repeat_interleave(q.shape[1] // layout.heads)
+        self._result.retained[place] = (kept_lse.double() - full_lse.double()).exp().mean(-1)[0]
         gap = (kept.double() - full.double()).norm(dim=(-2, -1)) / full.double().norm(dim=(-2, -1))
-        self._result.error[index] = gap[0]
-        finite = bool(self._result.error[index].isfinite().all())
+        self._result.error[place] = gap[0]
+        finite = bool(self._result.error[place].isfinite().all())
         require(finite, f"layer {index} has NaN or infinite attention outputs: check the model's weights and dtype")
 
     def _attend(self, call: LayerCall, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,8 @@ def fork(cache: Any, rows: Sequence[int] | None = None) -> Any:
     fresh = copy.copy(cache)
     fresh.layers = [copy.copy(layer) if type(layer).__name__ in APPENDING else copy.deepcopy(layer) for layer in cache.layers]
     if rows is not None:
-        fresh.batch_select_indices(torch.tensor(rows))  # on the CPU: a bounded cache has no keys to be beside
+        # Selecting batch rows would leave recurrent states as they are; on the CPU: a bounded cache has no keys to be beside.
+        fresh.reorder_cache(torch.tensor(rows))
     return fresh
 
 

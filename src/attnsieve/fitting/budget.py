@@ -39,10 +39,11 @@ def fit_budget(
     group one mask, so that kernels read each key once for all of them: one pattern, whose dynamic atoms must have been measured
     with share="kv". The budget concerns heads as measured, one at a time on dense inputs.
 
-    Guard rails, paid from the budget: the first `dense_layers` layers stay dense; the last `last_rows` queries of a prompt keep
-    every key (atom `last_queries`, in blocks of 64 rows), counted from above. Sinks and the newest keys are kept where every
-    candidate keeps them, as `default_candidates` does. dense_decode: so do decode steps (atom of that name); budgets concern
-    prompts, so it costs nothing of them. Questions at the end of a prompt need both (docs/LOG.md): last_rows=32 covers short ones.
+    Guard rails, paid from the budget: the first `dense_layers` layers (with attention) stay dense; the last `last_rows` queries
+    of a prompt keep every key (atom `last_queries`, in blocks of 64 rows), counted from above. Sinks and the newest keys are kept
+    where every candidate keeps them, as `default_candidates` does. dense_decode: so do decode steps (atom of that name); budgets
+    concern prompts, so it costs nothing of them. Questions at the end of a prompt need both (docs/LOG.md): last_rows=32 covers
+    short ones.
 
     Raises UserError unless exactly one budget is given and reachable (the message says what is), and for measurements of
     different models or candidates.

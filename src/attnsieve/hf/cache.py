@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from attnsieve.errors import UserError, require
-from attnsieve.hf.geometry import kv_heads, layer_configs
+from attnsieve.hf.geometry import attending_configs, kv_heads
 from attnsieve.hf.ragged import Indices, RaggedLayer, Seat
 from attnsieve.hf.report import CacheReport, LayerMemory
 
@@ -33,11 +33,12 @@ class SparseCache(Cache):  # type: ignore[misc]
             "layers of this model read keys of other layers, whose plan is another: use transformers' own cache",
         )
         layers = DynamicCache(config=config).layers
-        planned = {kv_heads(layer) for layer in layer_configs(config)}
+        planned = {kv_heads(layer) for layer in attending_configs(config, [seat.layer for seat in seats])}
         require(
             len(planned) == 1, f"layers of this model differ in their KV heads ({sorted(planned)}): use transformers' own cache"
         )
         self._indices = Indices(planned.pop(), max_length)
+        self._attending = [seat.layer for seat in seats]
         self._whole: dict[int, str] = {}
         for seat in seats:
             self._seat(layers, seat, max_length)
@@ -82,10 +83,10 @@ class SparseCache(Cache):  # type: ignore[misc]
         return self.report().nbytes
 
     def report(self) -> CacheReport:
-        """Memory by layer."""
+        """Memory of keys and values by layer; recurrent states beside them are the model's own."""
         layers = tuple(
             LayerMemory(i, layer.kept.share if isinstance(layer, RaggedLayer) else 1.0, _nbytes(layer), self._whole.get(i))
-            for i, layer in enumerate(self.layers)
+            for i, layer in ((i, self.layers[i]) for i in self._attending)
         )
         return CacheReport(layers, self._indices.nbytes, self._max_length)
 

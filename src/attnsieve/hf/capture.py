@@ -16,7 +16,7 @@ import attnsieve
 from attnsieve.errors import UserError, require
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_not_plain
-from attnsieve.hf.geometry import AttentionLayer, fingerprint, observed_layers, text_config
+from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, LayerState, attach
 from attnsieve.hf.texts import Batch, digest, documents_of, right_padded
 from attnsieve.profiling import Capture, Profile, available_memory, estimate_memory
@@ -39,12 +39,12 @@ def profile(
     input_ids and attention_mask. Padding is removed, activations are those of the model's own attention, and its modes are
     restored. provenance is stored with what this function notes itself: documents, tokens, digest of the ids, dtype, versions.
 
-    Raises UserError, before any computation, for models without the attention interface, with layers that have no attention or
-    whose maps would not be plain softmax, for empty or unreadable texts, for texts too short for `pcl` and `lengths`, and if
-    the sums cannot fit in memory; during it for NaN or infinite scores, naming the layer.
+    Raises UserError, before any computation, for models without the attention interface or with attention that is not plain
+    softmax, for empty or unreadable texts, for texts too short for `pcl` and `lengths`, and if the sums cannot fit in memory;
+    during it for NaN or infinite scores, naming the layer.
     """
     mark = fingerprint(model)
-    _refuse_layers(observed_layers(model))
+    _refuse_layers(attention_layers(model))
     groups = documents_of(batches, text_config(model).vocab_size)
     wanted = ([pcl] if maps else []) + list(lengths)
     _refuse_short(groups, wanted)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,9 +80,9 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
     Raises UserError for models that do not use transformers' attention interface, with the reason.
     """
-    attention_layers(model)
+    indices = [layer.index for layer in attention_layers(model)]
     config = text_config(model)
-    layers = layer_configs(config)
+    layers = attending_configs(config, indices)
     heads = {layer.num_attention_heads for layer in layers}
     require(
         len(heads) == 1,
@@ -88,11 +90,12 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     )
     return Fingerprint(
         model_type=config.model_type,
-        layers=config.num_hidden_layers,
+        layers=len(indices),
         heads=heads.pop(),
         kv_heads=min(kv_heads(layer) for layer in layers),
         head_dim=max(getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads for c in layers),
         config_hash=_config_hash(config),
+        indices=indices,
     )
 
 
@@ -112,6 +115,13 @@ def layer_configs(config: Any) -> list[Any]:
     return [config] * config.num_hidden_layers if own is None else list(own)
 
 
+def attending_configs(config: Any, indices: Sequence[int]) -> list[Any]:
+    """The configurations of these layers alone."""
+    layers = layer_configs(config)
+    # LongCat has more attention modules than layers, all alike.
+    return [layers[index] if index < len(layers) else config for index in indices]
+
+
 def kv_heads(config: Any) -> int:
     """KV heads by the configuration, of a model or of a layer."""
     heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -128,47 +138,39 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         not type(model).__module__.startswith("attnsieve."),
         f"{type(model).__name__} computes its attention by masks of its own, which no plan replaces: run it as it is",
     )
-    modules = [module for module in model.modules() if _calls_interface(module, config)]
+    found = [(_index(name, module), module) for name, module in model.named_modules() if _calls_interface(module, config)]
+    modules = [(index, module) for index, module in found if index is not None]
     require(
         bool(modules),
         f"{type(model).__name__} does not use transformers' AttentionInterface: its attention is written into the model and "
         "cannot be replaced; use an architecture that does, such as Llama, Qwen3, Mistral or Gemma",
     )
-    _require_causal(model, all(getattr(module, "is_causal", True) for module in modules))
-    layers = [_describe(module, config) for module in modules]
+    _require_causal(model, all(getattr(module, "is_causal", True) for _, module in modules))
+    layers = [_describe(module, index, config) for index, module in modules]
     indices = [layer.index for layer in layers]
     if len(set(indices)) != len(indices):
         raise UserError(f"{type(model).__name__} has several attention modules in one layer; this is not supported")
     return sorted(layers, key=lambda layer: layer.index)
 
 
-def observed_layers(model: nn.Module) -> list[AttentionLayer]:
-    """`attention_layers` of a model whose every layer has attention.
-
-    Raises UserError for hybrids: profiles, measurements and budgets count all layers alike, those without attention too.
-    """
-    layers = attention_layers(model)
-    without = sorted(set(range(text_config(model).num_hidden_layers)) - {layer.index for layer in layers})
-    require(
-        not without,
-        f"layers {', '.join(map(str, without))} of {type(model).__name__} have no attention to observe, and profiles and budgets "
-        "count all layers alike: make the plan by hand, such as Plan.uniform(fingerprint(model), 'sink(4) | window(1024)')",
-    )
-    return layers
-
-
 def _calls_interface(module: nn.Module, config: Any) -> bool:
     modeling = sys.modules.get(type(module).__module__)
     return (
-        isinstance(getattr(module, "layer_idx", None), int)
+        hasattr(module, "layer_idx")
         and any(word in type(module).__name__ for word in ATTENTION)
         and getattr(module, "config", None) is config
         and hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
     )
 
 
-def _describe(module: nn.Module, config: Any) -> AttentionLayer:
-    index: Any = module.layer_idx
+def _index(name: str, module: nn.Module) -> int | None:
+    """The number of a module's layer, or None. Zamba's layers share their attention's weights, and modules do not know theirs."""
+    known: Any = module.layer_idx
+    place = re.search(r"\.layers\.(\d+)\.", name)
+    return known if known is not None and known >= 0 else int(place[1]) if place is not None else None
+
+
+def _describe(module: nn.Module, index: int, config: Any) -> AttentionLayer:
     kinds = getattr(config, "layer_types", None)
     kind = kinds[index] if kinds else "full_attention"
     if "CrossAttention" in type(module).__name__ or getattr(module, "is_cross_attention", False):

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 import attnsieve
 from attnsieve.attention import attend
 from attnsieve.errors import UserError, require
+from attnsieve.fingerprint import Fingerprint
 from attnsieve.hf.capture import evaluating
 from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_layer_dense
-from attnsieve.hf.geometry import AttentionLayer, fingerprint, observed_layers, text_config
+from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, LayerState, attach
 from attnsieve.hf.texts import Batch, digest, documents_of
 from attnsieve.layout import Layout, compile_layout
@@ -37,11 +38,11 @@ def measure(
     batches as in `profile`; texts of equal length are averaged, and every length is a row of the result. The model's own
     activations are undisturbed: every layer sees dense inputs. dense() is added to the candidates if it is not among them.
 
-    Raises UserError for models whose layers cannot run sparse or have no attention, for candidates with captured bits, and for
+    Raises UserError for models with attention that cannot run sparse, for candidates with captured bits, and for
     empty texts.
     """
     mark = fingerprint(model)
-    for layer in observed_layers(model):
+    for layer in attention_layers(model):
         reason = why_layer_dense(layer)
         if reason is not None:
             raise UserError(f"layer {layer.index} cannot be measured ({reason})")
@@ -50,7 +51,7 @@ def measure(
     documents = sorted((document for group in groups for document in group), key=len)
     require(bool(documents), "measure needs at least one text")
     lengths = sorted({len(document) for document in documents})
-    recorder = Recorder(patterns, (len(lengths), len(patterns), mark.layers, mark.heads), backend)
+    recorder = Recorder(patterns, len(lengths), mark, backend)
     detach = attach(model, recorder.layer)
     try:
         with evaluating(model):
@@ -78,8 +79,9 @@ class Compared:
 class Recorder:
     """Sums of what every candidate keeps and changes; float64 [lengths, candidates, layers, heads]."""
 
-    def __init__(self, patterns: list[Pattern], shape: tuple[int, ...], backend: str) -> None:
-        self._patterns, self._backend = patterns, backend
+    def __init__(self, patterns: list[Pattern], lengths: int, mark: Fingerprint, backend: str) -> None:
+        self._patterns, self._mark, self._backend = patterns, mark, backend
+        shape = (lengths, len(patterns), mark.layers, mark.heads)
         self.density, self.retained, self.error = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
         self.row = 0
         self._layouts: dict[tuple[Pattern, int], Layout] = {}
@@ -89,13 +91,14 @@ class Recorder:
         """The state of one layer: compare every candidate with dense attention, answer as the model would."""
 
         def state(call: LayerCall) -> Tensor:
-            refuse_unservable(call, self.density.shape[3])
+            refuse_unservable(call, self._mark.heads)
             refuse_to_observe(layer, call)
             exact, exact_lse = self._attend(call, dense())
+            place = self._mark.row(layer.index)
             for c, pattern in enumerate(self._patterns):
                 compared = self._compare(call, pattern, exact, exact_lse)
                 for name in ("density", "retained", "error"):
-                    getattr(self, name)[self.row, c, layer.index] += getattr(compared, name).cpu()
+                    getattr(self, name)[self.row, c, place] += getattr(compared, name).cpu()
             return own_attention(call)
 
         return state

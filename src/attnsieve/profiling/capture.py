@@ -56,11 +56,13 @@ class Capture:
         spans: Sequence[tuple[int, int, int]],
         window: int | None = None,
     ) -> None:
-        """Add one layer's view of a batch. q [B, Hq, T, D], k [B, Hkv, T, D]; spans: (batch row, first slot, tokens).
+        """Add what the model's layer `layer` sees of a batch. q [B, Hq, T, D], k [B, Hkv, T, D]; spans: (batch row, first slot,
+        tokens).
 
         Raises UserError for shapes that do not match the fingerprint and, naming the layer, for NaN or infinite scores.
         """
-        self._check(layer, q, k)
+        self._check(q, k)
+        place = self.fingerprint.row(layer)
         chunk_bytes = self.chunk_bytes or CHUNK_BYTES.get(q.device.type, CHUNK_BYTES["cuda"])
         for row, start, tokens in spans:
             queries, keys = q[row, :, start : start + tokens], k[row, :, start : start + tokens]
@@ -72,7 +74,7 @@ class Capture:
                         f"layer {layer} has NaN or infinite attention scores (batch row {row}, from position {first}): "
                         "check the weights, or profile in float32 or bfloat16",
                     )
-                    self._add(layer, first, p, tokens)
+                    self._add(place, first, p, tokens)
 
     def finish(self, provenance: dict[str, Any] | None = None) -> Profile:
         """The profile of everything added, whose sums it takes over. Raises UserError if a layer or a row was never seen."""
@@ -88,17 +90,16 @@ class Capture:
         maps = range(min(tokens, self.pcl) if self.maps is not None else 0)
         return [rows for rows in (maps, range(self.pcl, probed)) if rows]
 
-    def _add(self, layer: int, first: int, p: Tensor, tokens: int) -> None:
+    def _add(self, place: int, first: int, p: Tensor, tokens: int) -> None:
         if self.maps is not None and first < self.pcl:
-            self.maps.add(layer, first, p)
+            self.maps.add(place, first, p)
         else:
             for sums in self.longs:
                 if sums.length <= tokens:
-                    sums.add(layer, first, p)
+                    sums.add(place, first, p)
 
-    def _check(self, layer: int, q: Tensor, k: Tensor) -> None:
+    def _check(self, q: Tensor, k: Tensor) -> None:
         model = self.fingerprint
-        require(0 <= layer < model.layers, f"layer {layer} is outside the model's {model.layers} layers")
         # Some layers of a model may have more KV heads than others.
         fits = (
             q.ndim == k.ndim == 4 and q.shape[1] == model.heads and k.shape[1] % model.kv_heads == q.shape[1] % k.shape[1] == 0

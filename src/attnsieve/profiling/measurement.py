@@ -49,6 +49,9 @@ class Measurement(Artefact):
             good = values.dtype == torch.float32 and values.shape == shape
             require(good, f"{name} must be float32 {shape}, got {values.dtype} {tuple(values.shape)}")
             require(bool((values >= 0).all()) and bool(values.isfinite().all()), f"{name} must be finite and not negative")
+        # Older versions counted layers without attention, and budgets would be spent on what costs nothing.
+        bare = sorted({place[2] for place in (self.density == 0).all(1, keepdim=True).nonzero().tolist()})
+        require(not bare, f"no candidate keeps anything in layers {bare[:8]}, not even dense(): measure this model again")
 
     def __str__(self) -> str:
         model = self.fingerprint

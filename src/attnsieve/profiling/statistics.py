@@ -103,7 +103,10 @@ def _agreed(counts: Tensor, what: str) -> Tensor:
         len(missing) < len(counts),
         f"no document is long enough for {what}: give longer documents or a smaller capture length and shorter probed lengths",
     )
-    require(not missing, f"layers {missing[:8]} added no rows: the model does not call the attention function in every layer")
+    require(
+        not missing,
+        f"of those with attention, layers {missing[:8]} added no rows: its attention function is not called",
+    )
     require(bool((counts == counts[:1]).all()), "layers saw different rows: the capture was interrupted inside a forward pass")
     unseen = (counts[0] == 0).nonzero().flatten()
     require(

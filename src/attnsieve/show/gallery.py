@@ -40,9 +40,9 @@ def draw_all(
         figures["masks.png"] = mask_gallery(plan)
         figures["kinds.png"] = kind_map(plan)
     if plan is not None and plan.density is not None:
-        figures["density.png"] = density_grid(plan.density)
+        figures["density.png"] = density_grid(plan.density, layers=plan.fingerprint.indices)
     if plan is not None and plan.retained is not None:
-        figures["retained.png"] = mass_grid(plan.retained)
+        figures["retained.png"] = mass_grid(plan.retained, layers=plan.fingerprint.indices)
     return [save(figure, Path(folder) / name) for name, figure in figures.items()]
 
 

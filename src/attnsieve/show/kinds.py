@@ -50,7 +50,7 @@ def kind_map(plan: Plan) -> Figure:
     axes.imshow(
         numbers, cmap=ListedColormap([colour for _, colour in KINDS.values()]), vmin=0, vmax=len(names) - 1, aspect="auto"
     )
-    label_grid(axes, layers, heads, "kind of rule")
+    label_grid(axes, plan.fingerprint.indices, heads, "kind of rule")
     # White lines between heads.
     axes.set_xticks([head + 0.5 for head in range(heads - 1)], minor=True)
     axes.set_yticks([layer + 0.5 for layer in range(layers - 1)], minor=True)

@@ -44,7 +44,7 @@ def mask_gallery(plan: Plan, tokens: int | None = None) -> Figure:
     axes = figure.subplots()
     # In units of heads, so that ticks are their numbers.
     axes.imshow(sheet.numpy(), extent=(-0.5, heads - 0.5, layers - 0.5, -0.5), interpolation="antialiased")
-    label_grid(axes, layers, heads, f"masks, {size} tokens")
+    label_grid(axes, plan.fingerprint.indices, heads, f"masks, {size} tokens")
     axes.spines[:].set_visible(False)
     return figure
 

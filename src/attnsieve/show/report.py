@@ -86,6 +86,7 @@ def report_data(
     content: dict[str, Any] = {
         "title": f"attnsieve: {model.model_type if model else 'result rows'}",
         "layers": model.layers if model else 0,
+        "numbers": list(model.indices) if model else [],
         "heads": model.heads if model else 0,
         "pcl": profile.pcl if profile is not None else 0,
         "floor": FLOOR,
@@ -139,10 +140,12 @@ def _maps(maps: Tensor, chosen: Sequence[tuple[int, int]], blobs: Blobs) -> dict
 
 
 def _order(model: Fingerprint, plan: Plan | None, heads: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
-    """All heads: those asked for, else typical ones, then every other one, so that any beginning is spread over the model."""
-    wanted = list(heads) if heads else typical_heads(plan) if plan is not None else []
-    for layer, head in wanted:
+    """All heads as (row of the artefact, head): those asked for, else typical ones, then every other one, so that any beginning
+    is spread over the model."""
+    asked = list(heads) if heads else typical_heads(plan) if plan is not None else []
+    for layer, head in asked:
         check_place(model, layer, head)
+    wanted = [(model.row(layer), head) for layer, head in asked]
     places = [(layer, head) for layer in range(model.layers) for head in range(model.heads)]
     # Multiples of a step without a common divisor visit every place once, spread out.
     step = next(n for n in range(int(len(places) * 0.618) or 1, len(places) + 2) if math.gcd(n, len(places)) == 1)

@@ -34,14 +34,14 @@ def stability_text(found: Stability, floor: float = 0.9) -> str:
     rows = [
         [
             str(layer),
-            percent(float(found.density[:, layer].mean())),
-            percent(float(found.mean_overlap()[layer].mean())),
-            percent(float(found.own()[layer].mean())),
-            percent(float(found.worst()[layer].min())),
-            f"{int(fixed[layer].sum())}/{fixed.shape[1]}",
-            " ".join(str(number) for number, good in enumerate(fixed[layer].tolist()) if not good) or "-",
+            percent(float(found.density[:, row].mean())),
+            percent(float(found.mean_overlap()[row].mean())),
+            percent(float(found.own()[row].mean())),
+            percent(float(found.worst()[row].min())),
+            f"{int(fixed[row].sum())}/{fixed.shape[1]}",
+            " ".join(str(number) for number, good in enumerate(fixed[row].tolist()) if not good) or "-",
         ]
-        for layer in range(found.fingerprint.layers)
+        for row, layer in enumerate(found.fingerprint.indices)
     ]
     return "\n".join(head) + "\n\n" + markdown(header, rows, left=[6])
 
@@ -51,6 +51,7 @@ def stability_summary(found: Stability, floor: float = 0.9) -> dict[str, Any]:
     return {
         "names": list(found.names),
         "length": found.length,
+        "layers": list(found.fingerprint.indices),
         "floor": floor,
         "overlap": found.mean_overlap().tolist(),
         "own": found.own().tolist(),
@@ -63,10 +64,11 @@ def stability_figure(found: Stability) -> Figure:
     """Overlap of masks, and the mass that a document's mask keeps of another in the worst case, per layer and head."""
     from matplotlib.colors import Normalize
 
-    width, height = grid_size(found.fingerprint.layers, found.fingerprint.heads)
+    layers = found.fingerprint.indices
+    width, height = grid_size(len(layers), found.fingerprint.heads)
     figure = new_figure(2 * width, height)
     ticks = (0.0, 0.25, 0.5, 0.75, 1.0)
     left, right = figure.subplots(1, 2)
-    draw_share(figure, left, found.mean_overlap(), "overlap of masks of two documents", Normalize(0, 1), ticks)
-    draw_share(figure, right, found.worst(), "mass kept of another document, worst", Normalize(0, 1), ticks)
+    draw_share(figure, left, found.mean_overlap(), "overlap of masks of two documents", Normalize(0, 1), ticks, layers)
+    draw_share(figure, right, found.worst(), "mass kept of another document, worst", Normalize(0, 1), ticks, layers)
     return figure

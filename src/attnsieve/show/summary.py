@@ -28,11 +28,11 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "layers": [
             {
                 "layer": layer,
-                "density": _mean(plan.density, layer),
-                "retained": _mean(plan.retained, layer),
-                "heads": dict(Counter(_kind(rule) for rule in row)),
+                "density": _mean(plan.density, row),
+                "retained": _mean(plan.retained, row),
+                "heads": dict(Counter(_kind(rule) for rule in plan.patterns[row])),
             }
-            for layer, row in enumerate(plan.patterns)
+            for row, layer in enumerate(plan.fingerprint.indices)
         ],
     }
 
@@ -56,7 +56,7 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "pcl": profile.pcl,
         "documents": None if profile.rows_seen is None else int(profile.rows_seen[0]),
         "lengths": [statistics.length for statistics in profile.long],
-        "layers": [{"layer": layer} | _where(profile, layer) for layer in range(profile.fingerprint.layers)],
+        "layers": [{"layer": layer} | _where(profile, row) for row, layer in enumerate(profile.fingerprint.indices)],
     }
 
 
@@ -69,10 +69,10 @@ def profile_text(profile: Profile) -> str:
     return f"{profile}\n{caption}\n\n{markdown(header, rows, left=())}"
 
 
-def _where(profile: Profile, layer: int) -> dict[str, float]:
+def _where(profile: Profile, row: int) -> dict[str, float]:
     """Shares of one layer's attention, below the capture length and at each probed length beyond it."""
-    seen = {} if profile.maps is None else {profile.pcl: _where_in_maps(profile.maps[layer])}
-    seen |= {statistics.length: _where_beyond(statistics, layer) for statistics in profile.long}
+    seen = {} if profile.maps is None else {profile.pcl: _where_in_maps(profile.maps[row])}
+    seen |= {statistics.length: _where_beyond(statistics, row) for statistics in profile.long}
     names = (f"first_{SINK}", f"nearest_{LOCAL}")
     return {f"{name}_at_{length}": share for length, shares in seen.items() for name, share in zip(names, shares, strict=True)}
 
@@ -85,10 +85,10 @@ def _where_in_maps(maps: Tensor) -> tuple[float, float]:
     return float(maps[..., :SINK].sum() / total), 1 - float((maps * far).sum() / total)
 
 
-def _where_beyond(statistics: LongStatistics, layer: int) -> tuple[float, float]:
-    rows = statistics.rows * len(statistics.column_mass[layer])
-    first = statistics.column_mass[layer, :, :SINK].sum() / rows
-    near = statistics.offset_mass[layer, :, :LOCAL].sum() / rows
+def _where_beyond(statistics: LongStatistics, row: int) -> tuple[float, float]:
+    total = statistics.rows * len(statistics.column_mass[row])
+    first = statistics.column_mass[row, :, :SINK].sum() / total
+    near = statistics.offset_mass[row, :, :LOCAL].sum() / total
     return float(first), float(near)
 
 
@@ -100,7 +100,7 @@ def _counted(kinds: dict[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
-def _mean(share: Tensor | None, layer: int | None = None) -> float | None:
+def _mean(share: Tensor | None, row: int | None = None) -> float | None:
     if share is None:
         return None
-    return float(share.mean() if layer is None else share[layer].mean())
+    return float(share.mean() if row is None else share[row].mean())

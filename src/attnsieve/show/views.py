@@ -44,7 +44,7 @@ def head_view(
     or head that does not exist, for a profile and a plan of different models, and for more than `MOST_TOKENS` positions.
     """
     check_place(model_of(profile, plan), layer, head)
-    mean = None if profile is None or profile.maps is None else profile.maps[layer, head]
+    mean = None if profile is None or profile.maps is None else profile.maps[profile.fingerprint.row(layer), head]
     name = f"layer {layer}, head {head}"
     if plan is None:
         return HeadView(name, mean)
@@ -81,18 +81,19 @@ def typical_heads(plan: Plan, count: int = 4) -> list[tuple[int, int]]:
 
     Without expected densities in the plan they spread over the layers instead.
     """
-    places = [(layer, head) for layer, row in enumerate(plan.patterns) for head, rule in enumerate(row) if rule != dense()]
+    model, density = plan.fingerprint, plan.density
+    rows = zip(model.indices, plan.patterns, strict=True)
+    places = [(layer, head) for layer, row in rows for head, rule in enumerate(row) if rule != dense()]
     if not places:
-        return spread_heads(plan.fingerprint, count)
-    density = plan.density
+        return spread_heads(model, count)
     if density is not None:
-        places.sort(key=lambda place: (float(density[place]), place))
+        places.sort(key=lambda place: (float(density[model.row(place[0]), place[1]]), place))
     return _spread(places, count)
 
 
 def spread_heads(model: Fingerprint, count: int = 4) -> list[tuple[int, int]]:
     """(layer, head) of `count` heads from the first layer to the last, with different head numbers."""
-    layers = [layer for layer, _ in _spread([(layer, 0) for layer in range(model.layers)], count)]
+    layers = [layer for layer, _ in _spread([(layer, 0) for layer in model.indices], count)]
     return [(layer, place * model.heads // len(layers)) for place, layer in enumerate(layers)]
 
 
@@ -107,7 +108,7 @@ def _spread(places: Sequence[tuple[int, int]], count: int) -> list[tuple[int, in
 def model_of(profile: Profile | None, plan: Plan | None) -> Fingerprint:
     """The model of both. Raises UserError where they differ."""
     if profile is not None and plan is not None:
-        plan.check(profile.fingerprint)
+        plan.fingerprint.check(profile.fingerprint)
     known = profile or plan
     assert known is not None, "a head is drawn from a profile, a plan, or both"
     return known.fingerprint
@@ -116,15 +117,15 @@ def model_of(profile: Profile | None, plan: Plan | None) -> Fingerprint:
 def check_place(model: Fingerprint, layer: int, head: int) -> None:
     """Raise UserError unless the model has that head."""
     require(
-        0 <= layer < model.layers and 0 <= head < model.heads,
-        f"there is no layer {layer}, head {head}: the model has layers 0 to {model.layers - 1} of heads 0 to {model.heads - 1}",
+        layer in model.indices and 0 <= head < model.heads,
+        f"there is no layer {layer}, head {head}: the model has {model.listed()} of heads 0 to {model.heads - 1}",
     )
 
 
 def _numbers(plan: Plan, layer: int, head: int) -> list[str]:
     """Density and retained mass, as far as the plan knows them."""
     return [
-        f"{name} {percent(float(share[layer, head]))} %"
+        f"{name} {percent(float(share[plan.fingerprint.row(layer), head]))} %"
         for name, share in (("density", plan.density), ("retained mass", plan.retained))
         if share is not None
     ]

@@ -1,5 +1,6 @@
 // One head in panels, all heads in a grid.
 
+// Layers are counted as in the plan, which has none for those without attention; data.numbers says what the model calls them.
 const state = { layer: 0, head: 0, colour: "density", rule: null, map: null, panels: [] };
 
 async function showHead(layer, head) {
@@ -10,7 +11,7 @@ async function showHead(layer, head) {
   Object.assign(state, { map, rule });
   element("layer").value = layer;
   element("head").value = head;
-  element("name").textContent = `Layer ${layer}, head ${head}`;
+  element("name").textContent = `Layer ${data.numbers[layer]}, head ${head}`;
   element("rule").textContent = rule ? rule.text : "";
   buildPanels();
   drawGrid();
@@ -112,7 +113,7 @@ function drawGrid() {
     for (let head = 0; head < data.heads; head++) drawGridCell(pen, layer, head, width, height);
   pen.fillStyle = "#606060";
   for (let head = 0; head < data.heads; head += width < 16 ? 4 : 1) pen.fillText(head, 34 + (head + 0.5) * width, 11);
-  for (let layer = 0; layer < data.layers; layer += height < 12 ? 4 : 1) pen.fillText(layer, 17, 22 + (layer + 0.5) * height);
+  for (let layer = 0; layer < data.layers; layer += height < 12 ? 4 : 1) pen.fillText(data.numbers[layer], 17, 22 + (layer + 0.5) * height);
   pen.lineWidth = 2.5;
   pen.strokeStyle = "#d55e00";
   pen.strokeRect(34 + state.head * width, 22 + state.layer * height, width, height);
@@ -155,7 +156,7 @@ function fillLegend(parent, entries) {
 }
 
 function showPlace(layer, head) {
-  const parts = [`layer ${layer}, head ${head}`];
+  const parts = [`layer ${data.numbers[layer]}, head ${head}`];
   if (data.density) parts.push(`density ${percent(data.density[layer][head])}`);
   if (data.retained) parts.push(`retained mass ${percent(data.retained[layer][head])}`);
   if (data.kind) parts.push(data.kinds[data.kind[layer][head]].name);
@@ -188,7 +189,7 @@ function fillSelect(select, values) {
 
 function listenToSelects() {
   const numbers = (count) => Array.from({ length: count }, (_, number) => [number, number]);
-  fillSelect(element("layer"), numbers(data.layers));
+  fillSelect(element("layer"), data.numbers.map((number, layer) => [layer, number]));
   fillSelect(element("head"), numbers(data.heads));
   const colours = [["density", "density"], ["retained", "retained mass"], ["kind", "kind of rule"]].filter(([name]) => data[name]);
   fillSelect(element("colour"), colours);

@@ -4,12 +4,12 @@ async function start() {
   element("summary").textContent = data.summary;
   element("provenance").textContent = JSON.stringify(data.provenance, null, 1);
   const wanted = new URLSearchParams(location.hash.slice(1));
-  const [layer, head] = (wanted.get("head") || data.first).split(":").map(Number);
+  const [layer, head] = firstHead(wanted.get("head"));
   if (data.layers) {
     listenToSelects();
     listenToGrid();
     drawLegend();
-    await showHead(Math.min(layer, data.layers - 1), Math.min(head, data.heads - 1));
+    await showHead(layer, Math.min(head, data.heads - 1));
   } else document.querySelector("main").hidden = true;
   buildRows();
   const cell = wanted.get("cell");
@@ -21,6 +21,13 @@ async function start() {
   }
   window.addEventListener("resize", () => state.panels.forEach((panel) => (panel.resize(), panel.draw())));
   document.body.dataset.ready = "yes";
+}
+
+// Of an address with a layer that the page does not have, the last one.
+function firstHead(wanted) {
+  const [layer, head] = (wanted || data.first).split(":").map(Number);
+  if (!wanted) return [layer, head];
+  return [data.numbers.includes(layer) ? data.numbers.indexOf(layer) : data.layers - 1, head];
 }
 
 window.addEventListener("unhandledrejection", (event) => fail(event.reason));
