@@ -85,14 +85,33 @@ def test_plans_have_one_number_of_query_heads():
         fingerprint(model)
 
 
-@pytest.mark.parametrize(("cache", "keep"), [("dynamic", 1), ("dynamic", 5), ("static", 1)])
-def test_layers_that_run_for_the_last_queries_alone_read_their_own_rows(cache, keep):
-    model = gemma4()
+@pytest.mark.parametrize("rule", [RULE, "dense()"])
+@pytest.mark.parametrize(("cache", "keep"), [("dynamic", 1), ("dynamic", 5), ("static", 1), ("static", 5)])
+@pytest.mark.parametrize("window", [8, 64])
+def test_layers_that_run_for_the_last_queries_alone_read_their_own_rows(rule, cache, keep, window):
+    model = gemma4(sliding_window=window)
     ids = tokens(1, 20)
-    with apply(model, Plan.uniform(fingerprint(model), RULE), backend="reference"):
+    stock = logits(model, ids, use_cache=False)
+    with apply(model, Plan.uniform(fingerprint(model), rule), backend="reference"):
         whole = logits(model, ids, use_cache=False)
         past = tr.StaticCache(config=model.config, max_cache_len=30) if cache == "static" else None
         close(logits(model, ids, past_key_values=past, logits_to_keep=keep), whole[:, -keep:])
+    assert torch.allclose(whole, stock, atol=2e-5) == (rule == "dense()")
+
+
+@pytest.mark.parametrize("name", ["Gemma3nTextConfig", "Gemma4TextConfig"])
+def test_models_whose_layers_share_keys_need_no_mask_for_whole_texts(name, monkeypatch):
+    made = []
+    monkeypatch.setattr("attnsieve.hf.locate.spans_of_mask", made.append)
+    model = built(name, **(GQA | SHARED | {"head_dim": 4, "sliding_window": 64, "max_position_embeddings": 64}))
+    plan, ids = Plan.uniform(fingerprint(model), RULE), tokens(2, 20)
+    with apply(model, plan, backend="reference") as handle:
+        whole = logits(model, ids, use_cache=False)
+        steps = in_steps(model, ids, tr.DynamicCache(config=model.config), [13, 1, 1, 1, 1, 1, 1, 1])
+    assert handle.report().unplanned == {}
+    assert made == []
+    close(whole, oracle(model, plan, ids))
+    close(steps, whole)
 
 
 @pytest.mark.parametrize("name", ["DeepseekV32Config", "GlmMoeDsaConfig"])

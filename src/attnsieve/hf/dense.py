@@ -17,7 +17,7 @@ from attnsieve.hf.masks import spans_of_mask
 def own_attention(call: LayerCall) -> Tensor:
     """What the model computes without masks of ours: [B, Tq, Hq, Dv]. sdpa, or the model's eager code where sdpa cannot."""
     if not _changes_softmax(call):
-        forward, mask = sdpa_attention_forward, call.mask
+        forward, mask = sdpa_attention_forward, _last_rows(call) if call.mask is None else call.mask
     else:
         forward, mask = _eager_of(call), _additive_mask(call)
     out, _ = forward(
@@ -40,16 +40,24 @@ def _eager_of(call: LayerCall):  # type: ignore[no-untyped-def]
 
 def _additive_mask(call: LayerCall) -> Tensor:
     """Eager code adds its mask and knows no causality: 0 where a key may be read, the lowest number elsewhere."""
-    q_slots, k_slots = call.query.shape[2], call.key.shape[2]
     mask = call.mask
     if mask is None:
-        # None means causal from the first slot on (an empty cache, perhaps with room), or one query that reads everything.
-        rows = torch.ones(q_slots, k_slots, dtype=torch.bool, device=call.query.device)
-        mask = (rows if q_slots == 1 else rows.tril())[None, None]
+        # None means causal from the first slot on (an empty cache, perhaps with room), or one token that reads everything.
+        mask = _every_slot(call) if call.tokens == 1 else _every_slot(call).tril(call.tokens - call.query.shape[2])
     if mask.dtype != torch.bool:
         return mask
     lowest = torch.finfo(call.query.dtype).min
     return torch.zeros_like(mask, dtype=call.query.dtype).masked_fill_(~mask, lowest)
+
+
+def _last_rows(call: LayerCall) -> Tensor | None:
+    """The rows of the last queries where a layer runs for them alone, which sdpa would take for the first ones; else None."""
+    before = call.tokens - call.query.shape[2]
+    return _every_slot(call).tril(before) if before else None
+
+
+def _every_slot(call: LayerCall) -> Tensor:
+    return torch.ones(1, 1, call.query.shape[2], call.key.shape[2], dtype=torch.bool, device=call.query.device)
 
 
 # Layer types whose attention is to all earlier keys or those of a window; "hybrid" has recurrent states beside it.

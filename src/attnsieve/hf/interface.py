@@ -43,6 +43,13 @@ class LayerCall:
         return self.query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
 
     @property
+    def tokens(self) -> int:
+        """Tokens of this forward pass. Gemma 4 runs layers that share keys for the last of them alone; positions count all."""
+        queries = self.query.shape[2]
+        positions = self.options.get("position_ids")
+        return queries if positions is None else max(queries, positions.shape[-1])
+
+    @property
     def k_slots(self) -> int:
         """Key slots that the mask speaks of."""
         return self.past + self.key.shape[2]

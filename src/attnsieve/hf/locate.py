@@ -65,10 +65,10 @@ def locate(layer: int, call: LayerCall, memo: SpanMemo) -> Place | str:
     k_slots, device = call.k_slots, call.query.device
     mask = call.mask
     if mask is None:
-        if q_slots > k_slots:
+        if call.tokens > k_slots:
             return "there are more queries than keys"
-        # More than one query and no mask: causal from slot 0 on, even where a static cache returns its unwritten rest.
-        used = k_slots if q_slots == 1 else q_slots
+        # More than one token and no mask: causal from slot 0 on, even where a static cache returns its unwritten rest.
+        used = k_slots if call.tokens == 1 else call.tokens
         spans = memo.get(layer, None, (batch, q_slots, used, device), lambda: _unmasked(call, used))
     else:
         used, expected = k_slots, (batch, 1, q_slots, k_slots)
@@ -98,15 +98,15 @@ def _phase(q_slots: int, mask: Tensor | None) -> str:
 
 def _unmasked(call: LayerCall, k_slots: int) -> Spans:
     batch, _, q_slots, _ = call.query.shape
-    _refuse_unseparated(call, q_slots)
+    _refuse_unseparated(call)
     return Spans.full(batch, q_slots, k_slots, call.query.device)
 
 
-def _refuse_unseparated(call: LayerCall, q_slots: int) -> None:
+def _refuse_unseparated(call: LayerCall) -> None:
     """Packed documents without a block-diagonal mask would read each other, and masks would count from the wrong token."""
     lengths, positions = call.options.get("cu_seq_lens_q"), call.options.get("position_ids")
     packed = lengths is not None and lengths.numel() > 2
-    if q_slots > 1 and positions is not None and positions.ndim == 2:
+    if call.tokens > 1 and positions is not None and positions.ndim == 2:
         packed = packed or bool((positions.diff(dim=-1) < 0).any())
     require(
         not packed,

@@ -14,15 +14,18 @@ from attnsieve.spans import Spans
 
 # The mask function notes here which key slot the first query's own key is in; nothing else in a call says so.
 OFFSET = "_attnsieve_offset"
+# Models whose layers share keys and hand the positions of all tokens to each, also to those that run for the last queries alone.
+TELLING = ("gemma3n_text", "gemma4_text", "gemma4_unified_text")
 # Rows of a mask are compared in pieces of at most this many entries, so that reading a mask stays small beside the mask.
 PIECE = 1 << 24
 
 
 def mask_function(*args: Any, **kwargs: Any) -> Tensor | None:
     """transformers' mask for sdpa, noting the slot of the first query's own key on it."""
-    if getattr(kwargs.get("config"), "num_kv_shared_layers", 0):
-        # Gemma 4 runs layers that share keys for the last queries alone, with their rows of the mask; where there is no mask
-        # nothing says which rows they are.
+    config = kwargs.get("config")
+    if getattr(config, "num_kv_shared_layers", 0) and getattr(config, "model_type", None) not in TELLING:
+        # Layers that share keys may run for the last queries alone, with their rows of the mask; where there is none nothing
+        # says which rows they are.
         kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     if mask is None or torch.compiler.is_compiling():
