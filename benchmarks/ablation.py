@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 
 import torch
-from experiment import Rows
+from experiment import Rows, several
 from pareto import shard
 
 from attnsieve import Plan, UserError
@@ -87,12 +87,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--preset", default="paper")
-    parser.add_argument("--pcls", type=numbers(int), default=[128, 256, 512, 1024], help="the base is --pcl")
-    parser.add_argument("--lams", type=numbers(float), default=[0.25, 0.5, 1.0])
-    parser.add_argument("--taus", type=numbers(float), default=[0.05, 0.1, 0.2, 0.3, 0.5])
-    parser.add_argument("--mus", type=numbers(float), default=[0.6, 0.7, 0.8, 0.9, 1.0])
+    parser.add_argument("--pcls", type=several(int), default=[128, 256, 512, 1024], help="the base is --pcl")
+    parser.add_argument("--lams", type=several(float), default=[0.25, 0.5, 1.0])
+    parser.add_argument("--taus", type=several(float), default=[0.05, 0.1, 0.2, 0.3, 0.5])
+    parser.add_argument("--mus", type=several(float), default=[0.6, 0.7, 0.8, 0.9, 1.0])
     parser.add_argument(
-        "--counts", type=numbers(int), default=[1, 4, 16, 64], help="calibration documents; the base is --documents"
+        "--counts", type=several(int), default=[1, 4, 16, 64], help="calibration documents; the base is --documents"
     )
     parser.add_argument("--domains", type=lambda text: text.split(","), default=["text", "code", "dialogue"])
     parser.add_argument(
@@ -108,10 +108,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this time")
     parser.add_argument("--out", type=Path, required=True, help="rows go to OUT with the shard's number in its name")
     return parser.parse_args()
-
-
-def numbers(kind: type):
-    return lambda text: [kind(part) for part in text.split(",") if part]
 
 
 def settings(arguments: argparse.Namespace) -> Iterator[tuple[str, Setting]]:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import RESULTS, Budget, Rows, device_of, draw, measure_and_report, publish
-from language import Language, documents, run
+from experiment import RESULTS, Budget, Rows, device_of, draw, measure_and_report, publish, several
+from language import Language, run
+from language_text import documents
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -80,10 +81,9 @@ def report(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--keeps", type=numbers, default=[512])
+    parser.add_argument("--keeps", type=several(int), default=[512])
     parser.add_argument("--window", type=int, default=64, help="newest keys, kept beside the budget")
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--initial-A", type=float, default=0.02)
@@ -93,7 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=2e-4)
     parser.add_argument("--tokens", type=int, default=4_000_000, help="of text to train on")
     parser.add_argument("--text", default=MEASURED, help="text whose loss is measured")
-    parser.add_argument("--lengths", type=numbers, default=[1024, 2048])
+    parser.add_argument("--lengths", type=several(int), default=[1024, 2048])
     parser.add_argument("--items", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=8, help="training for a w stops after this; 0: report only")
     parser.add_argument("--models", type=Path, help="folder for the trained models, kept only if given")

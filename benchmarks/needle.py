@@ -15,8 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import RESULTS, Budget, Rows, autocast, device_of, draw, mean_and_error, measure_and_report, publish, written
-from language import LAYERS, latest, read_tokens
+from experiment import (
+    RESULTS,
+    Budget,
+    Rows,
+    autocast,
+    device_of,
+    draw,
+    mean_and_error,
+    measure_and_report,
+    publish,
+    several,
+    written,
+)
+from language import LAYERS
+from language_report import latest
+from language_text import read_tokens
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -133,10 +147,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=RESULTS / "language")
     parser.add_argument("--tokens", type=Path, required=True)
-    parser.add_argument(
-        "--lengths", type=lambda text: [int(n) for n in text.split(",")], default=[1024, 2048, 4096, 8192, 16384]
-    )
-    parser.add_argument("--depths", type=lambda text: [float(d) for d in text.split(",")], default=[0.0, 0.25, 0.5, 0.75, 0.95])
+    parser.add_argument("--lengths", type=several(int), default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--depths", type=several(float), default=[0.0, 0.25, 0.5, 0.75, 0.95])
     parser.add_argument("--items", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=5, help="0: report only")
     parser.add_argument("--device", default="auto")

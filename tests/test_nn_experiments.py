@@ -93,9 +93,9 @@ def test_recall_of_layers_that_keep_all_keys(command, tmp_path):
 
 
 def test_language_models(command, tmp_path, monkeypatch):
-    language = importlib.import_module("language")
+    language, source = importlib.import_module("language"), importlib.import_module("language_text")
     text = "".join(chr(97 + i * i % 23) + " " * (i % 3 == 0) for i in range(9000))
-    monkeypatch.setattr(language, "documents", lambda: (("letters", part) for part in language.pieces(text, 400)))
+    monkeypatch.setattr(source, "documents", lambda: (("letters", part) for part in source.pieces(text, 400)))
     tokens, out = ["--tokens", tmp_path / "tokens"], tmp_path / "language.jsonl"
     command("language", "prepare", *tokens, "--vocabulary", 280)
     sizes = ["--hidden", 32, "--intermediate", 64, "--depth", 2, "--heads", 2, "--length", 32, "--keep", 8, "--batch", 4]
@@ -133,7 +133,7 @@ def tokens_and_models(folder: Path, layers: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     (folder / "tokens").mkdir()
     ids = np.random.default_rng(0).integers(0, VOCAB, 6000).astype(np.uint16)
-    importlib.import_module("language").save_tokens(folder / "tokens", "held_out", ids)
+    importlib.import_module("language_text").save_tokens(folder / "tokens", "held_out", ids)
     for layer in layers:
         dma(attention=layer, **OPTIONS[layer]).save_pretrained(folder / "models" / f"{layer}-0")
 
