@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -20,6 +22,8 @@ from attnsieve.show.results import with_error
 if TYPE_CHECKING:
     from attnsieve.nn import DmaForCausalLM
 
+# Rows of `nn.training.train`.
+Log = list[dict[str, Any]]
 # A model that trains on a laptop; a configuration file replaces all of it.
 SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "initial_A": 0.02}
 # Pieces of text (64K characters at most) that a tokenizer is learned from.
@@ -104,24 +108,19 @@ def train(
     )
     fields = read_config(config) | named_values(settings or [])
     source, keep = read_text(text), keep or max(1, length // 4)
+    learn = partial(run, text=source, out=out, settings=chosen, resume=resume)
     measures: dict[str, dict[str, str]] = {}
     if convert is None:
         words = read_tokenizer(tokenizer or "bpe:4096", source)
-        model = new_model(layer, keep, words, fields if config else SMALL | {"max_position_embeddings": length} | fields, seed)
+        sizes = {} if config else SMALL | {"max_position_embeddings": length}
+        log = learn(new_model(layer, keep, words, sizes | fields, seed), words)
     else:
         require(
             (layer, tokenizer, config) == ("dma", None, None),
             "--convert gives a model DMA layers and keeps its sizes and tokenizer: leave out --layer, --tokenizer and --config",
         )
-        dense, words = options.load(convert, "auto", "float32")
-        measure = Measure(words, eval_text, length, eval_items)
-        measures["dense"] = measure(dense)
-        model = converted(dense, keep, fields, seed)
-        measures["converted"] = measure(model)
-        del dense
-    log = run(model, words, source, out, chosen, resume=resume)
-    if convert is not None:
-        measures["trained"] = measure(model.eval())
+        measure = partial(Measure, text=eval_text, length=length, items=eval_items)
+        log, measures = convert_and_train(convert, keep, fields, seed, measure, learn)
     if first_process():
         report(out, log, measures, json)
 
@@ -213,6 +212,21 @@ def converted(dense: Any, keep: int, fields: dict[str, Any], seed: int) -> DmaFo
     return convert(dense, seed=seed, **(dma_rule(keep) | {"initial_A": SMALL["initial_A"]} | fields))
 
 
+def convert_and_train(
+    name: str, keep: int, fields: dict[str, Any], seed: int, of_tokenizer: Callable[[Any], Measure], learn: Callable[..., Log]
+) -> tuple[Log, dict[str, dict[str, str]]]:
+    """The log of `learn`, and what is measured of the dense model of that name, of the converted one and of the trained one."""
+    dense, words = options.load(name, "auto", "float32")
+    measure = of_tokenizer(words)
+    measures = {"dense": measure(dense)}
+    model = converted(dense, keep, fields, seed)
+    measures["converted"] = measure(model)
+    del dense
+    log = learn(model, words)
+    measures["trained"] = measure(model.eval())
+    return log, measures
+
+
 @dataclass(frozen=True)
 class Measure:
     """Perplexity and key-value retrieval of a model at the training length, as text; nothing but in the first process."""
@@ -237,7 +251,7 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def report(out: Path, log: list[dict[str, Any]], measures: dict[str, dict[str, str]], json: bool) -> None:
+def report(out: Path, log: Log, measures: dict[str, dict[str, str]], json: bool) -> None:
     """The last logged row, what a conversion changed, and what could be done next."""
     last: dict[str, Any] = next((row for row in reversed(log) if "loss" in row), {})
     output.note(f"saved in {out}; next: attnsieve run {output.quoted(out)} --prompt TEXT")
