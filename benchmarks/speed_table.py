@@ -1,6 +1,6 @@
 """The tables of speed in docs/RESULTS.md: one attention layer of 32/8 heads of width 128, and time to first token.
 
-python benchmarks/speed_table.py benchmarks/results/kernels.jsonl
+python benchmarks/speed_table.py benchmarks/results/kernels.jsonl benchmarks/results/dma.jsonl
 """
 
 import argparse
@@ -14,6 +14,8 @@ from attnsieve.show import markdown, percent
 Rows = dict[tuple[Any, ...], dict[str, Any]]
 LAYER = {"batch": 1, "q_heads": 32, "kv_heads": 8, "head_dim": 128}
 K = 1024
+# DMA's own call, with its selection, by the backend that it takes.
+SAME = {"dynamic_mask_attention": "triton"}
 # What a line is called; operation, mask and backend of its rows, and their numbers of keys.
 LINES = (
     ("prefill, 10 % of 128 x 128 blocks (`fa4`)", "prefill", "blocks-10", "fa4", (32, 128)),
@@ -34,8 +36,11 @@ MODEL_HEADER = ("tokens", "density", "SDPA", "ours", "ours, first prompt of its 
 
 def newest(rows: Iterable[dict[str, Any]]) -> Rows:
     """The last row of each measurement of the layer."""
-    names = ("op", "mask", "backend", "kv_len", "includes_mask_building")
-    return {tuple(row[n] for n in names): row for row in rows if all(row[n] == size for n, size in LAYER.items())}
+    ours = [row for row in rows if all(row[name] == size for name, size in LAYER.items())]
+    return {
+        (row["op"], row["mask"], SAME.get(row["backend"], row["backend"]), row["kv_len"], row["includes_mask_building"]): row
+        for row in sorted(ours, key=lambda row: row["date"])
+    }
 
 
 def layer_lines(rows: Rows) -> list[list[str]]:
@@ -79,8 +84,9 @@ def short(number: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path)
-    rows = [json.loads(line) for line in parser.parse_args().rows.read_text(encoding="utf-8").splitlines()]
+    parser.add_argument("rows", type=Path, nargs="+", help="files of rows, of which the newest count")
+    files = parser.parse_args().rows
+    rows = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
     print(markdown(LAYER_HEADER, layer_lines(newest(rows))))
     print(f"\n{MODEL}, random weights, {PATTERN} in all layers:\n")
     print(markdown(MODEL_HEADER, model_lines([row for row in rows if row["mask"] in ("dense()", PATTERN)])))

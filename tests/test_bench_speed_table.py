@@ -16,8 +16,8 @@ def table(monkeypatch):
     return speed_table
 
 
-def rows():
-    return [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "kernels.jsonl").read_text().splitlines()]
+def rows(name="kernels"):
+    return [json.loads(line) for line in (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text().splitlines()]
 
 
 def test_every_line_has_rows_and_the_newest_ones_count(table):
@@ -27,6 +27,14 @@ def test_every_line_has_rows_and_the_newest_ones_count(table):
     slower = [*found, *(row | {"baseline_ms_p50": row["baseline_ms_p50"] and row["baseline_ms_p50"] / 10} for row in found)]
     again = table.layer_lines(table.newest(slower))
     assert all(float(now[6]) < float(before[6]) for now, before in zip(again, lines, strict=True))
+
+
+def test_the_order_of_files_does_not_matter_and_dma_counts_with_its_selection(table):
+    one, other = (table.newest(found) for found in (rows() + rows("dma"), rows("dma") + rows()))
+    assert one == other
+    assert one["prefill", "dma-1024", "triton", 32 * table.K, True]["date"] >= max(
+        row["date"] for row in rows("dma") if (row["op"], row["mask"], row["kv_len"]) == ("prefill", "dma-1024", 32 * table.K)
+    )
 
 
 def test_numbers_have_three_digits(table):
