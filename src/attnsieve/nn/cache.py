@@ -35,7 +35,7 @@ class BoundedCache:
         self.slots: Slots | None = None
         self.length: Tensor | None = None  # int64 [B, 1], positions so far
         self._versions: tuple[int, ...] | None = None
-        self._mark: BoundedCache | None = None  # a copy to go back to, and the tokens given since
+        self._snapshot: BoundedCache | None = None  # a copy to go back to, and the tokens given since
         self._since: Slots | None = None
 
     def attend(
@@ -79,8 +79,8 @@ class BoundedCache:
         move = lambda tensor: tensor.index_select(0, rows.to(tensor.device))  # noqa: E731
         if self.slots is not None and self.length is not None:
             self.slots, self.length = self.slots.map(move), move(self.length)
-        if self._mark is not None:
-            self._mark.reorder(rows)
+        if self._snapshot is not None:
+            self._snapshot.reorder(rows)
         if self._since is not None:
             self._since = self._since.map(move)
 
@@ -91,19 +91,19 @@ class BoundedCache:
 
     def record(self) -> None:
         """From here on `take_back` works. Costs a second set of slots, and memory for every token until `take_back`."""
-        mark = copy.copy(self)
-        mark.slots = None if self.slots is None else self.slots.map(torch.Tensor.clone)  # steps write in place
-        mark._mark = mark._since = None
-        self._mark, self._since = mark, None
+        snapshot = copy.copy(self)
+        snapshot.slots = None if self.slots is None else self.slots.map(torch.Tensor.clone)  # steps write in place
+        snapshot._snapshot = snapshot._since = None
+        self._snapshot, self._since = snapshot, None
 
     @property
     def recording(self) -> bool:
         """Whether tokens that come now can be taken back."""
-        return self._mark is not None
+        return self._snapshot is not None
 
     def stop_recording(self) -> None:
         """Free what `take_back` needs."""
-        self._mark, self._since = None, None
+        self._snapshot, self._since = None, None
 
     def take_back(self, tokens: int) -> None:
         """Undo the last `tokens` tokens, exactly; what came before can no longer be taken back.
@@ -112,14 +112,14 @@ class BoundedCache:
         """
         since = 0 if self._since is None else len(self._since)
         require(
-            self._mark is not None and 0 <= tokens <= since,
+            self._snapshot is not None and 0 <= tokens <= since,
             f"a bounded cache can take back the {since} tokens it has recorded, not {tokens}: call record() before they come "
             "(DmaCache: activate_past_recording()), or decode with a DynamicCache",
         )
-        if tokens and self._mark is not None and self._since is not None and self.length is not None:
-            kept, mark = self._since.part(0, since - tokens), self._mark
-            self.slots, self.seen = mark.slots, mark.seen + len(kept)
-            self.length = torch.zeros_like(self.length) if mark.length is None else mark.length
+        if tokens and self._snapshot is not None and self._since is not None and self.length is not None:
+            kept, snapshot = self._since.part(0, since - tokens), self._snapshot
+            self.slots, self.seen = snapshot.slots, snapshot.seen + len(kept)
+            self.length = torch.zeros_like(self.length) if snapshot.length is None else snapshot.length
             if len(kept):
                 text = self._text(kept)
                 self._remember(text, _compete(text, self.rule)[0].view_as(text.order), kept)
@@ -129,11 +129,11 @@ class BoundedCache:
     def nbytes(self) -> int:
         """Memory of everything remembered, in bytes; while nothing is recorded it does not grow."""
         slots = [part for part in (self.slots, self._since) if part is not None]
-        mark = 0 if self._mark is None else self._mark.nbytes
-        return mark + sum(tensor.nbytes for part in slots for tensor in part.tensors())
+        recorded = 0 if self._snapshot is None else self._snapshot.nbytes
+        return recorded + sum(tensor.nbytes for part in slots for tensor in part.tensors())
 
     def _record(self, new: Slots) -> None:
-        if self._mark is not None:
+        if self._snapshot is not None:
             self._since = new if self._since is None else self._since.join(new)
 
     def _step(self, q: Tensor, new: Slots, scale: float | None) -> Tensor:
