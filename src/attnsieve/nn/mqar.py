@@ -73,13 +73,6 @@ class RecallTask:
         return law.masked_fill(steps >= self.length // 2 - count, 0.0)
 
 
-def recall_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of the asked values that are the most likely next token; logits [N, T, V], labels [N, T]."""
-    asked = labels[:, 1:] != IGNORED
-    right = logits[:, :-1].argmax(-1) == labels[:, 1:]
-    return float(right[asked].double().mean())
-
-
 def _distinct(weights: Tensor, count: int, random: torch.Generator) -> Tensor:
     """int64 [rows, count]: indices drawn without replacement, each next one in proportion to the weights [rows, m] left."""
     # The Gumbel trick: the order of log weights plus Gumbel noise is that of drawing one after the other.
