@@ -1,6 +1,6 @@
-"""The kernel for Hopper GPUs, which no interpreter runs: it compiles, and the Triton kernel serves all that it does not.
+"""The kernels for Hopper GPUs, which no interpreter runs: they compile, and Triton's serve all that they do not.
 
-What it computes is checked on a GPU, tests/gpu/test_triton.py.
+What they compute is checked on a GPU, tests/gpu/test_hopper.py.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from tests.gpu_compiler import compiled
 
 triton = pytest.importorskip("triton")
 if not triton.__version__.startswith("3.6."):
-    pytest.skip("the kernel is used with Triton 3.6 alone", allow_module_level=True)
+    pytest.skip("the kernels are used with Triton 3.6 alone", allow_module_level=True)
 hopper = pytest.importorskip("attnsieve.backends.triton.hopper")
 schedule = pytest.importorskip("attnsieve.backends.triton.schedule").schedule
 
@@ -23,26 +23,31 @@ PROGRAM = """
 import torch
 from attnsieve import Spans
 from attnsieve.backends.call import Call
-from attnsieve.backends.triton import columns, gradients, hopper
+from attnsieve.backends.triton import columns, hopper
+from attnsieve.backends.triton.forward import forward
+from attnsieve.backends.triton.gradients import key_gradients
+from attnsieve.backends.triton.tuning import forward_tiles
 from attnsieve.layout import Layout
 
 columns.columns_dtype = lambda call: torch.bfloat16
-gradients._hopper = lambda *_: hopper
+hopper._capability = lambda device: (9, 0)
+hopper.multiprocessors = lambda device: 2
 n, group, width = 256, {group}, {width}
 tensor = lambda heads: torch.zeros(1, heads, n, width, dtype=torch.{dtype})
 bias = torch.zeros(1, 2, n) if {bias} else None
 layout = Layout(n, torch.full((1, 2, n), n, dtype=torch.int32), most_keys=n)
 call = Call(tensor(2 * group), tensor(2), tensor(2), layout, Spans.full(1, n, n, "cpu"), 1.0, bias)
-lse = torch.zeros(1, 2 * group, n)
-gradients.key_gradients(call, call.q, columns.row_columns(call, lse, lse))
+out, lse = forward(call, forward_tiles(call))
+key_gradients(call, out, columns.row_columns(call, lse, lse))
 """
 
 
 @pytest.mark.parametrize(
     ("group", "width", "dtype", "bias"), [(4, 128, "bfloat16", True), (1, 64, "float16", True), (7, 128, "float16", False)]
 )
-def test_the_kernel_compiles(group, width, dtype, bias):
-    assert "dkv_hopper" in compiled(PROGRAM.format(group=group, width=width, dtype=dtype, bias=bias))
+def test_the_kernels_compile(group, width, dtype, bias):
+    names = compiled(PROGRAM.format(group=group, width=width, dtype=dtype, bias=bias))
+    assert {"forward_hopper", "forward_kernel", "dkv_hopper"} <= set(names)
 
 
 def _serves(monkeypatch, layout, *, width=128, v_width=128, dtype=torch.bfloat16, capability=(9, 0), view=lambda x: x):

@@ -1,7 +1,5 @@
 """The Triton backend on a GPU against the float64 oracle: every pattern, head width, dtype, group and span shape."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -16,9 +14,6 @@ from tests.laws.samples import SAMPLES, dam
 
 forward = pytest.importorskip("attnsieve.backends.triton.forward", exc_type=ImportError).forward
 Tiles = pytest.importorskip("attnsieve.backends.triton.geometry", exc_type=ImportError).Tiles
-row_columns = pytest.importorskip("attnsieve.backends.triton.columns", exc_type=ImportError).row_columns
-row_sums = pytest.importorskip("attnsieve.backends.triton.gradients", exc_type=ImportError).row_sums
-key_gradients = pytest.importorskip("attnsieve.backends.triton.gradients", exc_type=ImportError).key_gradients
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 MIXED = [sink(2) | window(9), dam(20, (0, 7), (0, 1, 6)), diagonals(0, 40, 90), empty()]
 
@@ -148,36 +143,6 @@ def test_gradients_of_selected_keys(width, dtype):
 @pytest.mark.parametrize("group", [1, 4, 7, 8])
 def test_gradients_of_selected_keys_of_groups(group, width):
     check_gradients(*gradients_of(selected(2100, 1, "cuda", 300), group=group, n=2100, width=width))
-
-
-@pytest.mark.parametrize("q_len", [300, 1100])
-@pytest.mark.parametrize("pads", [None, (0, 401)], ids=["whole", "padded"])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_kernel_for_hopper_adds_up_what_triton_adds_up(q_len, pads, bias, monkeypatch):
-    """Chunks of queries, and left padding that holds NaN."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
-    hopper = pytest.importorskip("attnsieve.backends.triton.hopper", exc_type=ImportError)
-    n = 1100
-    spans = None if pads is None else Spans.left_padded(torch.tensor(pads, device="cuda"), q_len, n)
-    call = call_of(selected(n, 2, "cuda", 200), batch=2, group=4, kv_heads=2, q_len=q_len, n=n, width=128, spans=spans)
-    call = call if bias else replace(call, key_bias=None)
-    d_out = torch.randn_like(call.q)
-    if pads is not None:
-        call.k[1, :, : pads[1]] = torch.nan
-        call.v[1, :, : pads[1]] = torch.nan
-        d_out[1, :, : max(0, pads[1] - n + q_len)] = torch.nan
-    out, lse = forward(call, Tiles(64, 64, 4, 2))
-    columns_ = row_columns(call, lse, row_sums(call, out, lse, d_out, None).nan_to_num())
-    calls = []
-    serves = hopper.serves
-    monkeypatch.setattr(hopper, "serves", lambda *arguments: calls.append(serves(*arguments)) or calls[-1])
-    found = key_gradients(call, d_out, columns_)
-    assert calls == [True]
-    for ours, triton in zip(found, key_gradients(call, d_out, columns_, Tiles(64, 64, 4, 2)), strict=True):
-        # Both round their sums to half precision; the bias' are float32.
-        assert (ours is None) == (triton is None)
-        assert ours is None or relative_error(ours, triton) < 2 * torch.finfo(ours.dtype).eps
 
 
 @pytest.mark.parametrize("group", [1, 7, 8])

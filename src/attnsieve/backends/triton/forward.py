@@ -3,11 +3,13 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from attnsieve.backends.call import Call
+from attnsieve.backends.triton import hopper
 from attnsieve.backends.triton.bits import tile_keys, tile_words
 from attnsieve.backends.triton.columns import bias_of
 from attnsieve.backends.triton.common import (
@@ -32,7 +34,8 @@ from attnsieve.backends.triton.geometry import Geometry, Tiles
 from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.nonfinite import is_finite, sums_of_finite
 from attnsieve.backends.triton.outputs import clear_uncovered, new_outputs
-from attnsieve.backends.triton.schedule import schedule
+from attnsieve.backends.triton.schedule import Schedule, schedule
+from attnsieve.backends.triton.tuning import SELECTED
 
 
 @triton.jit
@@ -91,10 +94,12 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    SPOILT: tl.constexpr = False,
 ):
     """q [B, Hq, Tq, D], k, v [B, Hkv, Tk, D | Dv], bias [B, Hkv, Tk] or None -> out, p_lse [B, Hq, Tq].
 
     Rows of a program: GP heads of M positions each. G query heads share a KV head; GP is 1 where each has a mask of its own.
+    SPOILT: everything is computed, but tiles with an LSE of NaN, which are computed again (`hopper_forward`).
     """
     h, i_s = tl.program_id(1), tl.program_id(2)
     batch, q_start, first, k_start, k_len = span_of(places, i_s)
@@ -110,6 +115,11 @@ def forward_kernel(
     kv_head = h // G if GP == 1 else h
     row_ok = (i >= first) & (i < k_len) & (r // M < G)
     slot = q_start + i - first
+    heads = H if GP == 1 else H * G
+    if SPOILT:
+        written = tl.load(p_lse + (batch * heads + head) * q_slots + slot, mask=row_ok, other=0.0)
+        if tl.min((written == written).to(tl.int32), 0) == 1:
+            return
 
     o_d = tl.arange(0, DP)
     p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head + slot * q.s_row
@@ -216,7 +226,6 @@ def forward_kernel(
     o_dv = tl.arange(0, DVP)
     p_out = out.p + batch * out.s_batch + head.to(tl.int64) * out.s_head + slot * out.s_row
     tl.store(p_out[:, None] + o_dv[None, :], acc.to(out.p.dtype.element_ty), mask=row_ok[:, None] & (o_dv < DV)[None, :])
-    heads = H if GP == 1 else H * G
     tl.store(p_lse + (batch * heads + head) * q_slots + slot, lse, mask=row_ok)
 
 
@@ -226,6 +235,7 @@ class Prefill:
     def __init__(self, call: Call, tiles: Tiles) -> None:
         geometry = Geometry(call, tiles)
         built = schedule(call.layout, geometry.positions, tiles.keys)
+        self._hopper = _hopper(geometry, built)
         self._launch = Launch(
             forward_kernel,
             (geometry.query_tiles, call.layout.heads, len(call.spans)),
@@ -235,13 +245,29 @@ class Prefill:
             built.marks,
             call.scale,
             call.q.shape[2],
+            SPOILT=self._hopper is not None,
             **geometry.options(built),
         )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places) -> tuple[Tensor, Tensor]:
         out, lse = new_outputs(q, v)
+        if self._hopper is not None:
+            q, k, v = (x if hopper.is_aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+            self._hopper(rows_of(q), rows_of(k), rows_of(v), bias, rows_of(out), lse, places)
         self._launch(rows_of(q), rows_of(k), rows_of(v), bias, rows_of(out), lse, places)
         return out, lse
+
+
+def _hopper(geometry: Geometry, built: Schedule) -> Launch | None:
+    """The kernel for Hopper GPUs, where it serves the call; `forward_kernel` then looks after what it leaves."""
+    if (geometry.rows, geometry.tiles.keys) != (SELECTED.rows, SELECTED.keys):
+        return None
+    if built.tiles is not None or built.marks is None or not hopper.serves(geometry.call, built):
+        return None
+    # Gluon is there with the Triton that it was written for alone.
+    from attnsieve.backends.triton import hopper_forward
+
+    return hopper_forward.prefill(geometry, built)
 
 
 def forward(call: Call, tiles: Tiles) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from attnsieve.backends.call import Call
+from attnsieve.backends.triton import hopper
 from attnsieve.backends.triton.backward_keys import dkv_singles_kernel, dkv_tiles_kernel
 from attnsieve.backends.triton.backward_queries import delta_kernel, dq_kernel
 from attnsieve.backends.triton.columns import bias_columns, row_columns
@@ -19,7 +19,6 @@ from attnsieve.backends.triton.outputs import clear_uncovered
 from attnsieve.backends.triton.schedule import Schedule, only_lists, schedule, stretches, tiles_by_key
 from attnsieve.backends.triton.tuning import STRETCH_ROWS, key_tiles, query_tiles
 from attnsieve.device import padded
-from attnsieve.replay import is_known_triton
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,10 @@ def key_gradients(
     if built.tiles is not None:
         _add_tiles(geometry, built, common)
     if built.singles is not None:
-        hopper = None if tiles is not None else _hopper(call, built, d_out)
-        if hopper is None:
-            _add_singles(geometry, built, common)
+        if tiles is None and hopper.serves(call, built, d_out):
+            _add_singles_hopper(call, built, common)
         else:
-            _add_singles_hopper(hopper, call, built, common)
+            _add_singles(geometry, built, common)
     bias_gradient = None if d_bias is None or call.key_bias is None else _sum_heads(d_bias, call.key_bias)
     return _sum_heads(d_k, call.k), _sum_heads(d_v, call.v), bias_gradient
 
@@ -140,21 +138,24 @@ def _add_singles(geometry: Geometry, built: Schedule, common: tuple[object, ...]
     )
 
 
-def _add_singles_hopper(hopper: Any, call: Call, built: Schedule, common: tuple[object, ...]) -> None:
+def _add_singles_hopper(call: Call, built: Schedule, common: tuple[object, ...]) -> None:
     """`_add_singles` by the kernel for Hopper GPUs."""
-    geometry, tiles = Geometry(call, hopper.TILES), hopper.TILES
-    grid, lists = _stretches(geometry, built, hopper.STRETCH_ROWS)
+    # Gluon is there with the Triton that it was written for alone.
+    from attnsieve.backends.triton.hopper_keys import STRETCH_ROWS, TILES, dkv_hopper
+
+    geometry = Geometry(call, TILES)
+    grid, lists = _stretches(geometry, built, STRETCH_ROWS)
     constants = geometry.constants()
-    hopper.dkv_hopper[grid](
+    dkv_hopper[grid](
         *common,
         lists,
         call.scale,
         call.k.shape[2],
-        hopper.STRETCH_ROWS,
+        STRETCH_ROWS,
         **{name: constants[name] for name in ("H", "OWN_MASKS", "G", "GP", "M", "N", "D")},
-        WARPS=tiles.warps,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
+        WARPS=TILES.warps,
+        STAGES=TILES.stages,
+        num_warps=TILES.warps,
     )
 
 
@@ -164,15 +165,6 @@ def _stretches(geometry: Geometry, built: Schedule, rows: int) -> tuple[tuple[in
     lists, longest = stretches(call.layout, built, rows)
     per_head = triton.cdiv(call.q.shape[2], rows) + 1
     return (triton.cdiv(longest, geometry.tiles.keys), per_head * call.layout.heads, len(call.spans)), lists
-
-
-def _hopper(call: Call, built: Schedule, d_out: Tensor) -> Any:
-    """The module of the Hopper kernel where it serves the call, else None."""
-    if not call.q.is_cuda or not is_known_triton():
-        return None
-    from attnsieve.backends.triton import hopper
-
-    return hopper if hopper.serves(call, built, d_out) else None
 
 
 def _sum_heads(grad: Tensor, like: Tensor) -> Tensor:
