@@ -13,7 +13,7 @@ one of them. Rows are written as they come, and runs that a file there holds alr
 import argparse
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,8 @@ from attnsieve.evaluation.tasks.aligned import MANY
 from attnsieve.hf import load_model
 
 WAIT = 0.5
+# How often a run is tried on a GPU that other processes fill for a moment, and seconds in between.
+TRIES, PAUSE = 4, 8.0
 PRINTED = {"exact_match": "right", "answer_nll": "NLL", "answer_kl": "KL", "kl": "KL", "topic_match": "right"}
 
 
@@ -184,11 +186,9 @@ class Worker:
         """Whether it went well."""
         start = time.monotonic()
         try:
-            rows = [row for row in self.runs.cell(cell, {name: plan}) if row.plan == name]
+            rows = [row for row in patiently(lambda: self.runs.cell(cell, {name: plan})) if row.plan == name]
         except (UserError, RuntimeError) as error:
             print(f"{self.name} {cell.task.name} {cell.length} {name}: {type(error).__name__}: {error}", flush=True)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
             return False
         found = {PRINTED[row.metric]: row for row in rows if row.metric in PRINTED}
         numbers = "  ".join(f"{short} {row.value:.3f} ({row.dense_value:.3f})" for short, row in found.items())
@@ -196,6 +196,19 @@ class Worker:
         print(
             f"{self.name} {cell.task.name} {cell.length} {name}: {rows[0].density:.3f}  {numbers}  {seconds:.1f} s", flush=True
         )
+
+
+def patiently(run: Callable[[], list[Row]]) -> list[Row]:
+    """What `run` returns, tried again where memory ran out; memory that it no longer needs is there for other processes."""
+    for _ in range(TRIES - 1):
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            pass  # The error holds the tensors of the failed call until here.
+        finally:
+            torch.cuda.empty_cache()
+        time.sleep(PAUSE)
+    return run()
 
 
 @cache

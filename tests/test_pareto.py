@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
+import torch
 
 from attnsieve import Plan
 from attnsieve.evaluation import read_rows
@@ -124,6 +125,29 @@ def test_a_list_is_worked_through_in_order(script, tmp_path, capsys):
     script("worklist", tmp_path / "list", "--out", out, "--shard", "1/2")
     assert not (out / "rows-1.jsonl").exists()
     assert capsys.readouterr().out.startswith("ended with")
+
+
+def test_a_run_is_tried_again_where_memory_ran_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    pareto = importlib.import_module("pareto")
+    monkeypatch.setattr(pareto, "PAUSE", 0.0)
+    calls = []
+
+    def full(times):
+        def run():
+            calls.append(times)
+            if len(calls) <= times:
+                raise torch.OutOfMemoryError("full")
+            return ["row"]
+
+        return run
+
+    assert pareto.patiently(full(2)) == ["row"]
+    assert len(calls) == 3
+    calls.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        pareto.patiently(full(pareto.TRIES))
+    assert len(calls) == pareto.TRIES
 
 
 def test_nothing_begins_after_the_time(script, tmp_path):
