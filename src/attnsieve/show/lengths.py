@@ -12,7 +12,7 @@ from attnsieve.errors import require
 from attnsieve.plan import Plan
 from attnsieve.profiling import Measurement
 from attnsieve.show.canvas import COLOURS, GREY, MARKERS, new_figure, quiet_axes
-from attnsieve.show.tables import markdown, percent
+from attnsieve.show.tables import markdown, percent, shortened, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,8 @@ def length_figure(measurement: Measurement, plan: Plan | None = None) -> Figure:
 
 
 def _plot_candidates(axes: Axes, measurement: Measurement) -> None:
-    for place, number in enumerate(_spread(measurement)):
+    by_density = measurement.density[-1].mean((1, 2)).argsort().tolist()
+    for place, number in enumerate(spread(by_density, MOST_LINES)):
         density = float(measurement.density[-1, number].mean())
         axes.plot(
             measurement.lengths,
@@ -55,7 +56,7 @@ def _plot_candidates(axes: Axes, measurement: Measurement) -> None:
             color=COLOURS[place % len(COLOURS)],
             marker=MARKERS[place % len(MARKERS)],
             linewidth=1,
-            label=f"{_short(measurement.candidates[number])}: {percent(density)} %",
+            label=f"{shortened(measurement.candidates[number], 80)}: {percent(density)} %",
         )
 
 
@@ -105,14 +106,3 @@ def measurement_text(measurement: Measurement) -> str:
             cells += [percent(density), percent(retained), f"{float(measurement.error[length, number].sum(-1).mean()):.3g}"]
         rows.append(cells)
     return f"{str(measurement).splitlines()[0]}\n\n{markdown(header, rows)}"
-
-
-def _spread(measurement: Measurement) -> list[int]:
-    """Candidates from the sparsest to the densest, evenly chosen."""
-    order = measurement.density[-1].mean((1, 2)).argsort().tolist()
-    count = min(MOST_LINES, len(order))
-    return [order[place * (len(order) - 1) // max(1, count - 1)] for place in range(count)]
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."

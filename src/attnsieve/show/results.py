@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnsieve.errors import require
 from attnsieve.show.canvas import COLOURS, GREY, MARKERS, new_figure, quiet_axes
-from attnsieve.show.tables import markdown, percent
+from attnsieve.show.tables import markdown, percent, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +78,7 @@ def result_figure(rows: Sequence[Row], metric: str) -> Figure:
         f"{len(tasks)} tasks x {len(lengths)} lengths are too many panels: choose some",
     )
     width = max(4.6, PANEL_WIDTH * len(lengths) + 0.4)
-    columns = max(1, int(width / (0.6 + LETTER_WIDTH * max(map(len, map(_short, [*families, "dense attention"]))))))
+    columns = max(1, int(width / (0.6 + LETTER_WIDTH * max(len(_label(name)) for name in [*families, "dense attention"]))))
     figure = new_figure(width, PANEL_HEIGHT * len(tasks) + 0.3 + 0.2 * -(-(len(families) + 1) // columns))
     grid = figure.subplots(len(tasks), len(lengths), squeeze=False, sharex=True, sharey="row")
     for task, line in zip(tasks, grid, strict=True):
@@ -180,10 +180,10 @@ def _mark(place: int) -> dict[str, Any]:
 def _legend(figure: Figure, families: Sequence[str], columns: int) -> None:
     from matplotlib.lines import Line2D
 
-    marks = [Line2D([], [], label=_short(name), **_mark(place)) for place, name in enumerate(families)]
+    marks = [Line2D([], [], label=_label(name), **_mark(place)) for place, name in enumerate(families)]
     marks.append(Line2D([], [], label="dense attention", color=GREY, linewidth=1, linestyle="--"))
     figure.legend(handles=marks, loc="outside lower left", fontsize=8, frameon=False, ncols=columns)
 
 
-def _short(plan: str) -> str:
-    return plan if len(plan) <= 70 else plan[:67] + "..."
+def _label(plan: str) -> str:
+    return shortened(plan, 70)

@@ -1,8 +1,11 @@
-"""Plain text tables, aligned, in Markdown: the same in a terminal, a log and a README."""
+"""Plain text tables, aligned, in Markdown: the same in a terminal, a log and a README; and what fits into little room."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
@@ -26,3 +29,16 @@ def percent(share: float | None) -> str:
         return "-"
     number = 100 * share
     return f"{number:.1f}" if 0 < number < 9.95 else f"{number:.0f}"
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, cut where it has more than `most` letters."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of the items, evenly from the first to the last; the middle one where there is room for one."""
+    count = min(most, len(items))
+    if count == 1:
+        return [items[len(items) // 2]]
+    return [items[place * (len(items) - 1) // (count - 1)] for place in range(count)]

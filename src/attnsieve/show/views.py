@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from attnsieve.fingerprint import Fingerprint
 from attnsieve.patterns import Captured, Pattern, dense
 from attnsieve.plan import Plan, outline
 from attnsieve.profiling import Profile
-from attnsieve.show.tables import percent
+from attnsieve.show.tables import percent, spread
 
 # Written out as n x n bits: enough to see what a rule does, small enough to hold.
 MOST_TOKENS = 8192
@@ -88,21 +87,13 @@ def typical_heads(plan: Plan, count: int = 4) -> list[tuple[int, int]]:
         return spread_heads(model, count)
     if density is not None:
         places.sort(key=lambda place: (float(density[model.row(place[0]), place[1]]), place))
-    return _spread(places, count)
+    return spread(places, count)
 
 
 def spread_heads(model: Fingerprint, count: int = 4) -> list[tuple[int, int]]:
     """(layer, head) of `count` heads from the first layer to the last, with different head numbers."""
-    layers = [layer for layer, _ in _spread([(layer, 0) for layer in model.indices], count)]
+    layers = spread(model.indices, count)
     return [(layer, place * model.heads // len(layers)) for place, layer in enumerate(layers)]
-
-
-def _spread(places: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """`count` of `places`, evenly from the first to the last."""
-    count = min(count, len(places))
-    if count == 1:
-        return [places[len(places) // 2]]
-    return [places[index * (len(places) - 1) // (count - 1)] for index in range(count)]
 
 
 def model_of(profile: Profile | None, plan: Plan | None) -> Fingerprint:
