@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from dma_windows import window_kernels
-from experiment import RESULTS, Rows, draw, publish
+from experiment import RESULTS, Rows, draw, publish, several
 from torch import Tensor
 
 from attnsieve.backends.call import Call
@@ -202,14 +202,10 @@ def lines(arguments: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
     """(suite, n, w) of all suites, the most telling first; another w counts as much as two further lengths."""
     found = []
     for suite in arguments.suites:
-        lengths = numbers(arguments.lengths) or (DECODE_LENGTHS if suite == "decode" else LENGTHS)
-        budgets = numbers(arguments.budgets) or BUDGETS[suite]
+        lengths = arguments.lengths or (DECODE_LENGTHS if suite == "decode" else LENGTHS)
+        budgets = arguments.budgets or BUDGETS[suite]
         found += [(place + 2 * rank, suite, n, w) for rank, w in enumerate(budgets) for place, n in enumerate(lengths)]
     return ((suite, n, w) for _, suite, n, w in sorted(found, key=lambda line: line[0]))
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
 
 
 def report(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -248,8 +244,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("suites", nargs="+", choices=tuple(OPS))
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--budget-ms", type=float, default=100.0, help="how long one measurement is repeated")
-    parser.add_argument("--lengths", default="", help="instead of all, as 4096,32768")
-    parser.add_argument("--budgets", default="", help="w, instead of all")
+    parser.add_argument("--lengths", type=several(int), default=[], help="instead of all, as 4096,32768")
+    parser.add_argument("--budgets", type=several(int), default=[], help="w, instead of all")
     parser.add_argument("--baselines", default="cudnn,flash,fa4", help="those that are missing are skipped; may be none")
     parser.add_argument("--windows-by", default="triton,fa4", help="kernels of windows; flex takes seconds to compile")
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
