@@ -103,6 +103,33 @@ def _present(p_items, low, high, first, k_len, M: tl.constexpr):
 
 
 @triton.jit
+def _load_keys(
+    k,
+    v,
+    bias,
+    columns,
+    batch,
+    kv_head,
+    k_start,
+    j,
+    ok,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+):
+    """Keys j, their values, and their columns beside the rows', which add bias and LSE to the product (`columns.py`)."""
+    k_tile = load_rows(head_base(k, batch, kv_head) + k_start * k.s_row, j, k.s_row, ok, D, DP, True)
+    v_tile = load_rows(head_base(v, batch, kv_head) + k_start * v.s_row, j, v.s_row, ok, DV, DVP, True)
+    if bias is None:
+        k_columns = indicator(LSE_COLUMN, N, columns.p.dtype.element_ty)
+    else:
+        k_columns = load_rows(head_base(bias, batch, kv_head) + k_start * bias.s_row, j, bias.s_row, ok, 16, 16, True)
+    return k_tile, v_tile, k_columns
+
+
+@triton.jit
 def dkv_tiles_kernel(
     q,
     k,
@@ -149,12 +176,7 @@ def dkv_tiles_kernel(
     kv_head = h // G if GP == 1 else h
     j = b * N + tl.arange(0, N)
     ok = j < k_len
-    k_tile = load_rows(head_base(k, batch, kv_head) + k_start * k.s_row, j, k.s_row, ok, D, DP, True)
-    v_tile = load_rows(head_base(v, batch, kv_head) + k_start * v.s_row, j, v.s_row, ok, DV, DVP, True)
-    if bias is None:
-        k_columns = indicator(LSE_COLUMN, N, columns.p.dtype.element_ty)
-    else:
-        k_columns = load_rows(head_base(bias, batch, kv_head) + k_start * bias.s_row, j, bias.s_row, ok, 16, 16, True)
+    k_tile, v_tile, k_columns = _load_keys(k, v, bias, columns, batch, kv_head, k_start, j, ok, N, D, DP, DV, DVP)
     BIAS: tl.constexpr = bias is not None
 
     dk = tl.zeros([N, DP], tl.float32)
@@ -254,12 +276,7 @@ def dkv_singles_kernel(
     o_x = chunk * N + tl.arange(0, N)
     j = tl.load(singles.items + tl.load(singles.start + o_list) + o_x, mask=o_x < count, other=0)
     ok = (o_x < count) & (j < k_len)
-    k_tile = load_rows(head_base(k, batch, kv_head) + k_start * k.s_row, j, k.s_row, ok, D, DP, True)
-    v_tile = load_rows(head_base(v, batch, kv_head) + k_start * v.s_row, j, v.s_row, ok, DV, DVP, True)
-    if bias is None:
-        k_columns = indicator(LSE_COLUMN, N, columns.p.dtype.element_ty)
-    else:
-        k_columns = load_rows(head_base(bias, batch, kv_head) + k_start * bias.s_row, j, bias.s_row, ok, 16, 16, True)
+    k_tile, v_tile, k_columns = _load_keys(k, v, bias, columns, batch, kv_head, k_start, j, ok, N, D, DP, DV, DVP)
     BIAS: tl.constexpr = bias is not None
 
     dk = tl.zeros([N, DP], tl.float32)
