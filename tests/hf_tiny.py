@@ -102,7 +102,8 @@ def masked_model(model: tr.PreTrainedModel, plan: Plan, implementation: str = "e
             n = args[0].shape[1] if args else kwargs["hidden_states"].shape[1]
             keep = head_masks(plan.row(index), n)
             if window is not None:
-                keep = window_mask(n, window)
+                whole = any(atom.blocks(1) is not None for pattern in plan.row(index) for atom in pattern)
+                keep = window_mask(n, window) if whole else keep & window_mask(n, window)
             if implementation == "eager":
                 dtype = next(module.parameters()).dtype
                 keep = torch.zeros(keep.shape, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)

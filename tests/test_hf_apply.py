@@ -274,16 +274,18 @@ def test_dropout_stays_dense_by_name(caplog):
         logits(model, ids)
 
 
-def test_sliding_windows_stay_dense_by_name():
+@pytest.mark.parametrize("rule", ["random_blocks(1, block=4) | window(1)", "top_blocks(1, block=4) | window(1)"])
+def test_rules_that_cannot_be_cut_to_a_sliding_window_stay_dense_by_name(rule):
     model = tiny("mistral", sliding_window=8)
+    plan = Plan.uniform(fingerprint(model), rule)
     for ids in (tokens(1, 5), tokens(1, 20)):
         model.set_attn_implementation("sdpa")
         expected = logits(model, ids)
-        with apply(model, sparse(model), backend="reference") as handle:
+        with apply(model, plan, backend="reference") as handle:
             assert torch.equal(logits(model, ids), expected)
         assert [reason[:14] for reason in handle.report().unplanned] == ["sliding window"]
-    with pytest.raises(UserError, match=r"strict.*sliding window"):
-        apply(model, sparse(model), strict=True)
+    with pytest.raises(UserError, match=r"strict.*sliding window.*_blocks\(1.* cannot be cut to"):
+        apply(model, plan, strict=True)
 
 
 def test_a_window_beyond_the_context_does_not_bind_and_must_not():

@@ -26,8 +26,8 @@ class LayerFidelity:
     """float64 [layers, query heads] each, of one text; layers are those with attention.
 
     density: kept pairs over causal pairs. retained: mean over rows of the softmax mass on kept keys. error: norm of (sparse -
-    dense output) over norm of the dense output, of the head before the output projection. Layers that must keep the model's own
-    attention (a sliding window, softcap, sinks) count as 1, 1 and 0.
+    dense output) over norm of the dense output, of the head before the output projection. Of layers with sliding windows, dense is
+    the window. Layers that must keep the model's own attention (softcap, sinks) count as 1, 1 and 0.
     """
 
     density: Tensor
@@ -67,25 +67,27 @@ class _Probe:
 
     def __init__(self, plan: Plan, mark: Fingerprint, result: LayerFidelity, last: int, backend: str) -> None:
         self._plan, self._mark, self._result, self._last, self._backend = plan, mark, result, last, backend
-        self._dense: Layout | None = None
+        self._dense: dict[tuple[torch.device, int | None], Layout] = {}
 
     def layer(self, layer: AttentionLayer) -> LayerState:
         """The state of one layer."""
 
         def state(call: LayerCall) -> Tensor:
-            if why_layer_dense(layer) is None:
-                self._note(layer.index, call)
+            if why_layer_dense(layer, self._plan.row(layer.index)) is None:
+                self._note(layer, call)
             return own_attention(call)
 
         return state
 
-    def _note(self, index: int, call: LayerCall) -> None:
-        q, k = call.query, call.key
+    def _note(self, layer: AttentionLayer, call: LayerCall) -> None:
+        q, k, index, window = call.query, call.key, layer.index, layer.binding_window
         tokens = q.shape[2]
-        if self._dense is None or self._dense.device != q.device:
-            self._dense = compile_layout([dense()] * q.shape[1], tokens, q.device)
-        layout = choose(self._plan.row(index), q, k, scale=call.scaling)
-        full, full_lse = (part[:, :, -self._last :] for part in self._attend(call, self._dense))
+        whole = self._whole(q, window)
+        row = self._plan.row(index)
+        layout = (
+            choose(row, q, k, scale=call.scaling) if window is None else compile_layout(row, tokens, q.device, window=window)
+        )
+        full, full_lse = (part[:, :, -self._last :] for part in self._attend(call, whole))
         kept, kept_lse = (part[:, :, -self._last :] for part in self._attend(call, layout))
         place = self._mark.row(index)
         # A layout of KV heads stands for the query heads of each.
@@ -95,6 +97,13 @@ class _Probe:
         self._result.error[place] = gap[0]
         finite = bool(self._result.error[place].isfinite().all())
         require(finite, f"layer {index} has NaN or infinite attention outputs: check the model's weights and dtype")
+
+    def _whole(self, q: Tensor, window: int | None) -> Layout:
+        """What a layer attends to without a plan."""
+        key = (q.device, window)
+        if key not in self._dense:
+            self._dense[key] = compile_layout([dense()] * q.shape[1], q.shape[2], q.device, window=window)
+        return self._dense[key]
 
     def _attend(self, call: LayerCall, layout: Layout) -> tuple[Tensor, Tensor]:
         out = attend(call.query, call.key, call.value, layout, scale=call.scaling, backend=self._backend, return_lse=True)

@@ -36,8 +36,9 @@ logger = logging.getLogger("attnsieve")
 def apply(model: PreTrainedModel, plan: Plan, *, backend: str = "auto", strict: bool = False) -> Handle:
     """Run `model` with the attention of `plan` until the returned handle is removed or its `with` block ends.
 
-    Layers that cannot follow the plan (sliding windows that bind, softcap, sinks, dropout, masks of the caller's own) keep
-    the model's own attention; the handle's report names them, and with `strict` they raise UserError.
+    Layers with a sliding window of the model's own follow the part of the plan that lies inside it. Layers that cannot follow the plan
+    (patterns that choose from the input or keep blocks in such a window, softcap, sinks, dropout, masks of the caller's own)
+    keep the model's own attention; the handle's report names them, and with `strict` they raise UserError.
 
     `backend` as in `attnsieve.attend`, always exactly the plan's pairs; or "fastest": as "auto", but prompts and chunks that
     the plan's fixed patterns would make slower than dense attention, by measured costs, run dense. Their results then depend
@@ -67,7 +68,7 @@ def apply(model: PreTrainedModel, plan: Plan, *, backend: str = "auto", strict: 
 
 def _refuse_dense_layers(layers: list[AttentionLayer], plan: Plan) -> None:
     for layer in layers:
-        reason = why_layer_dense(layer)
+        reason = why_layer_dense(layer, plan.row(layer.index))
         if reason is not None and _sparse_heads(plan.row(layer.index)):
             raise UserError(f"strict: the plan makes layer {layer.index} sparse, but it must stay dense ({reason})")
 
@@ -115,13 +116,13 @@ class LayoutCache:
     """Layouts of a model's layers: one per row of patterns and power-of-two capacity, built when first needed."""
 
     def __init__(self) -> None:
-        self._layouts: dict[tuple[tuple[Pattern, ...], int, torch.device], Layout] = {}
+        self._layouts: dict[tuple[tuple[Pattern, ...], int, torch.device, int | None], Layout] = {}
 
-    def get(self, patterns: tuple[Pattern, ...], capacity: int, device: torch.device) -> Layout:
-        """The layout for `capacity` positions. Layers with the same patterns share it."""
-        key = (patterns, capacity, device)
+    def get(self, patterns: tuple[Pattern, ...], capacity: int, device: torch.device, window: int | None) -> Layout:
+        """The layout for `capacity` positions within a sliding window. Layers with the same patterns share it."""
+        key = (patterns, capacity, device, window)
         if key not in self._layouts:
-            self._layouts[key] = compile_layout(patterns, capacity, device)
+            self._layouts[key] = compile_layout(patterns, capacity, device, window=window)
         return self._layouts[key]
 
 
@@ -139,11 +140,12 @@ class SparseLayer:
     ) -> None:
         self.calls = LayerReport(layer.index, _sparse_heads(row))
         self._dynamic = any(pattern.dynamic for pattern in row)
-        self._layer, self._row, self._never = layer, row, why_layer_dense(layer)
+        self._layer, self._row, self._never = layer, row, why_layer_dense(layer, row)
+        self._window = layer.binding_window
         self._layouts, self._memo, self._strict = layouts, memo, strict
         self._fastest, self._backend = backend == FASTEST, "auto" if backend == FASTEST else backend
         self._own: dict[tuple[int, int, torch.device], Layout] = {}
-        self.seat = Seat(layer.index, row, self._never or (None if self.calls.sparse_heads else BY_PLAN))
+        self.seat = Seat(layer.index, row, self._never or self._why_whole())
 
     def __call__(self, call: LayerCall) -> Tensor:
         remembered = self.seat.take(call.key)
@@ -153,11 +155,20 @@ class SparseLayer:
         if not self.calls.sparse_heads:
             self.calls.dense[BY_PLAN] += 1
             return own_attention(call)
-        place = self._never or why_call_dense(self._layer, call) or locate(self._layer.index, call, self._memo)
+        place = self._never or why_call_dense(self._layer, call) or self._locate(call)
         if isinstance(place, str):
             self._stay_dense(place)
             return own_attention(call)
         return self._follow_plan(call, place)
+
+    def _why_whole(self) -> str | None:
+        """Why the layer's cache drops nothing by the plan, or None."""
+        if self._window is not None:
+            return f"sliding window: transformers' cache keeps the {self._window} newest keys alone"
+        return None if self.calls.sparse_heads else BY_PLAN
+
+    def _locate(self, call: LayerCall) -> Place | str:
+        return locate(self._layer.index, call, self._memo, self._window)
 
     def _stay_dense(self, reason: str) -> None:
         index = self._layer.index
@@ -169,7 +180,7 @@ class SparseLayer:
     def _remembered(self, call: LayerCall, layer: RaggedLayer) -> Tensor:
         """A call whose past keys are in a `SparseCache`."""
         call = replace(call, past=layer.seen - call.key.shape[2])
-        place = why_call_dense(self._layer, call) or locate(self._layer.index, call, self._memo)
+        place = why_call_dense(self._layer, call) or self._locate(call)
         if isinstance(place, str):
             raise UserError(f"layer {self._layer.index} must stay dense here ({place}), which a SparseCache does not serve")
         require(
@@ -188,6 +199,8 @@ class SparseLayer:
         key, value = call.key, call.value
         if place.k_slots < key.shape[2]:
             key, value = key[:, :, : place.k_slots], value[:, :, : place.k_slots]
+        elif place.k_slots > key.shape[2]:
+            key, value = _with_dropped(key, place.k_slots), _with_dropped(value, place.k_slots)
         query, key, value = _autocast(call.query, key, value)
         if self._dynamic:
             layout = choose(self._row, query, key, spans=place.spans, scale=call.scale)
@@ -211,7 +224,7 @@ class SparseLayer:
         key = (kv_heads, capacity, device)
         if key not in self._own:
             # Patterns take long to hash: that they are shared is found out once.
-            self._own[key] = self._layouts.get(_per_kv_head(self._row, kv_heads), capacity, device)
+            self._own[key] = self._layouts.get(_per_kv_head(self._row, kv_heads), capacity, device, self._window)
         return self._own[key]
 
     def _may_run_dense(self, call: LayerCall) -> bool:
@@ -225,6 +238,11 @@ def _per_kv_head(row: tuple[Pattern, ...], kv_heads: int) -> tuple[Pattern, ...]
     group = len(row) // kv_heads
     shared = all(len(set(row[start : start + group])) == 1 for start in range(0, len(row), group))
     return row[::group] if shared else row
+
+
+def _with_dropped(states: Tensor, slots: int) -> Tensor:
+    """Zeros for the keys or values that a sliding window's cache has dropped, so that slots are positions; no query reads them."""
+    return torch.nn.functional.pad(states, (0, 0, slots - states.shape[2], 0))
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from attnsieve.errors import require
 from attnsieve.hf.geometry import AttentionLayer
 from attnsieve.hf.interface import LayerCall
 from attnsieve.hf.masks import spans_of_mask
+from attnsieve.patterns import Pattern
 
 
 def own_attention(call: LayerCall) -> Tensor:
@@ -64,9 +66,9 @@ def _every_slot(call: LayerCall) -> Tensor:
 PLAIN = ("full_attention", "sliding_attention", "hybrid")
 
 
-def why_layer_dense(layer: AttentionLayer) -> str | None:
-    """Why no call of this layer can run sparse, or None."""
-    return why_not_plain(layer) or _why_window_dense(layer, layer.window)
+def why_layer_dense(layer: AttentionLayer, row: Iterable[Pattern]) -> str | None:
+    """Why no call of this layer can run with these patterns, or None."""
+    return why_not_plain(layer) or _why_not_within(layer, row)
 
 
 def why_not_plain(layer: AttentionLayer) -> str | None:
@@ -80,12 +82,17 @@ def why_not_plain(layer: AttentionLayer) -> str | None:
     return None
 
 
-def _why_window_dense(layer: AttentionLayer, window: int | None) -> str | None:
-    """A window that can bind decides from the first token on: a layer that changed its rule when the text grows past the
-    window would give earlier tokens another meaning in longer texts, and whole texts another than cached ones."""
-    if window is None or (layer.context is not None and window >= layer.context):
+def _why_not_within(layer: AttentionLayer, row: Iterable[Pattern]) -> str | None:
+    """Why patterns cannot be cut to the layer's sliding window, or None. A window that can bind decides from the first token on:
+    a layer that changed its rule when the text grows past it would give earlier tokens another meaning in longer texts."""
+    window = layer.binding_window
+    if window is None:
         return None
-    return f"sliding window: the model itself restricts this layer to the {window} newest tokens"
+    restricted = f"sliding window: the model itself restricts this layer to the {window} newest tokens"
+    if layer.shared or window == 1:
+        return restricted
+    strange = [str(atom) for pattern in row for atom in pattern if atom.dynamic or atom.blocks(1) is not None]
+    return f"{restricted}, which {strange[0]} cannot be cut to" if strange else None
 
 
 def why_call_dense(layer: AttentionLayer, call: LayerCall) -> str | None:
@@ -94,13 +101,15 @@ def why_call_dense(layer: AttentionLayer, call: LayerCall) -> str | None:
     if reason is not None:
         return reason
     window = call.options.get("sliding_window") or layer.window
+    if window != layer.window:
+        return f"sliding window: this call has another ({window}) than the layer ({layer.window})"
     # From the window on, caches drop keys, and key slots are no longer positions.
     require(
-        window is None or _why_window_dense(layer, window) is not None or call.k_slots < window,
+        window is None or layer.binding_window is not None or call.k_slots < window,
         f"the text or its cache has {call.k_slots} tokens, beyond the model's context of {layer.context} and its sliding "
         f"window of {window}: use a shorter one",
     )
-    return _why_window_dense(layer, window)
+    return None
 
 
 def why_call_not_plain(call: LayerCall) -> str | None:

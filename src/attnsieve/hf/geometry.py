@@ -48,7 +48,7 @@ class AttentionLayer:
 
     `kind` is the configuration's layer type: "full_attention" where it has none, "cross_attention" to keys of something else;
     `window` the sliding window in tokens or None; `context` the model's longest text in tokens or None; `softcap` and `sinks`
-    whether the scores are capped or learned sinks join the softmax.
+    whether the scores are capped or learned sinks join the softmax; `shared` whether layers of the model read others' keys.
     """
 
     index: int
@@ -58,6 +58,13 @@ class AttentionLayer:
     context: int | None
     softcap: bool
     sinks: bool
+    shared: bool
+
+    @property
+    def binding_window(self) -> int | None:
+        """The sliding window where a text can be longer."""
+        never = self.window is None or (self.context is not None and self.window >= self.context)
+        return None if never else self.window
 
 
 def text_config(model: nn.Module) -> Any:
@@ -186,7 +193,8 @@ def _describe(module: nn.Module, index: int, config: Any) -> AttentionLayer:
         # Without layer types a window in the configuration holds for every layer, in transformers' caches too.
         window = window or getattr(config, "sliding_window", None)
     context = getattr(config, "max_position_embeddings", None)
-    return AttentionLayer(index, module, kind, window, context, softcap, sinks=hasattr(module, "sinks"))
+    shared = bool(getattr(config, "num_kv_shared_layers", 0))
+    return AttentionLayer(index, module, kind, window, context, softcap, hasattr(module, "sinks"), shared)
 
 
 def _config_hash(config: Any) -> str:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from attnsieve.errors import require
 from attnsieve.hf.interface import LayerCall
-from attnsieve.hf.masks import first_own_slot, spans_of_mask
+from attnsieve.hf.masks import DROPPED, first_own_slot, spans_of_mask, spans_within
 from attnsieve.spans import Spans
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """The spans of a call, the key slots they need (the rest of a static cache is unwritten) and its phase."""
+    """The spans of a call, the key slots they speak of (fewer than there are keys where a static cache has an unwritten rest, more
+    where a sliding window's cache has dropped the first) and its phase."""
 
     spans: Spans
     k_slots: int
@@ -55,8 +56,9 @@ class SpanMemo:
         return self._starts[1]
 
 
-def locate(layer: int, call: LayerCall, memo: SpanMemo) -> Place | str:
-    """The place of a call, or the reason why its mask cannot be expressed as sequences.
+def locate(layer: int, call: LayerCall, memo: SpanMemo, window: int | None = None) -> Place | str:
+    """The place of a call, or the reason why its mask cannot be expressed as sequences. window: the sliding window that the mask
+    must be of, or None.
 
     Masks count positions from a sequence's first slot, so padding shifts nothing. Raises UserError for packed documents
     that the mask does not separate.
@@ -69,13 +71,19 @@ def locate(layer: int, call: LayerCall, memo: SpanMemo) -> Place | str:
             return "there are more queries than keys"
         # More than one token and no mask: causal from slot 0 on, even where a static cache returns its unwritten rest.
         used = k_slots if call.tokens == 1 else call.tokens
+        if window is not None and used > window:
+            return f"the model gave no mask for its sliding window of {window}"
         spans = memo.get(layer, None, (batch, q_slots, used, device), lambda: _unmasked(call, used))
     else:
         used, expected = k_slots, (batch, 1, q_slots, k_slots)
         if mask.dtype != torch.bool or tuple(mask.shape) != expected:
             return f"the caller's own mask, {mask.dtype} {tuple(mask.shape)}, is not a bool mask {expected}"
         given = mask
-        spans = memo.get(layer, mask, None, lambda: spans_of_mask(given))
+        if window is None:
+            spans = memo.get(layer, mask, None, lambda: spans_of_mask(given))
+        else:
+            used += getattr(mask, DROPPED, 0)
+            spans = memo.get(layer, mask, window, lambda: spans_within(given, window))
     return spans if isinstance(spans, str) else Place(spans, used, _phase(q_slots, mask))
 
 

@@ -14,6 +14,8 @@ from attnsieve.spans import Spans
 
 # The mask function notes here which key slot the first query's own key is in; nothing else in a call says so.
 OFFSET = "_attnsieve_offset"
+# And here the slots that the cache has dropped before the first of the mask, and the caller's own mask [B, tokens so far] or None.
+DROPPED, PADDING = "_attnsieve_dropped", "_attnsieve_padding"
 # Models whose layers share keys and hand the positions of all tokens to each, also to those that run for the last queries alone.
 TELLING = ("gemma3n_text", "gemma4_text", "gemma4_unified_text")
 # Rows of a mask are compared in pieces of at most this many entries, so that reading a mask stays small beside the mask.
@@ -33,6 +35,8 @@ def mask_function(*args: Any, **kwargs: Any) -> Tensor | None:
     # Static caches call .contiguous() on the mask, which returns the same object only if it is contiguous already.
     mask = mask.contiguous()
     setattr(mask, OFFSET, int(kwargs.get("q_offset", 0)) - int(kwargs.get("kv_offset", 0)))
+    setattr(mask, DROPPED, int(kwargs.get("kv_offset", 0)))
+    setattr(mask, PADDING, kwargs.get("attention_mask"))
     return mask
 
 
@@ -63,6 +67,56 @@ def spans_of_mask(mask: Tensor) -> Spans | str:
     if _overlap(rows):
         return "the mask lets several sequences read the same key: it is neither causal, padded nor packed"
     return Spans.of(rows, mask.device)
+
+
+def spans_within(mask: Tensor, window: int) -> Spans | str:
+    """The spans that, together with a sliding window, say exactly what `mask` says, or the reason why there are none.
+
+    mask: as in `spans_of_mask`, made by `mask_function`. Key slots of the spans count those that the cache has dropped. A query
+    that reads fewer keys than the window says where its sequence starts; of the others the query before says it, and of
+    those that a call begins with the caller's padding. Reads the device.
+    """
+    runs = _runs(mask[:, 0])
+    if runs is None or not hasattr(mask, DROPPED):
+        return "the mask is not one that transformers makes for a sliding window"
+    dropped = int(getattr(mask, DROPPED))
+    first, last = (run + dropped for run in runs)
+    own = _own_slots(last, first_own_slot(mask) + dropped)
+    read = last - first + 1
+    real, stray = (last == own) & (read > 0), (last != own) & (read > 0)
+    padded = not bool(stray.any()) or _own_key_unread(mask[:, 0], own - dropped, stray)
+    if not padded or bool((read > window).any()):
+        return "the mask is not that of the layer's sliding window"
+    starts = _starts_within(first, real & (read < window), _padded(mask, len(first)))
+    known = _unpadded_from(mask, starts, own, real & (read == window))
+    if not known or bool((real & (starts > first)).any()):
+        return "the mask does not say where the texts in its window start"
+    rows = list(_sequences(starts, real, own))
+    if _overlap(rows):
+        return "the mask is not that of the layer's sliding window"
+    return Spans.of(rows, mask.device)
+
+
+def _starts_within(first: Tensor, tells: Tensor, before: Tensor) -> Tensor:
+    """int64 [B, Tq]: where the sequence of each query starts: `first` of the last query that tells, up to it, else `before` [B]."""
+    teller = torch.where(tells, torch.arange(first.shape[1]), -1).cummax(1).values
+    return torch.where(teller >= 0, first.gather(1, teller.clamp_min(0)), before[:, None])
+
+
+def _padded(mask: Tensor, batch: int) -> Tensor:
+    """int64 [B]: slots of padding before the first token, by the caller's mask."""
+    padding: Tensor | None = getattr(mask, PADDING)
+    return torch.zeros(batch, dtype=torch.int64) if padding is None else padding.bool().long().argmax(1).cpu()
+
+
+def _unpadded_from(mask: Tensor, starts: Tensor, own: Tensor, cut: Tensor) -> bool:
+    """Whether the caller's mask hides no token between the start of a sequence and any query marked in `cut`."""
+    padding: Tensor | None = getattr(mask, PADDING)
+    if padding is None or not bool(cut.any()):
+        return True
+    hidden = torch.nn.functional.pad((~padding.bool()).cpu().cumsum(1), (1, 0))
+    upto = (own + 1).clamp_max(padding.shape[1])
+    return not bool((cut & (hidden.gather(1, upto) > hidden.gather(1, starts.clamp_max(padding.shape[1])))).any())
 
 
 def _runs(mask: Tensor) -> tuple[Tensor, Tensor] | None:

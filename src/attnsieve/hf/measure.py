@@ -36,17 +36,18 @@ def measure(
     """Density, retained mass and output error of every candidate for every head, on texts held out from fitting.
 
     batches as in `profile`; texts of equal length are averaged, and every length is a row of the result. The model's own
-    activations are undisturbed: every layer sees dense inputs. dense() is added to the candidates if it is not among them.
+    activations are undisturbed: every layer sees dense inputs. In layers with sliding windows candidates and dense() are cut to
+    them. dense() is added to the candidates if it is not among them.
 
     Raises UserError for models with attention that cannot run sparse, for candidates with captured bits, and for
     empty texts.
     """
     mark = fingerprint(model)
+    patterns = list(dict.fromkeys(Pattern.parse(c) if isinstance(c, str) else c for c in [*candidates, dense()]))
     for layer in attention_layers(model):
-        reason = why_layer_dense(layer)
+        reason = why_layer_dense(layer, patterns)
         if reason is not None:
             raise UserError(f"layer {layer.index} cannot be measured ({reason})")
-    patterns = list(dict.fromkeys(Pattern.parse(c) if isinstance(c, str) else c for c in [*candidates, dense()]))
     groups = documents_of(batches, text_config(model).vocab_size)
     documents = sorted((document for group in groups for document in group), key=len)
     require(bool(documents), "measure needs at least one text")
@@ -84,7 +85,7 @@ class Recorder:
         shape = (lengths, len(patterns), mark.layers, mark.heads)
         self.density, self.retained, self.error = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
         self.row = 0
-        self._layouts: dict[tuple[Pattern, int], Layout] = {}
+        self._layouts: dict[tuple[Pattern, int, int | None], Layout] = {}
         self._chosen: tuple[LayerCall | None, Pattern | None, Layout | None] = (None, None, None)
 
     def layer(self, layer: AttentionLayer) -> LayerState:
@@ -93,32 +94,33 @@ class Recorder:
         def state(call: LayerCall) -> Tensor:
             refuse_unservable(call, self._mark.heads)
             refuse_to_observe(layer, call)
-            exact, exact_lse = self._attend(call, dense())
+            window = layer.binding_window
+            exact, exact_lse = self._attend(call, dense(), window)
             place = self._mark.row(layer.index)
             for c, pattern in enumerate(self._patterns):
-                compared = self._compare(call, pattern, exact, exact_lse)
+                compared = self._compare(call, pattern, exact, exact_lse, window)
                 for name in ("density", "retained", "error"):
                     getattr(self, name)[self.row, c, place] += getattr(compared, name).cpu()
             return own_attention(call)
 
         return state
 
-    def _compare(self, call: LayerCall, pattern: Pattern, exact: Tensor, exact_lse: Tensor) -> Compared:
-        out, lse = self._attend(call, pattern)
+    def _compare(self, call: LayerCall, pattern: Pattern, exact: Tensor, exact_lse: Tensor, window: int | None) -> Compared:
+        out, lse = self._attend(call, pattern, window)
         n = call.query.shape[2]
         # A row's kept share of softmax mass is the ratio of its two partition functions.
         retained = (lse.double() - exact_lse.double()).exp().mean(-1)[0]
         changed = (out.double() - exact.double()).square().sum((-2, -1))[0]
         error = changed / exact.double().square().sum()
-        density = self._layout(call, pattern).density(n)[0].to(error.device)
+        density = self._layout(call, pattern, window).density(n)[0].to(error.device)
         return Compared(density.repeat_interleave(len(error) // len(density)), retained.clamp_max(1), error)
 
-    def _attend(self, call: LayerCall, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    def _attend(self, call: LayerCall, pattern: Pattern, window: int | None) -> tuple[Tensor, Tensor]:
         result = attend(
             call.query,
             call.key,
             call.value,
-            self._layout(call, pattern),
+            self._layout(call, pattern, window),
             scale=call.scaling,
             backend=self._backend,
             return_lse=True,
@@ -126,13 +128,13 @@ class Recorder:
         assert isinstance(result, tuple)
         return result
 
-    def _layout(self, call: LayerCall, pattern: Pattern) -> Layout:
+    def _layout(self, call: LayerCall, pattern: Pattern, window: int | None) -> Layout:
         """Static layouts are kept, with their counted pairs; a choice is made once per call, in the order of use."""
         n, heads = call.query.shape[2], call.key.shape[1]
         if not pattern.dynamic:
-            key = (pattern, n)
+            key = (pattern, n, window)
             if key not in self._layouts:
-                self._layouts[key] = compile_layout([pattern] * heads, n, call.query.device)
+                self._layouts[key] = compile_layout([pattern] * heads, n, call.query.device, window=window)
             return self._layouts[key]
         chosen_for, chosen_by, layout = self._chosen
         if layout is None or chosen_for is not call or chosen_by != pattern:

@@ -24,16 +24,20 @@ def capacity_for(tokens: int) -> int:
     return max(_LEAST_CAPACITY, 1 << (tokens - 1).bit_length())
 
 
-def compile_layout(patterns: Sequence[Pattern], length: int, device: torch.device | str = "cpu") -> Layout:
-    """The layout of one layer from one static pattern per head, for positions 0 .. length - 1.
+def compile_layout(
+    patterns: Sequence[Pattern], length: int, device: torch.device | str = "cpu", *, window: int | None = None
+) -> Layout:
+    """The layout of one layer from one static pattern per head, for positions 0 .. length - 1; with `window`, of the patterns'
+    pairs with i - j < window alone (a model's own sliding window).
 
-    Raises UserError for an empty list, a length below 1 or a pattern that chooses keys from the input.
+    Raises UserError for an empty list, a length below 1, a pattern that chooses keys from the input, and within a window for
+    patterns that keep whole blocks.
     """
     require(len(patterns) > 0, "compile_layout needs one pattern per head, got none")
     require(0 < length < FOREVER, f"a layout's length must be positive, got {length}")
     chosen = [str(pattern) for pattern in patterns if pattern.dynamic]
     require(not chosen, f"compile_layout takes static patterns; {chosen[:1]} chooses its keys from the input")
-    unique = {pattern: _head(pattern, length) for pattern in dict.fromkeys(patterns)}
+    unique = {pattern: _head(pattern, length, window or length) for pattern in dict.fromkeys(patterns)}
     heads = [unique[pattern] for pattern in patterns]
     corner, corner_rows = _stack_corners(heads)
     layout = Layout(
@@ -56,14 +60,20 @@ class _Head:
     blocks: list[BlockRows]
 
 
-def _head(pattern: Pattern, n: int) -> _Head:
+def _head(pattern: Pattern, n: int, window: int) -> _Head:
     ends = [end for atom in pattern if (end := atom.end(n)) is not None]
     offsets = [offset for atom in pattern if (offset := atom.offsets(n)) is not None]
     blocks = [block for atom in pattern if (block := atom.blocks(n)) is not None]
+    require(window >= n or not blocks, f"{pattern} keeps whole blocks, which a window of {window} would cut through")
     end = reduce(torch.maximum, ends, torch.zeros(n, dtype=torch.int64))
+    offset = reduce(torch.logical_or, offsets) if offsets else None
     rows = torch.arange(min(pattern.corner_rows, n))
     corner = pattern.keep(rows[:, None], rows[None, :]) if len(rows) else None
-    return _Head(end.to(torch.int32), reduce(torch.logical_or, offsets) if offsets else None, corner, blocks)
+    if window < n:
+        end = torch.minimum(end, torch.arange(n) + window)
+        offset = None if offset is None else offset & (torch.arange(n) < window)
+        corner = None if corner is None else corner & (rows[:, None] - rows < window)
+    return _Head(end.to(torch.int32), offset, corner, blocks)
 
 
 def _one_window(end: Tensor) -> bool:
