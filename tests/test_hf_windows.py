@@ -7,9 +7,10 @@ import transformers as tr
 from attnsieve import UserError
 from attnsieve.evaluation import layer_fidelity
 from attnsieve.fitting import fit, fit_budget
-from attnsieve.hf import apply, fingerprint, measure, profile
+from attnsieve.hf import adapter, apply, fingerprint, measure, profile
+from attnsieve.hf.adapter import _with_dropped as with_dropped
 from attnsieve.hf.masks import DROPPED, OFFSET, PADDING, spans_within
-from attnsieve.layout import compile_layout
+from attnsieve.layout import compile_layout, settled_layout, settled_row
 from attnsieve.patterns import Captured, Pattern
 from attnsieve.plan import Plan
 from tests.hf_tiny import GQA, HYBRID, close, logits, oracle, tiny, tokens, window_mask
@@ -114,6 +115,31 @@ def test_layouts_within_a_window_are_both_rules(window):
     assert torch.equal(torch.stack([layout.keep(0, head, i, j) for head in range(6)]), expected)
 
 
+@pytest.mark.parametrize("window", [5, 8, 16])
+def test_settled_rows_are_those_of_the_layout_wherever_they_are(window):
+    layout = compile_layout([*rules(), Pattern.parse("window(3)")], 80, window=window)
+    first = settled_row(layout, window)
+    assert first == max(20, 29 + window)
+    settled = settled_layout(layout, 40)
+    i, j = torch.arange(first, 80)[:, None], torch.arange(80)
+    shift = first - window + 1
+    for head in range(7):
+        moved = settled.keep(0, head, (i - shift).clamp_max(39), (j - shift).clamp(0, 39))
+        seen = (i - shift < 40) & (j >= shift) & (j - shift < 40)
+        assert torch.equal(moved & seen, layout.keep(0, head, i, j) & seen)
+
+
+def test_late_steps_read_what_the_cache_stores(monkeypatch):
+    """Copies that a step makes of a windowed layer's keys end once no row depends on where the text began."""
+    model, ids, copied = FAMILIES["mistral"](), tokens(2, 70), []
+    plan = mixed(model)
+    monkeypatch.setattr(adapter, "_with_dropped", lambda states, slots: copied.append(slots) or with_dropped(states, slots))
+    with apply(model, plan, backend="portable", strict=True):
+        steps = in_steps(model, ids, tr.DynamicCache(config=model.config), [20] + [1] * 50)
+    assert set(copied) == set(range(21, 38))
+    close(steps, oracle(model, plan, ids))
+
+
 def test_blocks_are_not_cut():
     with pytest.raises(UserError, match="whole blocks, which a window of 8 would cut through"):
         compile_layout([Pattern.parse("random_blocks(1, block=4)")], 40, window=8)
@@ -131,14 +157,17 @@ def noted(mask, offset=0, dropped=0, padding=None):
 def test_masks_of_other_windows_are_not_explained(wrong):
     assert isinstance(spans_within(noted(window_mask(12, wrong)[0]), 4), str)
     assert isinstance(spans_within(window_mask(12, 4)[None], 4), str)
-    assert spans_within(noted(window_mask(12, 4)[0]), 4).rows() == [(0, 0, 12, 0, 12)]
+    assert spans_within(noted(window_mask(12, 4)[0]), 4).spans.rows() == [(0, 0, 12, 0, 12)]
 
 
 def test_steps_after_keys_were_dropped_count_from_the_callers_padding():
     step = torch.ones(2, 1, 1, 4, dtype=torch.bool)
     padding = torch.arange(12) >= torch.tensor([[0], [3]])
-    assert spans_within(noted(step, 3, 8, padding), 4).rows() == [(0, 0, 1, 0, 12), (1, 0, 1, 3, 9)]
-    assert spans_within(noted(step, 3, 8), 4).rows() == [(0, 0, 1, 0, 12), (1, 0, 1, 0, 12)]
+    found = spans_within(noted(step, 3, 8, padding), 4)
+    assert found.spans.rows() == [(0, 0, 1, 0, 12), (1, 0, 1, 3, 9)]
+    assert found.stored.rows() == [(0, 0, 1, 0, 4), (1, 0, 1, 0, 4)]
+    assert found.earliest == 8
+    assert spans_within(noted(step, 3, 8), 4).spans.rows() == [(0, 0, 1, 0, 12), (1, 0, 1, 0, 12)]
     hole = padding.clone()
     hole[0, 5] = False
     assert isinstance(spans_within(noted(step, 3, 8, hole), 4), str)

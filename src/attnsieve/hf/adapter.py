@@ -22,7 +22,7 @@ from attnsieve.hf.interface import LayerCall, attach
 from attnsieve.hf.locate import Place, SpanMemo, locate
 from attnsieve.hf.ragged import RaggedLayer, Seat
 from attnsieve.hf.report import BY_PLAN, FASTER, LayerReport, Report
-from attnsieve.layout import Layout, capacity_for, compile_layout
+from attnsieve.layout import Layout, capacity_for, compile_layout, settled_layout, settled_row
 from attnsieve.patterns import Pattern, dense
 from attnsieve.plan import Plan
 from attnsieve.selection import choose
@@ -199,21 +199,25 @@ class SparseLayer:
         key, value = call.key, call.value
         if place.k_slots < key.shape[2]:
             key, value = key[:, :, : place.k_slots], value[:, :, : place.k_slots]
-        elif place.k_slots > key.shape[2]:
-            key, value = _with_dropped(key, place.k_slots), _with_dropped(value, place.k_slots)
         query, key, value = _autocast(call.query, key, value)
+        spans = place.spans
         if self._dynamic:
-            layout = choose(self._row, query, key, spans=place.spans, scale=call.scale)
+            layout = choose(self._row, query, key, spans=spans, scale=call.scale)
         else:
             layout = self._layout(key.shape[1], place.k_slots, query.device)
+        if place.within is not None and self._window is not None:
+            if place.within.earliest >= settled_row(layout, self._window):
+                layout, spans = settled_layout(layout, capacity_for(key.shape[2])), place.within.stored
+            else:
+                key, value = _with_dropped(key, place.k_slots), _with_dropped(value, place.k_slots)
         backend = self._backend
         if self._fastest and self._may_run_dense(call):
-            request = Call(query, key, value, layout, place.spans, call.scale)
+            request = Call(query, key, value, layout, spans, call.scale)
             backend = choose_backend(request)
             if dense_is_faster(request, backend):
                 self.calls.dense[FASTER] += 1
                 return own_attention(call)
-        backend, out, _ = compute(query, key, value, layout, spans=place.spans, scale=call.scale, backend=backend)
+        backend, out, _ = compute(query, key, value, layout, spans=spans, scale=call.scale, backend=backend)
         self.calls.sparse[place.phase] += 1
         self.calls.backends[backend] += 1
         return out.transpose(1, 2).contiguous()

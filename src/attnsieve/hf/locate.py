@@ -5,24 +5,28 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from attnsieve.errors import require
 from attnsieve.hf.interface import LayerCall
-from attnsieve.hf.masks import DROPPED, first_own_slot, spans_of_mask, spans_within
+from attnsieve.hf.masks import DROPPED, Within, first_own_slot, spans_of_mask, spans_within
 from attnsieve.spans import Spans
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
     """The spans of a call, the key slots they speak of (fewer than there are keys where a static cache has an unwritten rest, more
-    where a sliding window's cache has dropped the first) and its phase."""
+    where a sliding window's cache has dropped the first) and its phase. within: where that cache has dropped keys, what it stores."""
 
     spans: Spans
     k_slots: int
     phase: str
+    within: Within | None = None
 
 
 class SpanMemo:
@@ -31,9 +35,9 @@ class SpanMemo:
     def __init__(self) -> None:
         self._layer = -1
         self._starts: tuple[weakref.ref[Spans], list[int]] | None = None
-        self._known: dict[Hashable, tuple[weakref.ref[Tensor] | None, Spans | str]] = {}
+        self._known: dict[Hashable, tuple[weakref.ref[Tensor] | None, Any]] = {}
 
-    def get(self, layer: int, mask: Tensor | None, key: Hashable, read: Callable[[], Spans | str]) -> Spans | str:
+    def get(self, layer: int, mask: Tensor | None, key: Hashable, read: Callable[[], T]) -> T:
         """The answer for `mask` and `key` in this forward pass, from `read` the first time."""
         # Layers run in ascending order: one that does not come later opens a new pass, where a mask may have new content.
         if layer <= self._layer:
@@ -43,7 +47,7 @@ class SpanMemo:
         if known is None or (known[0] is not None and known[0]() is not mask):
             known = (None if mask is None else weakref.ref(mask), read())
             self._known[id(mask), key] = known
-        return known[1]
+        return cast(T, known[1])
 
     def starts(self, spans: Spans, batch: int, k_slots: int) -> list[int]:
         """Per batch row the slot of its sequence's first token, `k_slots` where all is padding. Reads the device, once for all
@@ -73,18 +77,24 @@ def locate(layer: int, call: LayerCall, memo: SpanMemo, window: int | None = Non
         used = k_slots if call.tokens == 1 else call.tokens
         if window is not None and used > window:
             return f"the model gave no mask for its sliding window of {window}"
-        spans = memo.get(layer, None, (batch, q_slots, used, device), lambda: _unmasked(call, used))
+        spans: Spans | str = memo.get(layer, None, (batch, q_slots, used, device), lambda: _unmasked(call, used))
     else:
         used, expected = k_slots, (batch, 1, q_slots, k_slots)
         if mask.dtype != torch.bool or tuple(mask.shape) != expected:
             return f"the caller's own mask, {mask.dtype} {tuple(mask.shape)}, is not a bool mask {expected}"
         given = mask
-        if window is None:
-            spans = memo.get(layer, mask, None, lambda: spans_of_mask(given))
-        else:
-            used += getattr(mask, DROPPED, 0)
-            spans = memo.get(layer, mask, window, lambda: spans_within(given, window))
+        if window is not None:
+            return _place_within(memo.get(layer, mask, window, lambda: spans_within(given, window)), mask, q_slots)
+        spans = memo.get(layer, mask, None, lambda: spans_of_mask(given))
     return spans if isinstance(spans, str) else Place(spans, used, _phase(q_slots, mask))
+
+
+def _place_within(found: Within | str, mask: Tensor, q_slots: int) -> Place | str:
+    """The place of a call with a sliding window's mask."""
+    if isinstance(found, str):
+        return found
+    dropped: int = getattr(mask, DROPPED)
+    return Place(found.spans, dropped + mask.shape[3], _phase(q_slots, mask), found if dropped else None)
 
 
 def _starts(spans: Spans, batch: int, k_slots: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -69,7 +70,24 @@ def spans_of_mask(mask: Tensor) -> Spans | str:
     return Spans.of(rows, mask.device)
 
 
-def spans_within(mask: Tensor, window: int) -> Spans | str:
+@dataclass(frozen=True, eq=False)
+class Within:
+    """What a sliding window's mask says. spans: of positions, as if the cache had dropped no key; stored: of the keys that it
+    still has; earliest: the position of the first query in its sequence, the least of all."""
+
+    spans: Spans
+    stored: Spans
+    earliest: int
+
+    @classmethod
+    def of(cls, rows: list[tuple[int, int, int, int, int]], dropped: int, device: torch.device) -> Within:
+        """From rows as in `Spans.of`, whose key slots count from before the first `dropped`."""
+        stored = [(b, q, n, max(k - dropped, 0), k + length - max(k, dropped)) for b, q, n, k, length in rows]
+        earliest = min((length - n for _, _, n, _, length in rows), default=0)
+        return cls(Spans.of(rows, device), Spans.of(stored, device), earliest)
+
+
+def spans_within(mask: Tensor, window: int) -> Within | str:
     """The spans that, together with a sliding window, say exactly what `mask` says, or the reason why there are none.
 
     mask: as in `spans_of_mask`, made by `mask_function`. Key slots of the spans count those that the cache has dropped. A query
@@ -94,7 +112,7 @@ def spans_within(mask: Tensor, window: int) -> Spans | str:
     rows = list(_sequences(starts, real, own))
     if _overlap(rows):
         return "the mask is not that of the layer's sliding window"
-    return Spans.of(rows, mask.device)
+    return Within.of(rows, dropped, mask.device)
 
 
 def _starts_within(first: Tensor, tells: Tensor, before: Tensor) -> Tensor:
