@@ -1,7 +1,8 @@
 """Every Triton kernel once on small odd shapes: `PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m tests.gpu.small`.
 
 Without torch's own allocator each tensor is an allocation, so that reading or writing behind one shows. Run it once without
-the sanitizer first, which compiles the kernels faster. Tools: memcheck, racecheck, initcheck, synccheck.
+the sanitizer first, which compiles the kernels faster. Tools: memcheck, racecheck, initcheck, synccheck. On Hopper GPUs racecheck
+names the bytes by which Triton's warp specialisation tells warps what to run, written and read around a barrier (docs/KERNELS.md).
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ def layouts() -> list[Layout]:
     return [*mixed, selected(N, 2, DEVICE, 50)]
 
 
-def whole(layout: Layout) -> None:
+def whole(layout: Layout, width: int = 64) -> None:
     """Forward and backward, with a key bias."""
-    q = torch.randn(1, 4, N, 64, device=DEVICE, dtype=DTYPE, requires_grad=True)
-    k, v = (torch.randn(1, 2, N, 64, device=DEVICE, dtype=DTYPE, requires_grad=True) for _ in range(2))
+    q = torch.randn(1, 4, N, width, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    k, v = (torch.randn(1, 2, N, width, device=DEVICE, dtype=DTYPE, requires_grad=True) for _ in range(2))
     bias = torch.randn(1, 2, N, device=DEVICE, requires_grad=True)
     attend(q, k, v, layout, key_bias=bias, backend="triton").sum().backward()
 
@@ -101,6 +102,8 @@ def main() -> None:
     for layout in layouts():
         whole(layout)
         parts(layout)
+    # Hopper GPUs have a prefill kernel for this width.
+    whole(layouts()[-1], width=128)
     for pattern in CHOICES:
         choices(pattern)
     # A row longer than those that stay in registers.

@@ -259,8 +259,8 @@ class Prefill:
 
 
 def _hopper(geometry: Geometry, built: Schedule) -> Launch | None:
-    """The kernel for Hopper GPUs, where it serves the call; `forward_kernel` then looks after what it leaves."""
-    if (geometry.rows, geometry.tiles.keys) != (SELECTED.rows, SELECTED.keys):
+    """The kernel for Hopper GPUs, where it serves the call and is faster; `forward_kernel` then looks after what it leaves."""
+    if (geometry.rows, geometry.tiles.keys) != (SELECTED.rows, SELECTED.keys) or geometry.call.q.shape[-1] < 128:
         return None
     if built.tiles is not None or built.marks is None or not hopper.serves(geometry.call, built):
         return None

@@ -102,7 +102,8 @@ def key_gradients(
     if built.tiles is not None:
         _add_tiles(geometry, built, common)
     if built.singles is not None:
-        if tiles is None and hopper.serves(call, built, d_out):
+        aligned = all(map(hopper.is_aligned, (call.q, call.k, call.v, d_out)))
+        if tiles is None and aligned and hopper.serves(call, built):
             _add_singles_hopper(call, built, common)
         else:
             _add_singles(geometry, built, common)

@@ -15,8 +15,11 @@ from attnsieve.backends.triton.schedule import Schedule
 from attnsieve.replay import is_known_triton
 
 
-def serves(call: Call, built: Schedule, *others: Tensor) -> bool:
-    """Whether they compute with this call's listed keys, which must be all that rows keep by `end`; `others` are copied as well."""
+def serves(call: Call, built: Schedule) -> bool:
+    """Whether they compute with this call's listed keys, which must be all that rows keep by `end`.
+
+    Rows of tensors must be aligned as well (`is_aligned`).
+    """
     width = call.q.shape[-1]
     return (
         _capability(call.q.device) == (9, 0)
@@ -26,7 +29,6 @@ def serves(call: Call, built: Schedule, *others: Tensor) -> bool:
         and width in (64, 128)
         and built.listed == LISTED_ALL.value
         and built.mask.cut is None
-        and all(map(is_aligned, (call.q, call.k, call.v, *others)))
     )
 
 
