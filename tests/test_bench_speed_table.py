@@ -21,7 +21,7 @@ def rows(name="kernels"):
 
 
 def test_every_line_has_rows_and_the_newest_ones_count(table):
-    found = rows()
+    found = rows() + rows("dma")
     lines = table.layer_lines(table.newest(found))
     assert len(lines) == sum(len(lengths) for *_, lengths in table.LINES)
     slower = [*found, *(row | {"baseline_ms_p50": row["baseline_ms_p50"] and row["baseline_ms_p50"] / 10} for row in found)]
@@ -32,9 +32,9 @@ def test_every_line_has_rows_and_the_newest_ones_count(table):
 def test_the_order_of_files_does_not_matter_and_dma_counts_with_its_selection(table):
     one, other = (table.newest(found) for found in (rows() + rows("dma"), rows("dma") + rows()))
     assert one == other
-    assert one["prefill", "dma-1024", "triton", 32 * table.K, True]["date"] >= max(
-        row["date"] for row in rows("dma") if (row["op"], row["mask"], row["kv_len"]) == ("prefill", "dma-1024", 32 * table.K)
-    )
+    assert all(key[-1] for key in one if key[2] == table.DMA)
+    with pytest.raises(SystemExit, match="no row of"):
+        table.layer_lines(table.newest(rows()))
 
 
 def test_numbers_have_three_digits(table):
