@@ -23,6 +23,7 @@ FAMILIES = {
     "gemma3": lambda: tiny("gemma3"),
     "qwen2": lambda: built("Qwen2Config", **GQA, **HYBRID, use_sliding_window=True),
     "cohere2": lambda: built("Cohere2Config", **GQA, **HYBRID),
+    "exaone4": lambda: built("Exaone4Config", **GQA, **HYBRID),
     "olmo3": lambda: built("Olmo3Config", **GQA, **HYBRID),
 }
 
@@ -193,6 +194,11 @@ def test_holes_in_the_padding_stay_dense_by_name():
     with apply(model, mixed(model), backend="reference") as handle:
         close(logits(model, ids, attention_mask=mask), expected)
     assert handle.report().sparse_calls == 0
+
+
+def test_windows_noted_on_layers_of_full_attention_are_not_theirs():
+    maps = profile(FAMILIES["exaone4"](), [tokens(1, 40)], pcl=40, lengths=(), progress=False).maps
+    assert (maps.tril(-16).sum((1, 2, 3)) > 0).tolist() == [False, True]
 
 
 def test_layers_with_windows_are_profiled_fitted_and_measured():

@@ -188,7 +188,8 @@ def _describe(module: nn.Module, index: int, config: Any) -> AttentionLayer:
         "such models are not supported",
     )
     softcap = getattr(module, "attn_logit_softcapping", None) is not None
-    window = getattr(module, "sliding_window", None)
+    # EXAONE 4 notes its window on layers of full attention too, which neither their masks nor their caches know.
+    window = None if kinds and kind == "full_attention" else getattr(module, "sliding_window", None)
     if kind == "sliding_attention" or not kinds:
         # Without layer types a window in the configuration holds for every layer, in transformers' caches too.
         window = window or getattr(config, "sliding_window", None)
