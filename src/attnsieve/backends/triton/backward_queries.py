@@ -181,7 +181,8 @@ def dq_kernel(
             k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
             s = biased(q_tile, k_tile, p_bias, s_bias, j, j, one, False, PRECISION)
             if x >= n_whole:
-                s = listed_scores(s, mask, marks, o_zh, o_list, i, r % M, p_singles, x, n_whole, n_singles, cut, M, N, LISTED)
+                rows, chunk = (o_zh, o_list, i, r % M), (p_singles, x, n_whole, n_singles)
+                s = listed_scores(s, mask, marks, rows, chunk, cut, M, N, LISTED)
             dq, rest = _add_dq(
                 dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, DV, DVP, False, CORRECT, PRECISION
             )

@@ -254,27 +254,14 @@ def list_keep(mask, o_zh, i, j, j_load, cut, ok, LISTED: tl.constexpr):
 
 
 @triton.jit
-def listed_scores(
-    s,
-    mask,
-    marks,
-    o_zh,
-    o_list,
-    i,
-    row,
-    p_singles,
-    x,
-    n_whole,
-    n_singles,
-    cut,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    LISTED: tl.constexpr,
-):
-    """Scores [R, N] of rows i and chunk x of a list of single keys, -inf where the list does not serve them.
+def listed_scores(s, mask, marks, rows, chunk, cut, M: tl.constexpr, N: tl.constexpr, LISTED: tl.constexpr):
+    """Scores [R, N] of rows and a chunk of a list of single keys, -inf where the list does not serve them.
 
-    Chunks of the list from n_whole on need a predicate. row: positions within the tile.
+    rows: o_zh, the list's number, positions i [R] and those within the tile [R]. chunk: the list's address, which chunk x it is, how
+    many of its chunks need no predicate (this one does), and how many keys it has.
     """
+    o_zh, o_list, i, row = rows
+    p_singles, x, n_whole, n_singles = chunk
     if marks is not None:
         p_words = marks.words + (o_list * marks.chunks + x - n_whole) * M + row
         word = tl.load(p_words).to(tl.uint64, bitcast=True)[:, None]

@@ -186,7 +186,8 @@ def forward_kernel(
             k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
             s = scores(q_tile, k_tile, p_bias, s_bias, j, j, False, PRECISION)
             if x >= n_whole:
-                s = listed_scores(s, mask, marks, o_zh, o_list, i, r % M, p_singles, x, n_whole, n_singles, cut, M, N, LISTED)
+                rows, chunk = (o_zh, o_list, i, r % M), (p_singles, x, n_whole, n_singles)
+                s = listed_scores(s, mask, marks, rows, chunk, cut, M, N, LISTED)
             acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)
 
     if is_finite(acc) == 0:

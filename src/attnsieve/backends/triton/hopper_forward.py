@@ -25,17 +25,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attnsieve.backends.triton import hopper
-from attnsieve.backends.triton.bits import in_runs
 from attnsieve.backends.triton.common import LN2 as _LN2
 from attnsieve.backends.triton.common import LOG2E as _LOG2E
-from attnsieve.backends.triton.common import head_base, span_of
 from attnsieve.backends.triton.geometry import Geometry, Tiles
+from attnsieve.backends.triton.hopper_copies import list_of, produce, rows_of_tile, tile_of
+from attnsieve.backends.triton.hopper_softmax import masked, parts_of, weigh, words_of
 from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.schedule import Schedule
 
 LOG2E, LN2 = gl.constexpr(_LOG2E.value), gl.constexpr(_LN2.value)
-# The same functions, compiled as Gluon.
-_span_of, _base, _in_runs = gluon.jit(span_of.fn), gluon.jit(head_base.fn), gluon.jit(in_runs.fn)
 
 # Four stages of keys and values, and one tile of queries, fill most of a multiprocessor's shared memory. Registers are those of a
 # consumer's thread; the producer's get what is left of 504 for three.
@@ -61,152 +59,6 @@ def prefill(geometry: Geometry, built: Schedule) -> Launch:
         REGISTERS=TILES.registers,
         num_warps=TILES.warps,
     )
-
-
-@gluon.jit
-def _tile(places, mask, x, tiles, H: gl.constexpr, OWN_MASKS: gl.constexpr, M: gl.constexpr):
-    """Of tile x of all: layout head, query tile, its list, whether it has queries, and its span. The longest lists come first."""
-    h, i_s = x % H, x // H // tiles
-    batch, q_start, first, k_start, k_len = _span_of(places, i_s)
-    t = gl.cdiv(k_len, M) - 1 - x // H % tiles
-    o_list = ((i_s.to(gl.int64) if OWN_MASKS else i_s.to(gl.int64) * 0) * H + h) * mask.tiles + gl.maximum(t, 0)
-    return h, t, o_list, (t >= 0) & ((t + 1) * M > first), (batch, q_start, first, k_start, k_len)
-
-
-@gluon.jit
-def _list(singles, places, mask, x, tiles, total, H: gl.constexpr, OWN_MASKS: gl.constexpr, M: gl.constexpr):
-    """Start, length and number of whole keys of the list of tile x, of which nothing is used if there is no such tile."""
-    h, t, o_list, there, span = _tile(places, mask, gl.minimum(x, total - 1), tiles, H, OWN_MASKS, M)
-    return gl.load(singles.start + o_list), gl.load(singles.count + o_list), gl.load(singles.whole + o_list)
-
-
-@gluon.jit
-def _rows(h, t, span, r, G: gl.constexpr, GP: gl.constexpr, M: gl.constexpr):
-    """Head and slot of the rows r of a tile, and whether they are rows of queries."""
-    batch, q_start, first, k_start, k_len = span
-    i = t * M + r % M
-    head = (h if GP == 1 else h * G) + r // M
-    return head, q_start + i - first, (i >= first) & (i < k_len) & (r // M < G)
-
-
-@gluon.jit
-def _copy_keys(tile, p_base, j, s_row, D: gl.constexpr, wide: gl.constexpr):
-    """Queue the copies of rows j of K or V. The addresses of a row are added up in 64 bits of one multiplication in 32."""
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
-    o_row = j.to(gl.uint32).to(gl.int64) * s_row.to(gl.uint32).to(gl.int64)
-    async_copy.async_copy_global_to_shared(tile, (p_base + o_row)[:, None] + o_d[None, :])
-
-
-@gluon.jit
-def _produce(
-    copied,
-    H: gl.constexpr,
-    OWN_MASKS: gl.constexpr,
-    G: gl.constexpr,
-    GP: gl.constexpr,
-    M: gl.constexpr,
-    N: gl.constexpr,
-    D: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """Copy every tile's rows of Q, then chunk by chunk the keys of its list, in the order of `in_runs`, with bias and values."""
-    q, k, v, bias, places, mask, singles, tiles, total, room, barriers = copied
-    q_tile, k_tiles, v_tiles, b_tiles = room
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    o_n = _in_runs(gl.arange(0, N, layout=gl.SliceLayout(1, wide)), N)
-    o_f = _in_runs(gl.arange(0, N, layout=flat), N)
-    r = gl.arange(0, M * GP, layout=gl.SliceLayout(1, wide))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
-    n_tiles, stage, phase = 0, 0, 1
-    ahead = _list(singles, places, mask, gl.program_id(0), tiles, total, H, OWN_MASKS, M)
-    for x in range(gl.program_id(0), total, gl.num_programs(0)):
-        h, t, o_list, there, span = _tile(places, mask, x, tiles, H, OWN_MASKS, M)
-        start, count, n_whole = ahead
-        ahead = _list(singles, places, mask, x + gl.num_programs(0), tiles, total, H, OWN_MASKS, M)
-        if there:
-            batch, q_start, first, k_start, k_len = span
-            p_list = singles.items + start
-            j, few = gl.load(p_list + o_n), gl.load(p_list + o_f)
-            head, slot, ok = _rows(h, t, span, r, G, GP, M)
-            p_q = q.p + batch * q.s_batch + head.to(gl.int64) * q.s_head + slot * q.s_row
-            mbarrier.wait(q_empty, (n_tiles & 1) ^ 1)
-            async_copy.async_copy_global_to_shared(q_tile, p_q[:, None] + o_d[None, :], mask=ok[:, None])
-            async_copy.mbarrier_arrive(q_full, increment_count=False)
-            n_tiles += 1
-            kv_head = h // G if GP == 1 else h
-            p_k = _base(k, batch, kv_head) + k_start * k.s_row
-            p_v = _base(v, batch, kv_head) + k_start * v.s_row
-            # Consumers take one chunk also of a list without keys; beyond a list's end they read the tile's first key.
-            for y in range(0, gl.maximum(gl.cdiv(count, N), 1)):
-                here = gl.minimum(gl.where(y * N + o_n < count, j, t * M), k_len - 1)
-                alone = gl.minimum(gl.where(y * N + o_f < count, few, t * M), k_len - 1)
-                # Looked up one step ahead; lists end with spare entries.
-                j, few = gl.load(p_list + (y + 1) * N + o_n), gl.load(p_list + (y + 1) * N + o_f)
-                mbarrier.wait(k_empty.index(stage), phase)
-                if bias is not None:
-                    p_bias = _base(bias, batch, kv_head) + (k_start + alone) * bias.s_row
-                    async_copy.async_copy_global_to_shared(b_tiles.index(stage), p_bias)
-                _copy_keys(k_tiles.index(stage), p_k, here, k.s_row, D, wide)
-                async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
-                mbarrier.wait(v_empty.index(stage), phase)
-                _copy_keys(v_tiles.index(stage), p_v, here, v.s_row, D, wide)
-                async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
-                last = stage == STAGES - 1
-                stage, phase = gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
-
-
-@gluon.jit
-def _of_quads(s):
-    """[R, N] as [R, N / 8, 4, 2]: four threads hold a row, each two columns of every eight."""
-    return s.reshape([s.shape[0], s.shape[1] // 8, 4, 2])
-
-
-@gluon.jit
-def _words(marks, o_list, chunk, n_whole, count, row, layout: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
-    """[R, 4] of `marks`: in the order of `in_runs` a thread's columns lie in a quarter of a row's word. 0 where there is none."""
-    quarter = gl.arange(0, 4, layout=gl.SliceLayout(0, layout))
-    row = gl.convert_layout(row, gl.SliceLayout(1, layout))
-    p_word = marks.words + (o_list * marks.chunks + gl.maximum(chunk - n_whole, 0)) * M + row
-    p_half = p_word.to(gl.pointer_type(gl.int32), bitcast=True)[:, None] + (quarter >> 1)[None, :]
-    there = (chunk >= n_whole) & (chunk * N < count)
-    return gl.load(p_half, mask=there, other=0) >> (quarter & 1)[None, :] * 16
-
-
-@gluon.jit
-def _masked(s, words):
-    """Scores [R, N], -inf where the words [R, 4] do not say that a row keeps a key; compare `bits.bounds`."""
-    quads = _of_quads(s)
-    of_quads: gl.constexpr = quads.type.layout
-    of_words: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, of_quads))
-    eighth = gl.arange(0, s.shape[1] // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, of_quads))))
-    half = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, of_quads))))
-    bit = eighth[None, :, None, None] * 2 + half[None, None, None, :]
-    words = gl.convert_layout(words, of_words)[:, None, :, None]
-    sign = (~words << (31 - bit)) & -0x80000000
-    kept = gl.minimum(quads, (sign | 0x7F800000).to(gl.float32, bitcast=True))
-    return gl.convert_layout(kept.reshape(s.shape), s.type.layout)
-
-
-@gluon.jit
-def _peaks(s, rows: gl.constexpr):
-    """The greatest of each row; pairs first, so that no long chain of instructions waits for each other."""
-    return gl.convert_layout(gl.max(gl.max(gl.max(_of_quads(s), 3), 1), 1), rows)
-
-
-@gluon.jit
-def _parts(weights):
-    """[R, 4]: what each thread adds to the sums of its rows. They are added up once, behind all keys."""
-    return gl.sum(gl.sum(_of_quads(weights), 3), 1)
-
-
-@gluon.jit
-def _weigh(s, peak, scale2, rows: gl.constexpr):
-    """Of the online softmax in base 2: weights [R, N], the factor [R] by which earlier sums fade, and the peak [R]."""
-    new_peak = gl.maximum(peak, _peaks(s, rows) * scale2)
-    base = gl.where(new_peak == -float("inf"), 0.0, new_peak)
-    return gl.exp2(s * scale2 - base[:, None]), gl.exp2(peak - base), new_peak
 
 
 @gluon.jit
@@ -238,9 +90,9 @@ def _store(
     sum_of_row = gl.convert_layout(gl.sum(acc, 1), rows)
     lse = gl.where(sum_of_row - sum_of_row == 0, lse, float("nan"))
     batch, q_start, first, k_start, k_len = span
-    head, slot, ok = _rows(h, t, span, r0 + gl.arange(0, R, layout=rows), G, GP, M)
+    head, slot, ok = rows_of_tile(h, t, span, r0 + gl.arange(0, R, layout=rows), G, GP, M)
     gl.store(p_lse + (batch * (H if GP == 1 else H * G) + head) * q_slots + slot, lse, mask=ok)
-    head, slot, ok = _rows(h, t, span, r0 + gl.arange(0, R, layout=gl.SliceLayout(1, wide)), G, GP, M)
+    head, slot, ok = rows_of_tile(h, t, span, r0 + gl.arange(0, R, layout=gl.SliceLayout(1, wide)), G, GP, M)
     p_out = out.p + batch * out.s_batch + head.to(gl.int64) * out.s_head + slot * out.s_row
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
     gl.store(p_out[:, None] + o_d[None, :], gl.convert_layout(acc.to(out.p.dtype.element_ty), wide), mask=ok[:, None])
@@ -272,18 +124,18 @@ def _consume(
     columns: gl.constexpr = gl.SliceLayout(0, scores)
     mine = q_tile.slice(WHICH * R, R)
     nothing = gl.zeros([R, N], gl.float32, scores)
-    of_words: gl.constexpr = _parts(nothing).type.layout
+    of_words: gl.constexpr = parts_of(nothing).type.layout
     scale2 = scale * LOG2E
     n_tiles, stage, phase = 0, 0, 0
-    next_list = _list(singles, places, mask, gl.program_id(0), tiles, total, H, OWN_MASKS, M)
+    next_list = list_of(singles, places, mask, gl.program_id(0), tiles, total, H, OWN_MASKS, M)
     for x in range(gl.program_id(0), total, gl.num_programs(0)):
-        h, t, o_list, there, span = _tile(places, mask, x, tiles, H, OWN_MASKS, M)
+        h, t, o_list, there, span = tile_of(places, mask, x, tiles, H, OWN_MASKS, M)
         start, count, n_whole = next_list
         n_whole = n_whole // N
-        next_list = _list(singles, places, mask, x + gl.num_programs(0), tiles, total, H, OWN_MASKS, M)
+        next_list = list_of(singles, places, mask, x + gl.num_programs(0), tiles, total, H, OWN_MASKS, M)
         if there:
             row = (WHICH * R + gl.arange(0, R, layout=rows)) % M
-            words = _words(marks, o_list, 0, n_whole, count, row, of_words, M, N)
+            words = words_of(marks, o_list, 0, n_whole, count, row, of_words, M, N)
             mbarrier.wait(q_full, n_tiles & 1)
             n_tiles += 1
             mbarrier.wait(k_full.index(stage), phase)
@@ -294,15 +146,15 @@ def _consume(
                 s += b_tiles.index(stage).load(columns)[None, :]
             async_copy.mbarrier_arrive(k_empty.index(stage), increment_count=False)
             if n_whole < 1:
-                s = _masked(s, words)
-            weights, fade, peak = _weigh(s, gl.full([R], -float("inf"), gl.float32, rows), scale2, rows)
-            parts = _parts(weights)
+                s = masked(s, words)
+            weights, fade, peak = weigh(s, gl.full([R], -float("inf"), gl.float32, rows), scale2, rows)
+            parts = parts_of(weights)
             acc = gl.zeros([R, D], gl.float32, sums)
             half = gl.convert_layout(weights.to(DTYPE), left)
             for y in range(1, gl.cdiv(count, N)):
                 last = stage == STAGES - 1
                 ahead, phase_ahead = gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
-                words = _words(marks, o_list, y, n_whole, count, row, of_words, M, N)
+                words = words_of(marks, o_list, y, n_whole, count, row, of_words, M, N)
                 mbarrier.wait(k_full.index(ahead), phase_ahead)
                 mbarrier.wait(v_full.index(stage), phase)
                 fence_async_shared()
@@ -314,10 +166,10 @@ def _consume(
                 if bias is not None:
                     s += b[None, :]
                 if y >= n_whole:
-                    s = _masked(s, words)
-                weights, fade, peak = _weigh(s, peak, scale2, rows)
+                    s = masked(s, words)
+                weights, fade, peak = weigh(s, peak, scale2, rows)
                 faded = gl.convert_layout(fade, gl.SliceLayout(1, parts.type.layout))
-                parts = parts * faded[:, None] + _parts(weights)
+                parts = parts * faded[:, None] + parts_of(weights)
                 # Without a branch the assembler would move the wait to before the exponentials.
                 if mask.n > 0:
                     async_copy.mbarrier_arrive(k_empty.index(ahead), increment_count=False)
@@ -398,7 +250,7 @@ def forward_hopper(
         [
             (_consume, (0, computed, H, OWN_MASKS, G, GP, M, N, D, STAGES)),
             (_consume, (1, computed, H, OWN_MASKS, G, GP, M, N, D, STAGES)),
-            (_produce, (copied, H, OWN_MASKS, G, GP, M, N, D, STAGES)),
+            (produce, (copied, H, OWN_MASKS, G, GP, M, N, D, STAGES)),
         ],
         [4, 4],
         [REGISTERS, 504 - 2 * REGISTERS],
