@@ -149,8 +149,18 @@ def test_the_usual_candidates_keep_sinks_and_the_newest_keys():
 
 @pytest.mark.parametrize(("length", "widths"), [(40, [20]), (639, [20]), (640, [20, 40]), (1280, [20, 40, 80])])
 def test_no_usual_window_reaches_over_more_than_a_sixteenth_of_a_text(length, widths):
-    static = [rule for rule in default_candidates(length, local=20)[:-1] if not rule.dynamic]
-    assert [atom.tokens for rule in static for atom in rule if atom.name == "window"] == widths
+    assert _windows(default_candidates(length, local=20)) == widths
+
+
+def test_wide_windows_reach_over_half_a_text():
+    usual, wide = (default_candidates(640, local=20, wide_windows=wide) for wide in (False, True))
+    assert _windows(wide) == [20, 40, 80, 160, 320]
+    assert [rule for rule in wide if rule in usual] == usual
+
+
+def _windows(rules):
+    static = [rule for rule in rules[:-1] if not rule.dynamic]
+    return [atom.tokens for rule in static for atom in rule if atom.name == "window"]
 
 
 GROUPED = [*CANDIDATES[:2], 'window(1) | top_blocks(1, block=8, share="kv")']

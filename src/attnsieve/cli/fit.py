@@ -59,7 +59,7 @@ def fit(
 
     From profiles by a preset; settings that are not given come from the preset. Or from measurements (attnsieve measure) within
     exactly one budget: --density, --mass or --max-error. Plans that must answer questions about a prompt need the guard rails
-    of the second example.
+    of the second example, and do better among candidates of `attnsieve measure --wide-windows`.
 
     Example: attnsieve fit profiles/book --preset robust --floor 0.95 --out plans/book
 

@@ -44,6 +44,13 @@ def measure(
     share: Annotated[
         str, typer.Option(help="For the usual ones: kv lets the query heads of a KV group choose together.")
     ] = "none",
+    wide_windows: Annotated[
+        bool,
+        typer.Option(
+            "--wide-windows",
+            help="For the usual ones: windows of up to half a text, for fit --last-rows 32 --dense-decode.",
+        ),
+    ] = False,
     backend: options.Backend = "auto",
     seed: options.Seed = 1_000_003,
     device: options.Device = "auto",
@@ -55,7 +62,7 @@ def measure(
     Then `attnsieve fit` chooses one per head within a budget. Use texts that are not scored later; the seed differs from the
     one that eval takes by default.
 
-    Example: attnsieve measure smollm2-135m --data book.txt --tasks kv --lengths 1024,2048 --out measured/book
+    Example: attnsieve measure smollm2-135m --data book.txt --tasks kv --lengths 1024,2048 --wide-windows --out measured/book
     """
     from attnsieve.fitting import default_candidates
     from attnsieve.hf import measure as compare
@@ -65,10 +72,16 @@ def measure(
     require(bool(data or tasks), "say what to measure on: --data FILE, --tasks kv, or both")
     rules: list[Pattern] = [Pattern.parse(text) for text in candidates or []]
     require(
-        not rules or (not last_rows and share == "none" and rows == 8),
-        "--last-rows, --rows and --share are for the usual candidates: write them into yours",
+        not rules or (not last_rows and share == "none" and rows == 8 and not wide_windows),
+        "--last-rows, --rows, --share and --wide-windows are for the usual candidates: write them into yours",
     )
-    rules = rules or default_candidates(max(wanted), last_rows=last_rows, rows=rows, share=share)  # type: ignore[arg-type]
+    rules = rules or default_candidates(
+        max(wanted),
+        last_rows=last_rows,
+        rows=rows,
+        share=share,  # type: ignore[arg-type]
+        wide_windows=wide_windows,
+    )
     read = text_reader(data or [], tasks)
     network, tokenizer = options.load(model, device, dtype)
     texts = [text for length in sorted(set(wanted)) for text in read(tokenizer, length, documents, seed)]
