@@ -48,6 +48,7 @@ LINES = {
     "XAttention-like, 90 %": "xattention-0.9",
     "FlashPrefill-like": "flashprefill-0.1",
     "StreamingLLM, 25 %": "streaming-llm-0.25",
+    "sliding window, 25 %": "window-0.25",
     "Longformer, 25 %": "longformer-0.25",
     "BigBird, 25 %": "bigbird-0.25",
     "MoA-like, 25 %": "moa-0.25",
@@ -70,8 +71,9 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--tasks", type=lambda text: text.split(","), default=list(MANY))
     parser.add_argument("--lengths", type=lambda text: list(map(int, text.split(","))), default=[2048, 4096, 8192])
+    parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
-    rows = [row for row in read_rows(arguments.rows) if row.model == arguments.model and row.dtype == "bfloat16"]
+    rows = [row for row in read_rows(arguments.rows) if row.model == arguments.model and row.dtype == arguments.dtype]
     runs: dict[tuple[str, str, int], Run] = {}
     for row in rows:
         runs.setdefault((row.plan, row.task, row.length), {})[row.metric] = row

@@ -255,3 +255,13 @@ def test_the_summary_says_who_holds_and_who_is_above(script, capsys):
     assert len(cells["budget 20 %, with rails"]) == 5
     assert cells["budget-prompt-0.2"][:3] == ["3", "3", "3"]
     assert cells["kv 4K, rails"][0].startswith("-")
+
+
+def test_coverage_lists_what_was_measured_of_every_family(script, capsys):
+    files = [BENCHMARKS / "results" / f"eval-spread{end}.jsonl" for end in ("-smollm2-cpu", "-plans", "")]
+    script("coverage", *files, "--tasks", "kv")
+    lines = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
+    header, cells = lines[2], {line[1]: line for line in lines if len(line) > 2}
+    assert cells["minference"][header.index("smollm2 1K")] == "35, 43"
+    assert cells["h2o"][header.index("smollm2 1K")] == "-"
+    assert "dense" not in cells
