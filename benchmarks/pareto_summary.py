@@ -111,7 +111,7 @@ def nats(value: float, sign: str = "") -> str:
 
 
 def percents(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}".replace("0.", ".", 1)
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}".replace("0.", ".", 1)
 
 
 def between(values: list[float], write: Callable[[float], str]) -> str:
