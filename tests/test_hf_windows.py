@@ -172,6 +172,8 @@ def test_steps_after_keys_were_dropped_count_from_the_callers_padding():
     hole = padding.clone()
     hole[0, 5] = False
     assert isinstance(spans_within(noted(step, 3, 8, hole), 4), str)
+    hole[0, 8] = False
+    assert isinstance(spans_within(noted(step & hole[:, None, None, 8:], 3, 8, hole), 4), str)
 
 
 def test_padding_on_the_right_is_left_out():
@@ -185,10 +187,11 @@ def test_padding_on_the_right_is_left_out():
         close(padded[1:], logits(model, ids[1:], use_cache=False))
 
 
-def test_holes_in_the_padding_stay_dense_by_name():
+@pytest.mark.parametrize("hole", [slice(6, 7), slice(6, 12), slice(6, 14)])
+def test_holes_in_the_padding_stay_dense_by_name(hole):
     model = FAMILIES["mistral"]()
     ids, mask = tokens(1, 21), torch.ones(1, 21, dtype=torch.long)
-    mask[0, 6] = 0
+    mask[0, hole] = 0
     model.set_attn_implementation("sdpa")
     expected = logits(model, ids, attention_mask=mask)
     with apply(model, mixed(model), backend="reference") as handle:
@@ -219,3 +222,31 @@ def test_layers_with_windows_are_profiled_fitted_and_measured():
     close(found.density.float(), budget.density)
     with pytest.raises(UserError, match=r"layer 0 cannot be measured \(sliding window.* cannot be cut to"):
         measure(model, texts, ["top_blocks(1, block=4) | window(2)"], progress=False)
+
+
+@pytest.mark.parametrize("length", [15, 16, 17])
+def test_texts_are_measured_up_to_the_context_where_the_window_is_no_shorter(length):
+    model, text = tiny("mistral", sliding_window=16, max_position_embeddings=16), tokens(1, length)
+    plan = Plan.uniform(fingerprint(model), "window(16)")
+    if length > 16:
+        for run in (measure, lambda model, texts, _, **__: layer_fidelity(model, plan, texts[0][0].tolist())):
+            with pytest.raises(UserError, match="beyond the model's context of 16"):
+                run(model, [text], ["window(16)"], progress=False)
+        return
+    assert measure(model, [text], ["window(16)"], progress=False).error.max() == 0
+    assert layer_fidelity(model, plan, text[0].tolist()).density.min() == 1
+    with apply(model, plan, strict=True):
+        close(logits(model, text, use_cache=False), oracle(model, plan, text))
+
+
+def test_layers_called_with_a_window_that_they_do_not_note_are_not_measured():
+    model = built("MiniMaxConfig", **GQA, num_local_experts=2, sliding_window=8, layer_types=["full_attention"] * 2)
+    text, plan = tokens(1, 20), Plan.uniform(fingerprint(model), "window(4)")
+    with pytest.raises(UserError, match=r"layer 0 cannot be measured \(sliding window: this call has another \(8\)"):
+        measure(model, [text], ["window(8)"], progress=False)
+    found = layer_fidelity(model, plan, text[0].tolist())
+    assert (found.density == 1).all()
+    assert (found.error == 0).all()
+    with apply(model, plan) as handle:
+        logits(model, text)
+    assert handle.report().sparse_calls == 0

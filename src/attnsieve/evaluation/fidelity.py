@@ -12,7 +12,7 @@ from torch import Tensor
 from attnsieve.attention import attend
 from attnsieve.errors import require
 from attnsieve.fingerprint import Fingerprint
-from attnsieve.hf.dense import own_attention, why_layer_dense
+from attnsieve.hf.dense import own_attention, why_call_dense, why_layer_dense
 from attnsieve.hf.geometry import AttentionLayer, fingerprint
 from attnsieve.hf.interface import LayerCall, LayerState, attach
 from attnsieve.layout import Layout, compile_layout
@@ -73,7 +73,7 @@ class _Probe:
         """The state of one layer."""
 
         def state(call: LayerCall) -> Tensor:
-            if why_layer_dense(layer, self._plan.row(layer.index)) is None:
+            if (why_layer_dense(layer, self._plan.row(layer.index)) or why_call_dense(layer, call)) is None:
                 self._note(layer, call)
             return own_attention(call)
 

@@ -104,8 +104,9 @@ def why_call_dense(layer: AttentionLayer, call: LayerCall) -> str | None:
     if window != layer.window:
         return f"sliding window: this call has another ({window}) than the layer ({layer.window})"
     # From the window on, caches drop keys, and key slots are no longer positions.
+    most = call.k_slots if call.query.shape[2] == call.k_slots else call.k_slots + 1
     require(
-        window is None or layer.binding_window is not None or call.k_slots < window,
+        window is None or layer.binding_window is not None or most <= window,
         f"the text or its cache has {call.k_slots} tokens, beyond the model's context of {layer.context} and its sliding "
         f"window of {window}: use a shorter one",
     )

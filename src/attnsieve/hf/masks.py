@@ -105,9 +105,11 @@ def spans_within(mask: Tensor, window: int) -> Within | str:
     padded = not bool(stray.any()) or _own_key_unread(mask[:, 0], own - dropped, stray)
     if not padded or bool((read > window).any()):
         return "the mask is not that of the layer's sliding window"
-    starts = _starts_within(first, real & (read < window), _padded(mask, len(first)))
-    known = _unpadded_from(mask, starts, own, real & (read == window))
-    if not known or bool((real & (starts > first)).any()):
+    before = _padded(mask, len(first))
+    starts = _starts_within(first, real & (read < window), before)
+    # The caller's mask tells of one text a row: what starts later starts after a hole in it.
+    late = starts > (first if getattr(mask, PADDING) is None else first.minimum(before[:, None]))
+    if bool((real & late).any()) or not _unpadded_from(mask, starts, own, real & (read == window)):
         return "the mask does not say where the texts in its window start"
     rows = list(_sequences(starts, real, own))
     if _overlap(rows):

@@ -15,7 +15,7 @@ from attnsieve.attention import attend
 from attnsieve.errors import UserError, require
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.hf.capture import evaluating
-from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_layer_dense
+from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_call_dense, why_layer_dense
 from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, LayerState, attach
 from attnsieve.hf.texts import Batch, digest, documents_of
@@ -94,6 +94,8 @@ class Recorder:
         def state(call: LayerCall) -> Tensor:
             refuse_unservable(call, self._mark.heads)
             refuse_to_observe(layer, call)
+            reason = why_call_dense(layer, call)
+            require(reason is None, f"layer {layer.index} cannot be measured ({reason})")
             window = layer.binding_window
             exact, exact_lse = self._attend(call, dense(), window)
             place = self._mark.row(layer.index)
