@@ -30,7 +30,8 @@ class Fingerprint:
         numbers = all(type(index) is int and index >= 0 for index in given)
         require(
             not given or (numbers and len(given) == self.layers and list(given) == sorted(set(given))),
-            f"the indices of {self.layers} layers must be as many whole numbers that ascend, got {given!r:.200}",
+            f"the indices of {self.layers} layers must be as many whole numbers that ascend, got {given!r:.200}: make the artefact "
+            "of this model again",
         )
         # A range takes no memory, whatever number of layers a file claims.
         object.__setattr__(self, "indices", every if not given or given[-1] == len(given) - 1 else given)
@@ -47,7 +48,10 @@ class Fingerprint:
             if name in ("model_type", "config_hash"):
                 require(isinstance(value, str), f"fingerprint field {name} must be text, got {value!r:.80}")
             elif name == "indices":
-                require(isinstance(value, list) and bool(value), f"fingerprint field {name} must be a list, got {value!r:.80}")
+                require(
+                    isinstance(value, list) and bool(value),
+                    f"fingerprint field {name} must list layers, got {value!r:.80}: make the artefact of this model again",
+                )
             else:
                 require(
                     type(value) is int and value > 0,

@@ -78,8 +78,10 @@ def _score_batch(model: Any, batch: list[list[Tokens]]) -> list[list[AnswerScore
     if shared:
         ids = torch.tensor([document[0][0][:shared] for document in batch], device=model.device)
         cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        if _has_states(cache):
+            shared, cache = 0, None
     scores: dict[tuple[int, int], AnswerScore] = {}
-    for places in _question_batches(batch, _most(CACHED_TOKENS, model)):
+    for places in _question_batches(batch, _most(CACHED_TOKENS if shared else PROMPT_TOKENS, model)):
         questions = [batch[row][number] for row, number in places]
         answers = [answer for _, answer in questions]
         rest = [prompt[shared:] for prompt, _ in questions]
@@ -87,6 +89,12 @@ def _score_batch(model: Any, batch: list[list[Tokens]]) -> list[list[AnswerScore
         for place, answer, seen in zip(places, answers, logits, strict=True):
             scores[place] = _answer_score(seen[: len(answer)], torch.tensor(answer, device=model.device))
     return [[scores[row, number] for number in range(len(document))] for row, document in enumerate(batch)]
+
+
+def _has_states(cache: Any) -> bool:
+    """Whether a cache has recurrent states, in its layers or (MiniMax) of its own: many models (Jamba, Bamba, Zamba) forget them when
+    several tokens follow at once, so that questions over a shared document would be asked without it."""
+    return hasattr(cache, "linear_cache") or any(hasattr(layer, "recurrent_states") for layer in cache.layers)
 
 
 def _question_batches(batch: list[list[Tokens]], most: int) -> Iterator[list[tuple[int, int]]]:
