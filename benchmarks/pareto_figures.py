@@ -32,7 +32,7 @@ CACHES = ("snapkv", "h2o")
 SHOWN = (
     "budget", "budget-kv", "keys", "keys-guarded", "minference", "xattention", "streaming-llm",
     "budget-guarded", "dam-robust", "dam-adaptive", "flashprefill", "moa", "bigbird", "longformer", "window",
-    "budget-all", "keys-by-all", "budget-near", "budget-all-near",
+    "budget-all", "keys-by-all", "budget-near", "budget-all-near", "keys-by-32",
 )  # fmt: skip
 # Those whose rows that ask read every key, and decode steps too unless they are called "asked".
 SHOWN_PROMPT = (
