@@ -250,3 +250,18 @@ def test_layers_called_with_a_window_that_they_do_not_note_are_not_measured():
     with apply(model, plan) as handle:
         logits(model, text)
     assert handle.report().sparse_calls == 0
+
+
+@pytest.mark.parametrize(("name", "changes"), [("DogeConfig", {}), ("MoshiConfig", {"sliding_window": 8})])
+def test_fidelity_of_layers_whose_masks_keep_them_dense_is_that_of_dense(name, changes):
+    """Doge adds a mask of its own; Moshi makes none for its window."""
+    model, text = built(name, **GQA, **changes), tokens(1, 20)
+    plan = Plan.uniform(fingerprint(model), "window(4)")
+    with apply(model, plan) as handle:
+        logits(model, text, use_cache=False)
+    assert handle.report().sparse_calls == 0
+    found = layer_fidelity(model, plan, text[0].tolist())
+    assert (found.density == 1).all()
+    assert (found.error == 0).all()
+    with pytest.raises(UserError, match=r"layer 0 cannot be (measured|observed)"):
+        measure(model, [text], ["window(4)"], progress=False)

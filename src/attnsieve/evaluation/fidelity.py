@@ -12,9 +12,10 @@ from torch import Tensor
 from attnsieve.attention import attend
 from attnsieve.errors import require
 from attnsieve.fingerprint import Fingerprint
-from attnsieve.hf.dense import own_attention, why_call_dense, why_layer_dense
+from attnsieve.hf.dense import own_attention, why_layer_dense
 from attnsieve.hf.geometry import AttentionLayer, fingerprint
 from attnsieve.hf.interface import LayerCall, LayerState, attach
+from attnsieve.hf.locate import SpanMemo, why_not_followed
 from attnsieve.layout import Layout, compile_layout
 from attnsieve.patterns import dense
 from attnsieve.plan import Plan
@@ -68,12 +69,13 @@ class _Probe:
     def __init__(self, plan: Plan, mark: Fingerprint, result: LayerFidelity, last: int, backend: str) -> None:
         self._plan, self._mark, self._result, self._last, self._backend = plan, mark, result, last, backend
         self._dense: dict[tuple[torch.device, int | None], Layout] = {}
+        self._memo = SpanMemo()
 
     def layer(self, layer: AttentionLayer) -> LayerState:
         """The state of one layer."""
 
         def state(call: LayerCall) -> Tensor:
-            if (why_layer_dense(layer, self._plan.row(layer.index)) or why_call_dense(layer, call)) is None:
+            if (why_layer_dense(layer, self._plan.row(layer.index)) or why_not_followed(layer, call, self._memo)) is None:
                 self._note(layer, call)
             return own_attention(call)
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from attnsieve.errors import require
+from attnsieve.hf.dense import why_call_dense
+from attnsieve.hf.geometry import AttentionLayer
 from attnsieve.hf.interface import LayerCall
 from attnsieve.hf.masks import DROPPED, Within, first_own_slot, spans_of_mask, spans_within
 from attnsieve.spans import Spans
@@ -87,6 +89,12 @@ def locate(layer: int, call: LayerCall, memo: SpanMemo, window: int | None = Non
             return _place_within(memo.get(layer, mask, window, lambda: spans_within(given, window)), mask, q_slots)
         spans = memo.get(layer, mask, None, lambda: spans_of_mask(given))
     return spans if isinstance(spans, str) else Place(spans, used, _phase(q_slots, mask))
+
+
+def why_not_followed(layer: AttentionLayer, call: LayerCall, memo: SpanMemo) -> str | None:
+    """Why a call of a layer that could follow a plan would not, or None. Raises UserError as `why_call_dense` and `locate` do."""
+    place = why_call_dense(layer, call) or locate(layer.index, call, memo, layer.binding_window)
+    return place if isinstance(place, str) else None
 
 
 def _place_within(found: Within | str, mask: Tensor, q_slots: int) -> Place | str:

@@ -15,9 +15,10 @@ from attnsieve.attention import attend
 from attnsieve.errors import UserError, require
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.hf.capture import evaluating
-from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_call_dense, why_layer_dense
+from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_layer_dense
 from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, LayerState, attach
+from attnsieve.hf.locate import SpanMemo, why_not_followed
 from attnsieve.hf.texts import Batch, digest, documents_of
 from attnsieve.layout import Layout, compile_layout
 from attnsieve.patterns import Pattern, dense
@@ -84,7 +85,7 @@ class Recorder:
         self._patterns, self._mark, self._backend = patterns, mark, backend
         shape = (lengths, len(patterns), mark.layers, mark.heads)
         self.density, self.retained, self.error = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
-        self.row = 0
+        self.row, self._memo = 0, SpanMemo()
         self._layouts: dict[tuple[Pattern, int, int | None], Layout] = {}
         self._chosen: tuple[LayerCall | None, Pattern | None, Layout | None] = (None, None, None)
 
@@ -94,7 +95,7 @@ class Recorder:
         def state(call: LayerCall) -> Tensor:
             refuse_unservable(call, self._mark.heads)
             refuse_to_observe(layer, call)
-            reason = why_call_dense(layer, call)
+            reason = why_not_followed(layer, call, self._memo)
             require(reason is None, f"layer {layer.index} cannot be measured ({reason})")
             window = layer.binding_window
             exact, exact_lse = self._attend(call, dense(), window)
