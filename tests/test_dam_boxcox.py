@@ -58,8 +58,16 @@ def test_cut_of_the_papers_table(tau, expected, most):
 @given(tau=st.floats(-1, 3), lam=st.sampled_from(LAMBDAS), value=st.floats(0, 1))
 def test_cut_decides_as_the_transform_does(tau, lam, value):
     amplified = transform(torch.tensor([value, 0.0], dtype=torch.float64), lam, EPS)[0]
-    if abs(amplified - tau) > 1e-9 * max(1.0, float(amplified)):
+    # A difference of numbers as large as eps^lam is no more exact than they are.
+    rounding = 1e-9 * max(1.0, float(amplified)) + 1e-15 * EPS ** min(lam, 0.0)
+    if value == 0 or abs(amplified - tau) > rounding:
         assert bool(amplified >= tau) == (max(value, EPS) >= cut(tau, lam, EPS))
+
+
+@pytest.mark.parametrize("lam", LAMBDAS)
+def test_cells_of_no_attention_reach_no_positive_threshold(lam):
+    for tau in (5e-324, 1e-17, 1.192092896e-07, 0.3):
+        assert cut(tau, lam, EPS) > EPS
 
 
 def test_real_cells_at_the_papers_threshold():

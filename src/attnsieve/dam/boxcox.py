@@ -36,12 +36,8 @@ def cut(tau: float, lam: float, eps: float) -> float:
     _checked(eps)
     if tau <= 0:
         return 0.0
-    if lam == 0:
-        return eps * _exp(tau)
-    above = math.expm1(lam * math.log(eps)) + lam * tau
-    if above <= -1:  # a negative lam bounds At from above; else 1 + above is too small for its digits
-        return math.inf if lam < 0 else (eps**lam + lam * tau) ** (1 / lam)
-    return _exp(math.log1p(above) / lam)
+    # At is 0 at eps and below: rounding must not let cells of no attention reach a small tau.
+    return max(_inverse(tau, lam, eps), math.nextafter(eps, math.inf))
 
 
 def at_least(maps: Tensor, threshold: float) -> Tensor:
@@ -60,6 +56,15 @@ def rounded_up(threshold: float, dtype: torch.dtype) -> float:
 def _boxcox(x: Tensor, lam: float) -> Tensor:
     # expm1 keeps the digits that (x^lam - 1) / lam loses at small lam.
     return x.log() if lam == 0 else (x.log() * lam).expm1() / lam
+
+
+def _inverse(tau: float, lam: float, eps: float) -> float:
+    if lam == 0:
+        return eps * _exp(tau)
+    above = math.expm1(lam * math.log(eps)) + lam * tau
+    if above <= -1:  # a negative lam bounds At from above; else 1 + above is too small for its digits
+        return math.inf if lam < 0 else (eps**lam + lam * tau) ** (1 / lam)
+    return _exp(math.log1p(above) / lam)
 
 
 def _exp(x: float) -> float:
