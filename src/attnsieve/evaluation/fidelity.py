@@ -15,7 +15,7 @@ from attnsieve.fingerprint import Fingerprint
 from attnsieve.hf.dense import own_attention, why_layer_dense
 from attnsieve.hf.geometry import AttentionLayer, fingerprint
 from attnsieve.hf.interface import LayerCall, LayerState, attach
-from attnsieve.hf.locate import SpanMemo, why_not_followed
+from attnsieve.hf.locate import SpanMemo, locate
 from attnsieve.layout import Layout, compile_layout
 from attnsieve.patterns import dense
 from attnsieve.plan import Plan
@@ -75,7 +75,8 @@ class _Probe:
         """The state of one layer."""
 
         def state(call: LayerCall) -> Tensor:
-            if (why_layer_dense(layer, self._plan.row(layer.index)) or why_not_followed(layer, call, self._memo)) is None:
+            never = why_layer_dense(layer, self._plan.row(layer.index))
+            if never is None and not isinstance(locate(layer, call, self._memo), str):
                 self._note(layer, call)
             return own_attention(call)
 

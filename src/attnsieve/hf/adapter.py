@@ -16,7 +16,7 @@ from attnsieve.attention import BACKENDS, choose_backend, compute, dense_is_fast
 from attnsieve.backends.call import Call
 from attnsieve.errors import UserError, require
 from attnsieve.hf.cache import SparseCache
-from attnsieve.hf.dense import own_attention, refuse_unservable, why_call_dense, why_layer_dense
+from attnsieve.hf.dense import own_attention, refuse_unservable, why_layer_dense
 from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, attach
 from attnsieve.hf.locate import Place, SpanMemo, locate
@@ -155,7 +155,7 @@ class SparseLayer:
         if not self.calls.sparse_heads:
             self.calls.dense[BY_PLAN] += 1
             return own_attention(call)
-        place = self._never or why_call_dense(self._layer, call) or self._locate(call)
+        place = self._never or locate(self._layer, call, self._memo)
         if isinstance(place, str):
             self._stay_dense(place)
             return own_attention(call)
@@ -167,9 +167,6 @@ class SparseLayer:
             return f"sliding window: transformers' cache keeps the {self._window} newest keys alone"
         return None if self.calls.sparse_heads else BY_PLAN
 
-    def _locate(self, call: LayerCall) -> Place | str:
-        return locate(self._layer.index, call, self._memo, self._window)
-
     def _stay_dense(self, reason: str) -> None:
         index = self._layer.index
         require(not self._strict, f"strict: the plan makes layer {index} sparse, but this call must stay dense ({reason})")
@@ -180,7 +177,7 @@ class SparseLayer:
     def _remembered(self, call: LayerCall, layer: RaggedLayer) -> Tensor:
         """A call whose past keys are in a `SparseCache`."""
         call = replace(call, past=layer.seen - call.key.shape[2])
-        place = why_call_dense(self._layer, call) or self._locate(call)
+        place = locate(self._layer, call, self._memo)
         if isinstance(place, str):
             raise UserError(f"layer {self._layer.index} must stay dense here ({place}), which a SparseCache does not serve")
         require(

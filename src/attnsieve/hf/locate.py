@@ -62,13 +62,18 @@ class SpanMemo:
         return self._starts[1]
 
 
-def locate(layer: int, call: LayerCall, memo: SpanMemo, window: int | None = None) -> Place | str:
-    """The place of a call, or the reason why its mask cannot be expressed as sequences. window: the sliding window that the mask
-    must be of, or None.
+def locate(layer: AttentionLayer, call: LayerCall, memo: SpanMemo) -> Place | str:
+    """The place of a call of a layer that can follow a plan, or the reason why this call cannot: what it asks of the model's own
+    attention, or a mask that cannot be expressed as sequences.
 
-    Masks count positions from a sequence's first slot, so padding shifts nothing. Raises UserError for packed documents
-    that the mask does not separate.
+    Masks count positions from a sequence's first slot, so padding shifts nothing. Raises UserError as `why_call_dense` does,
+    and for packed documents that the mask does not separate.
     """
+    return why_call_dense(layer, call) or _of_mask(layer.index, call, memo, layer.binding_window)
+
+
+def _of_mask(layer: int, call: LayerCall, memo: SpanMemo, window: int | None) -> Place | str:
+    """window: the sliding window that the call's mask must be of, or None."""
     batch, _, q_slots, _ = call.query.shape
     k_slots, device = call.k_slots, call.query.device
     mask = call.mask
@@ -89,12 +94,6 @@ def locate(layer: int, call: LayerCall, memo: SpanMemo, window: int | None = Non
             return _place_within(memo.get(layer, mask, window, lambda: spans_within(given, window)), mask, q_slots)
         spans = memo.get(layer, mask, None, lambda: spans_of_mask(given))
     return spans if isinstance(spans, str) else Place(spans, used, _phase(q_slots, mask))
-
-
-def why_not_followed(layer: AttentionLayer, call: LayerCall, memo: SpanMemo) -> str | None:
-    """Why a call of a layer that could follow a plan would not, or None. Raises UserError as `why_call_dense` and `locate` do."""
-    place = why_call_dense(layer, call) or locate(layer.index, call, memo, layer.binding_window)
-    return place if isinstance(place, str) else None
 
 
 def _place_within(found: Within | str, mask: Tensor, q_slots: int) -> Place | str:

@@ -18,7 +18,7 @@ from attnsieve.hf.capture import evaluating
 from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_layer_dense
 from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, LayerState, attach
-from attnsieve.hf.locate import SpanMemo, why_not_followed
+from attnsieve.hf.locate import SpanMemo, locate
 from attnsieve.hf.texts import Batch, digest, documents_of
 from attnsieve.layout import Layout, compile_layout
 from attnsieve.patterns import Pattern, dense
@@ -95,15 +95,15 @@ class Recorder:
         def state(call: LayerCall) -> Tensor:
             refuse_unservable(call, self._mark.heads)
             refuse_to_observe(layer, call)
-            reason = why_not_followed(layer, call, self._memo)
-            require(reason is None, f"layer {layer.index} cannot be measured ({reason})")
+            place = locate(layer, call, self._memo)
+            require(not isinstance(place, str), f"layer {layer.index} cannot be measured ({place})")
             window = layer.binding_window
             exact, exact_lse = self._attend(call, dense(), window)
-            place = self._mark.row(layer.index)
+            row = self._mark.row(layer.index)
             for c, pattern in enumerate(self._patterns):
                 compared = self._compare(call, pattern, exact, exact_lse, window)
                 for name in ("density", "retained", "error"):
-                    getattr(self, name)[self.row, c, place] += getattr(compared, name).cpu()
+                    getattr(self, name)[self.row, c, row] += getattr(compared, name).cpu()
             return own_attention(call)
 
         return state
