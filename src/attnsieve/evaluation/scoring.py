@@ -38,14 +38,18 @@ class AnswerScore:
 def score_documents(model: Any, tokenizer: Any, documents: Iterable[Sequence[Question]]) -> Iterator[list[AnswerScore]]:
     """Teacher-forced scores of the (prompt, answer) pairs of every document, in order.
 
-    What all prompts of a document have in common is computed once. Answers are fed token by token, as in generation: masks
-    chosen from the input must not see answer tokens ahead of time. Neighbouring documents whose common parts are equally long
-    go through the model as one batch, and so do their questions that are equally long; no result depends on batch mates.
+    What all prompts of a document have in common is computed once, but for models with recurrent states. Answers are fed token
+    by token, as in generation: masks chosen from the input must not see answer tokens ahead of time. Neighbouring documents
+    whose common parts are equally long go through the model as one batch, and so do their questions that are equally long; no
+    result depends on batch mates.
     Raises UserError if the model returns NaN or infinite likelihoods.
     """
     cut = ([split_answer(tokenizer, prompt, answer) for prompt, answer in questions] for questions in documents)
+    stateful = False
     for batch in _batches(cut, _most(PROMPT_TOKENS, model)):
-        yield from _score_batch(model, batch)
+        cache = None if stateful else _read_shared(model, batch)
+        stateful = stateful or _has_states(cache)
+        yield from _score_batch(model, batch, None if stateful else cache)
 
 
 def _most(tokens: dict[str, int], model: Any) -> int:
@@ -73,13 +77,18 @@ def _shared(document: list[Tokens]) -> int:
     return min(shared_length(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
 
 
-def _score_batch(model: Any, batch: list[list[Tokens]]) -> list[list[AnswerScore]]:
-    shared, cache = _shared(batch[0]), None
-    if shared:
-        ids = torch.tensor([document[0][0][:shared] for document in batch], device=model.device)
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-        if _has_states(cache):
-            shared, cache = 0, None
+def _read_shared(model: Any, batch: list[list[Tokens]]) -> Any:
+    """The cache of what the questions of each document have in common, or None if that is nothing."""
+    shared = _shared(batch[0])
+    if not shared:
+        return None
+    ids = torch.tensor([document[0][0][:shared] for document in batch], device=model.device)
+    return model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _score_batch(model: Any, batch: list[list[Tokens]], cache: Any) -> list[list[AnswerScore]]:
+    """cache: that of `_read_shared`, or None to read everything with each question."""
+    shared = 0 if cache is None else _shared(batch[0])
     scores: dict[tuple[int, int], AnswerScore] = {}
     for places in _question_batches(batch, _most(CACHED_TOKENS if shared else PROMPT_TOKENS, model)):
         questions = [batch[row][number] for row, number in places]
@@ -94,7 +103,8 @@ def _score_batch(model: Any, batch: list[list[Tokens]]) -> list[list[AnswerScore
 def _has_states(cache: Any) -> bool:
     """Whether a cache has recurrent states, in its layers or (MiniMax) of its own: many models (Jamba, Bamba, Zamba) forget them when
     several tokens follow at once, so that questions over a shared document would be asked without it."""
-    return hasattr(cache, "linear_cache") or any(hasattr(layer, "recurrent_states") for layer in cache.layers)
+    layers = () if cache is None else cache.layers
+    return hasattr(cache, "linear_cache") or any(hasattr(layer, "recurrent_states") for layer in layers)
 
 
 def _question_batches(batch: list[list[Tokens]], most: int) -> Iterator[list[tuple[int, int]]]:
