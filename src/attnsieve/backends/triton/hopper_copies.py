@@ -43,6 +43,13 @@ def rows_of_tile(h, t, span, r, G: gl.constexpr, GP: gl.constexpr, M: gl.constex
 
 
 @gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """The stage after this one, and the phase of its barriers, which turns with every round."""
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
 def _copy_keys(tile, p_base, j, s_row, D: gl.constexpr, wide: gl.constexpr):
     """Queue the copies of rows j of K or V. The addresses of a row are added up in 64 bits of one multiplication in 32."""
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
@@ -106,5 +113,4 @@ def produce(
                 mbarrier.wait(v_empty.index(stage), phase)
                 _copy_keys(v_tiles.index(stage), p_v, here, v.s_row, D, wide)
                 async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
-                last = stage == STAGES - 1
-                stage, phase = gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+                stage, phase = next_stage(stage, phase, STAGES)

@@ -28,7 +28,7 @@ from attnsieve.backends.triton import hopper
 from attnsieve.backends.triton.common import LN2 as _LN2
 from attnsieve.backends.triton.common import LOG2E as _LOG2E
 from attnsieve.backends.triton.geometry import Geometry, Tiles
-from attnsieve.backends.triton.hopper_copies import list_of, produce, rows_of_tile, tile_of
+from attnsieve.backends.triton.hopper_copies import list_of, next_stage, produce, rows_of_tile, tile_of
 from attnsieve.backends.triton.hopper_softmax import masked, parts_of, weigh, words_of
 from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.schedule import Schedule
@@ -152,8 +152,7 @@ def _consume(
             acc = gl.zeros([R, D], gl.float32, sums)
             half = gl.convert_layout(weights.to(DTYPE), left)
             for y in range(1, gl.cdiv(count, N)):
-                last = stage == STAGES - 1
-                ahead, phase_ahead = gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+                ahead, phase_ahead = next_stage(stage, phase, STAGES)
                 words = words_of(marks, o_list, y, n_whole, count, row, of_words, M, N)
                 mbarrier.wait(k_full.index(ahead), phase_ahead)
                 mbarrier.wait(v_full.index(stage), phase)
@@ -184,8 +183,7 @@ def _consume(
             acc = warpgroup_mma(half, v_tiles.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             async_copy.mbarrier_arrive(v_empty.index(stage), increment_count=False)
-            last = stage == STAGES - 1
-            stage, phase = gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
 
             weight = gl.convert_layout(gl.sum(parts, 1), rows)
             _store(out, p_lse, acc, weight, peak, WHICH * R, h, t, span, q_slots, H, G, GP, M)
