@@ -46,6 +46,15 @@ def test_memory_may_be_laid_out_in_another_way(q_len, heads, backend):
         assert_within_budget(out, lse, replace(call, q=q, k=k, v=v))
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scales_that_are_not_positive_are_computed_elsewhere(scale):
+    call = replace(make(33, 70), scale=scale)
+    out, lse = attend(call.q, call.k, call.v, call.layout, scale=scale, return_lse=True)
+    assert_within_budget(out, lse, call)
+    with pytest.raises(UserError, match="positive scales"):
+        attend(call.q, call.k, call.v, call.layout, scale=scale, backend="dense")
+
+
 def test_refuses_widths_that_differ():
     call = make(70, 70)
     narrow = call.v[..., :8]

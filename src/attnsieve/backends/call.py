@@ -66,6 +66,9 @@ def why_not_plain(call: Call, kernels: str) -> str | None:
     if call.q.numel() == 0:
         # Without queries torch's kernel for CPUs divides by zero, which ends the process.
         return f"there are no queries, which {kernels} do not expect"
+    if not call.scale > 0:
+        # They mask scores before they are scaled: -inf times that is NaN or infinity.
+        return f"{kernels} take positive scales, got {call.scale}"
     if call.key_bias is not None:
         return f"{kernels} add no key bias"
     if call.needs_grad:
