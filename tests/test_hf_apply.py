@@ -28,7 +28,11 @@ def sparse(model, text="sink(1) | window(4)"):
 def traces(model):
     """Everything of a model that an adapter could leave changed."""
     attributes = [
-        (name, sorted(module.__dict__), sorted(vars(module).get("_forward_hooks", {})))
+        (
+            name,
+            sorted(module.__dict__),
+            [dict(vars(module).get(hooks, {})) for hooks in ("_forward_hooks", "_forward_pre_hooks")],
+        )
         for name, module in model.named_modules()
     ]
     methods = [type(module).forward for module in model.modules()]
@@ -115,6 +119,38 @@ def test_the_name_without_a_plan_is_refused():
     with apply(other, sparse(other)):
         model.set_attn_implementation("attnsieve")
         with pytest.raises(UserError, match="has no plan"):
+            logits(model, tokens(1, 5))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_no_pass_runs_dense_because_the_implementation_was_set_under_a_plan(strict):
+    model, ids = tiny(), tokens(1, 9)
+    with apply(model, sparse(model), strict=strict) as handle:
+        expected = logits(model, ids)
+        for setting in (model.set_attn_implementation, model.model.set_attn_implementation):
+            setting("sdpa")
+            with pytest.raises(UserError, match=r'was set to "sdpa" while .* is active.* call remove\(\) on the handle first'):
+                logits(model, ids)
+            model.set_attn_implementation("attnsieve")
+            assert torch.equal(logits(model, ids), expected)
+    model.set_attn_implementation("sdpa")
+    assert not torch.equal(logits(model, ids), expected)
+    assert handle.report().sparse_calls == 2 * 3
+
+
+def test_a_layer_called_by_itself_does_not_run_dense_either():
+    model = tiny()
+    with apply(model, sparse(model)):
+        model.config._attn_implementation = "eager"
+        with pytest.raises(UserError, match='was set to "eager"'):
+            model.model.layers[1].self_attn(torch.zeros(1, 3, 24), position_embeddings=None)
+
+
+def test_a_model_of_the_same_configuration_object_cannot_switch_a_plan_off():
+    model = tiny()
+    with apply(model, sparse(model)):
+        tr.LlamaForCausalLM(model.config).set_attn_implementation("sdpa")
+        with pytest.raises(UserError, match="another model of the same configuration object"):
             logits(model, tokens(1, 5))
 
 

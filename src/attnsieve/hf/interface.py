@@ -82,7 +82,8 @@ def attention_function(
 def attach(model: PreTrainedModel, make: Callable[[AttentionLayer], LayerState]) -> Callable[[], None]:
     """Give every attention layer the state that `make` returns and switch the model to it. Returns what undoes both.
 
-    Raises UserError for models that do not use the interface or have states already.
+    Until then every call of a layer is refused once somebody else has switched the model (`_refuse_other_attention`). Raises
+    UserError for models that do not use the interface or have states already.
     """
     layers = attention_layers(model)
     require(
@@ -95,8 +96,11 @@ def attach(model: PreTrainedModel, make: Callable[[AttentionLayer], LayerState])
     AttentionMaskInterface.register(NAME, mask_function)
     config = text_config(model)
     saved = _implementations(model.config)
+    hooks = [layer.module.register_forward_pre_hook(_refuse_other_attention) for layer in layers]
 
     def detach() -> None:
+        for hook in hooks:
+            hook.remove()
         for layer in layers:
             layer.module.__dict__.pop(STATE, None)
         for part, implementation in saved:
@@ -109,6 +113,18 @@ def attach(model: PreTrainedModel, make: Callable[[AttentionLayer], LayerState])
         detach()
         raise UserError(f"{type(model).__name__} does not let its attention implementation be changed (transformers refused)")
     return detach
+
+
+def _refuse_other_attention(module: nn.Module, args: Any) -> None:
+    """Before every call of a layer: with another implementation the layer would run without its state, and nobody would know."""
+    config: Any = module.config
+    implementation = config._attn_implementation
+    if implementation != NAME:
+        raise UserError(
+            f'the attention implementation was set to "{implementation}" while attnsieve is active on this model, which would '
+            "then run dense: leave the with block or call remove() on the handle first (set_attn_implementation on another model "
+            "of the same configuration object changes this one too)"
+        )
 
 
 def _switch(model: PreTrainedModel, config: Any) -> None:
