@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from attnsieve.cli import options, output
-from attnsieve.errors import UserError, require
+from attnsieve.errors import require
+from attnsieve.files import read_utf8, utf8
 
 
 def run(
@@ -74,12 +75,10 @@ def read_prompt(prompt: str | None, path: str | None) -> str:
 
 
 def _read(path: str) -> str:
-    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    try:
-        # As other text files are read: without a byte order mark, lines end in one character.
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
+    if path != "-":
+        return read_utf8(Path(path))
+    with utf8(sys.stdin.buffer, "stdin") as text:
+        return text.read()
 
 
 def prompt_ids(tokenizer: Any, text: str, chat: bool) -> list[int]:

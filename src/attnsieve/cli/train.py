@@ -16,6 +16,7 @@ import typer
 from attnsieve.cli import options, output
 from attnsieve.cli.fit import named_values
 from attnsieve.errors import UserError, require
+from attnsieve.files import read_utf8
 from attnsieve.show import markdown
 from attnsieve.show.results import with_error
 
@@ -132,8 +133,8 @@ def read_config(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        fields = yaml.safe_load(read_utf8(path))  # JSON is YAML
+    except yaml.YAMLError as error:
         raise UserError(f"{path} is neither JSON nor YAML: {str(error).splitlines()[0]}") from None
     require(isinstance(fields, dict), f"{path} must hold names and values, such as hidden_size: 256")
     return dict(fields)

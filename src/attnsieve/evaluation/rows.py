@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from attnsieve.errors import UserError, require
+from attnsieve.files import read_utf8
 
 # The fields that tell one run (a plan on a task) from another; the rows of a run are written together.
 IDENTITY = ("model", "dtype", "plan", "plan_digest", "task", "variant", "length", "items", "seed")
@@ -55,11 +56,12 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, none where it does not exist. Raises UserError that names the line which is no row."""
+    """The rows of a file, none where it does not exist. Raises UserError that names the line which is no row, and for bytes that
+    are not UTF-8."""
     names = {field.name for field in fields(Row)}
     rows = []
     # Not splitlines: inside a row's text JSON leaves separators such as U+2028 as they are.
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if path.exists() else []
+    lines = read_utf8(path).removesuffix("\n").split("\n") if path.exists() else []
     for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
             data = json.loads(line)

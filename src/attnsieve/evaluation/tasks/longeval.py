@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from attnsieve.errors import require
+from attnsieve.errors import UserError, require
 from attnsieve.evaluation.metrics import last_integer
 from attnsieve.evaluation.tasks.questions import Generation, Item, Query, QuestionTask
 from attnsieve.evaluation.tasks.retrieval import QUERIES
 from attnsieve.evaluation.words import ADJECTIVES, NOUNS, distinct_keys
+from attnsieve.files import read_utf8
 
 LINES_HEADER = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
@@ -111,13 +112,12 @@ def _drawn(random: Random, official: list[Conversation], count: int) -> list[Con
 
 def _read_conversations(path: Path) -> list[Conversation]:
     require(path.is_file(), f"no file {path}; expected LongEval's conversations.jsonl")
+    lines = read_utf8(path).split("\n")
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        found = [(str(row["topic"]), str(row["conversation"])) for row in rows]
+        rows = [json.loads(line) for line in lines if line.strip()]
+        return [(str(row["topic"]), str(row["conversation"])) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
-        found = []
-        require(False, f"{path} is not a file of JSON lines with topic and conversation: {error!r:.100}")
-    return found
+        raise UserError(f"{path} is not a file of JSON lines with topic and conversation: {error!r:.100}") from None
 
 
 def _made_up(random: Random) -> Conversation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from attnsieve.errors import UserError, require
 from attnsieve.evaluation.tasks.base import Task
 from attnsieve.evaluation.tasks.questions import Generation, Item, Query, generated_measures
 from attnsieve.evaluation.tokens import as_chat, cut_middle, encode
+from attnsieve.files import utf8
 
 FIELDS = ("input", "context", "answers")
 
@@ -85,11 +85,8 @@ def _download(repository: str, archive: str) -> str:
 
 
 def _parsed(raw: IO[bytes], name: str) -> list[dict[str, Any]]:
-    try:
-        lines = list(io.TextIOWrapper(raw, encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise UserError(f"{name} is not UTF-8 text: convert it first") from None
-    return [_record(line, f"{name}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    with utf8(raw, name) as lines:
+        return [_record(line, f"{name}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _record(line: str, where: str) -> dict[str, Any]:
