@@ -39,6 +39,13 @@ def test_text_round_trips_for_unions(pattern):
     assert Pattern.parse(str(pattern), corners_of(pattern)) == pattern
 
 
+@pytest.mark.parametrize(
+    "text", ["(sink(4) | window(9)) | columns(2)", "sink(4) | (window(9) | columns(2))", "sink(4)|((columns(2)\n|window(9)))"]
+)
+def test_text_may_have_brackets(text):
+    assert str(Pattern.parse(text)) == "columns(2) | sink(4) | window(9)"
+
+
 @pytest.mark.parametrize("pattern", SAMPLES, ids=str)
 @pytest.mark.parametrize("n", LENGTHS)
 def test_layout_equals_definition(pattern, n):

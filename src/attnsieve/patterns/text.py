@@ -161,13 +161,14 @@ def parse_pattern(text: str, corners: Mapping[str, np.ndarray]) -> Pattern:
 
 
 def _union(node: ast.expr, text: str, corners: Mapping[str, np.ndarray]) -> Pattern:
-    calls: list[ast.expr] = []
-    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        calls.append(node.right)
-        node = node.left
     atoms: list[Atom] = []
-    for call in [node, *reversed(calls)]:
-        atoms.extend(_atom(call, text, corners))
+    waiting = [node]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, ast.BinOp) and isinstance(part.op, ast.BitOr):
+            waiting += [part.right, part.left]
+        else:
+            atoms.extend(_atom(part, text, corners))
     return Pattern.of(*atoms)
 
 
