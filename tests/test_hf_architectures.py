@@ -49,7 +49,8 @@ def test_a_window_that_only_the_configuration_knows_holds_too():
     model = built("PhimoeConfig", **GQA, **EXPERTS, sliding_window=8)
     plan, ids = Plan.uniform(fingerprint(model), "columns(0, 5) | diagonals(0, 7, 9)"), tokens(1, 20)
     with apply(model, plan, backend="reference", strict=True):
-        close(in_steps(model, ids, tr.DynamicCache(config=model.config), [7, 1, 5, 1, 6]), oracle(model, plan, ids))
+        got = in_steps(model, ids, tr.DynamicCache(config=model.config), [7, 1, 5, 1, 6])
+    close(got, oracle(model, plan, ids))
 
 
 def test_layers_with_heads_of_their_own_width_follow_the_plan():

@@ -103,7 +103,8 @@ def test_whole_layers_of_dense_are_the_model():
     model, ids = FAMILIES["mistral"](), tokens(2, N)
     rows = [[Pattern.parse("dense()")] * 3 + [Pattern.parse("window(100)")]] * 2
     with apply(model, Plan(fingerprint(model), rows), strict=True) as handle:
-        close(logits(model, ids, use_cache=False), oracle(model, Plan.uniform(fingerprint(model), "dense()"), ids))
+        got = logits(model, ids, use_cache=False)
+    close(got, oracle(model, Plan.uniform(fingerprint(model), "dense()"), ids))
     assert handle.report().sparse_calls == 2
 
 
@@ -217,7 +218,8 @@ def test_layers_with_windows_are_profiled_fitted_and_measured():
     budget = fit_budget(measured, density=0.4)
     for one in (plan, budget):
         with apply(model, one, strict=True):
-            close(logits(model, tokens(1, 48), use_cache=False), oracle(model, one, tokens(1, 48)))
+            got = logits(model, tokens(1, 48), use_cache=False)
+        close(got, oracle(model, one, tokens(1, 48)))
     found = layer_fidelity(model, budget, tokens(48).tolist())
     close(found.density.float(), budget.density)
     with pytest.raises(UserError, match=r"layer 0 cannot be measured \(sliding window.* cannot be cut to"):
@@ -236,7 +238,8 @@ def test_texts_are_measured_up_to_the_context_where_the_window_is_no_shorter(len
     assert measure(model, [text], ["window(16)"], progress=False).error.max() == 0
     assert layer_fidelity(model, plan, text[0].tolist()).density.min() == 1
     with apply(model, plan, strict=True):
-        close(logits(model, text, use_cache=False), oracle(model, plan, text))
+        got = logits(model, text, use_cache=False)
+    close(got, oracle(model, plan, text))
 
 
 def test_layers_called_with_a_window_that_they_do_not_note_are_not_measured():
