@@ -15,7 +15,7 @@ from attnsieve.evaluation.rows import Row, append_rows
 from attnsieve.evaluation.scoring import log_probs_at, spread
 from attnsieve.evaluation.tasks import Item, Query, QuestionTask
 from attnsieve.evaluation.tasks.questions import forced_answers
-from attnsieve.hf import apply, fingerprint
+from attnsieve.hf import apply, fingerprint, measure
 from attnsieve.hf.loading import load_model
 from tests.evaluation_tiny import model, tokenizer
 
@@ -250,6 +250,17 @@ def test_layer_fidelity_of_the_last_rows():
     assert not torch.allclose(whole.error, last.error)
     with pytest.raises(UserError, match="from 1 to the text's 88"):
         layer_fidelity(model(), cut, ids, last=89)
+
+
+@pytest.mark.parametrize("text", ["sink(1) | window(4)", "vertical_slash(mass=0.5, probe=8, strided=0)"])
+def test_a_measurement_of_one_text_is_its_fidelity(text):
+    ids = torch.arange(2, 72)
+    measured = measure(model(), [ids[None]], [text], progress=False)
+    found = layer_fidelity(model(), plan(text), ids.tolist())
+    assert torch.equal(measured.density[0, 0], found.density.float())
+    assert torch.equal(measured.retained[0, 0], found.retained.float())
+    # Of a measurement a head's error is over the output of all heads.
+    assert ((found.error.square() > measured.error[0, 0]) & (measured.error[0, 0] > 0)).all()
 
 
 def test_dynamic_plans_report_a_measured_density():

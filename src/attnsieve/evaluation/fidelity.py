@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnsieve.attention import attend
 from attnsieve.errors import require
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.hf.dense import own_attention, why_layer_dense
+from attnsieve.hf.effect import attended, effect
 from attnsieve.hf.geometry import AttentionLayer, fingerprint
 from attnsieve.hf.interface import LayerCall, LayerState, attach
 from attnsieve.hf.locate import SpanMemo, locate
@@ -85,19 +85,15 @@ class _Probe:
     def _note(self, layer: AttentionLayer, call: LayerCall) -> None:
         q, k, index, window = call.query, call.key, layer.index, layer.binding_window
         tokens = q.shape[2]
-        whole = self._whole(q, window)
         row = self._plan.row(index)
         layout = (
             choose(row, q, k, scale=call.scaling) if window is None else compile_layout(row, tokens, q.device, window=window)
         )
-        full, full_lse = (part[:, :, -self._last :] for part in self._attend(call, whole))
-        kept, kept_lse = (part[:, :, -self._last :] for part in self._attend(call, layout))
+        whole = attended(call, self._whole(q, window), self._backend)
+        seen = effect(call, layout, whole, self._backend, self._last)
         place = self._mark.row(index)
-        # A layout of KV heads stands for the query heads of each.
-        self._result.density[place] = layout.density(tokens)[0].repeat_interleave(q.shape[1] // layout.heads)
-        self._result.retained[place] = (kept_lse.double() - full_lse.double()).exp().mean(-1)[0]
-        gap = (kept.double() - full.double()).norm(dim=(-2, -1)) / full.double().norm(dim=(-2, -1))
-        self._result.error[place] = gap[0]
+        self._result.density[place], self._result.retained[place] = seen.density, seen.retained
+        self._result.error[place] = (seen.change / seen.size).sqrt()
         finite = bool(self._result.error[place].isfinite().all())
         require(finite, f"layer {index} has NaN or infinite attention outputs: check the model's weights and dtype")
 
@@ -107,8 +103,3 @@ class _Probe:
         if key not in self._dense:
             self._dense[key] = compile_layout([dense()] * q.shape[1], q.shape[2], q.device, window=window)
         return self._dense[key]
-
-    def _attend(self, call: LayerCall, layout: Layout) -> tuple[Tensor, Tensor]:
-        out = attend(call.query, call.key, call.value, layout, scale=call.scaling, backend=self._backend, return_lse=True)
-        assert isinstance(out, tuple)
-        return out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,11 +10,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import attnsieve
-from attnsieve.attention import attend
 from attnsieve.errors import UserError, require
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.hf.capture import evaluating
 from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_layer_dense
+from attnsieve.hf.effect import attended, effect
 from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, LayerState, attach
 from attnsieve.hf.locate import SpanMemo, locate
@@ -69,15 +68,6 @@ def measure(
     return Measurement(mark, tuple(map(str, patterns)), tuple(lengths), density, retained, error, provenance)
 
 
-@dataclass(frozen=True, eq=False)
-class Compared:
-    """One candidate in one layer; float64 [heads] each."""
-
-    density: Tensor
-    retained: Tensor
-    error: Tensor
-
-
 class Recorder:
     """Sums of what every candidate keeps and changes; float64 [lengths, candidates, layers, heads]."""
 
@@ -87,7 +77,6 @@ class Recorder:
         self.density, self.retained, self.error = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
         self.row, self._memo = 0, SpanMemo()
         self._layouts: dict[tuple[Pattern, int, int | None], Layout] = {}
-        self._chosen: tuple[LayerCall | None, Pattern | None, Layout | None] = (None, None, None)
 
     def layer(self, layer: AttentionLayer) -> LayerState:
         """The state of one layer: compare every candidate with dense attention, answer as the model would."""
@@ -98,49 +87,23 @@ class Recorder:
             place = locate(layer, call, self._memo)
             require(not isinstance(place, str), f"layer {layer.index} cannot be measured ({place})")
             window = layer.binding_window
-            exact, exact_lse = self._attend(call, dense(), window)
-            row = self._mark.row(layer.index)
+            whole = attended(call, self._layout(call, dense(), window), self._backend)
             for c, pattern in enumerate(self._patterns):
-                compared = self._compare(call, pattern, exact, exact_lse, window)
-                for name in ("density", "retained", "error"):
-                    getattr(self, name)[self.row, c, row] += getattr(compared, name).cpu()
+                seen = effect(call, self._layout(call, pattern, window), whole, self._backend)
+                cell = self.row, c, self._mark.row(layer.index)
+                self.density[cell] += seen.density.cpu()
+                self.retained[cell] += seen.retained.cpu()
+                self.error[cell] += (seen.change / seen.size.sum()).cpu()
             return own_attention(call)
 
         return state
 
-    def _compare(self, call: LayerCall, pattern: Pattern, exact: Tensor, exact_lse: Tensor, window: int | None) -> Compared:
-        out, lse = self._attend(call, pattern, window)
-        n = call.query.shape[2]
-        # A row's kept share of softmax mass is the ratio of its two partition functions.
-        retained = (lse.double() - exact_lse.double()).exp().mean(-1)[0]
-        changed = (out.double() - exact.double()).square().sum((-2, -1))[0]
-        error = changed / exact.double().square().sum()
-        density = self._layout(call, pattern, window).density(n)[0].to(error.device)
-        return Compared(density.repeat_interleave(len(error) // len(density)), retained.clamp_max(1), error)
-
-    def _attend(self, call: LayerCall, pattern: Pattern, window: int | None) -> tuple[Tensor, Tensor]:
-        result = attend(
-            call.query,
-            call.key,
-            call.value,
-            self._layout(call, pattern, window),
-            scale=call.scaling,
-            backend=self._backend,
-            return_lse=True,
-        )
-        assert isinstance(result, tuple)
-        return result
-
     def _layout(self, call: LayerCall, pattern: Pattern, window: int | None) -> Layout:
-        """Static layouts are kept, with their counted pairs; a choice is made once per call, in the order of use."""
+        """Static layouts are kept, with their counted pairs; a choice serves one call."""
+        if pattern.dynamic:
+            return choose([pattern] * call.query.shape[1], call.query, call.key, scale=call.scaling)
         n, heads = call.query.shape[2], call.key.shape[1]
-        if not pattern.dynamic:
-            key = (pattern, n, window)
-            if key not in self._layouts:
-                self._layouts[key] = compile_layout([pattern] * heads, n, call.query.device, window=window)
-            return self._layouts[key]
-        chosen_for, chosen_by, layout = self._chosen
-        if layout is None or chosen_for is not call or chosen_by != pattern:
-            layout = choose([pattern] * call.query.shape[1], call.query, call.key, scale=call.scaling)
-            self._chosen = (call, pattern, layout)
-        return layout
+        key = (pattern, n, window)
+        if key not in self._layouts:
+            self._layouts[key] = compile_layout([pattern] * heads, n, call.query.device, window=window)
+        return self._layouts[key]
