@@ -239,6 +239,9 @@ def test_bad_arguments_are_refused():
             dynamic_mask_attention(**{**inputs, name: inputs[name][:1]}, keep_window_size=4)
     with pytest.raises(UserError, match="NaN"):
         dynamic_mask_attention(**{**inputs, "v": inputs["v"] * torch.nan}, keep_window_size=4)
+    for bad in ({"v": 1e6 * inputs["v"].abs()}, {"A": inputs["A"] * torch.nan}):
+        with pytest.raises(UserError, match="bias of a key is infinite"):
+            dynamic_mask_attention(**{**inputs, "A": inputs["A"].abs() + 1, **bad}, keep_window_size=4)
     shifted = Spans.of([(0, 0, 5, 10, 5)])
     with pytest.raises(UserError, match="last"):
         dynamic_mask_attention(**inputs, keep_window_size=4, spans=shifted)

@@ -52,7 +52,7 @@ def dynamic_mask_attention(
     through the choice of keys: a key never admitted learns nothing about its score.
 
     Raises UserError for shapes that do not fit, spans whose queries are not their last slots, a cache of another rule,
-    and NaN scores (on a GPU these are not looked for, as that would read the device: they make the outputs NaN).
+    NaN scores and infinite biases (on a GPU these are not looked for, as that would read the device: they make the outputs NaN).
     """
     rule = SelectionRule(keep_window_size, window, sinks, union)
     score = partial(key_scores, dt_weight=dt_weight, dt_bias=dt_bias, a=A, exponential=exponential)

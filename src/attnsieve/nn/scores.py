@@ -27,6 +27,8 @@ def key_scores(
     without the ties that exp and softplus add; a = 0 ties all keys, and the most recent win. `exponential=False`: the bias is
     a * softplus(dt) itself, as in examples of the authors' kernels; the order is the same.
 
+    Raises UserError for shapes that do not fit and, on a CPU, for a bias that overflows.
+
     Tensor parallelism: with DTensors (dt_weight sharded by columns, a by heads) v, delta and sigma are those of this
     process's heads.
     """
@@ -39,8 +41,10 @@ def key_scores(
         if dt_bias is not None:
             dt = dt + own(dt_bias).to(work)[:, None]
         a = own(a).to(work)[:, None]
-        delta = a * F.softplus(dt)
-        return torch.exp(delta) if exponential else delta, (a.sign() * dt).detach().float()
+        delta, sigma = a * F.softplus(dt), (a.sign() * dt).detach().float()
+        delta = torch.exp(delta) if exponential else delta
+    _check_bias(delta, sigma)
+    return delta, sigma
 
 
 def _project_all_heads(tokens: Tensor, weight: Tensor, work: torch.dtype) -> Tensor:
@@ -103,4 +107,14 @@ def _check(v: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, a: Tensor) -> N
         good = tensor is None or tuple(tensor.shape) == shape
         require(
             good, f"{name} must have shape {shape} for v {tuple(v.shape)}, got {tensor is not None and tuple(tensor.shape)}"
+        )
+
+
+def _check_bias(delta: Tensor, sigma: Tensor) -> None:
+    """Raise UserError for biases that make every later output NaN; NaN scores are told by whoever selects."""
+    if delta.device.type == "cpu" and not torch.compiler.is_compiling():
+        require(
+            bool((delta.isfinite() | sigma.isnan()).all()),
+            "the bias of a key is infinite or NaN: exp(A * softplus(dt)) overflows beyond 88 in float32; check the values, dt "
+            "weights and A (or lower the learning rate)",
         )
