@@ -142,8 +142,41 @@ def test_layers_without_attention_have_no_row():
 def test_a_plan_for_other_layers_is_refused():
     plan = Plan.uniform(fingerprint(hybrid()), RULE)
     changed = built("Lfm2Config", **MHA, num_hidden_layers=4, layer_types=["full_attention", "conv", "conv", "full_attention"])
-    with pytest.raises(UserError, match="indices: made for layers 1, 3, the model has layers 0, 3"):
+    with pytest.raises(UserError, match="layers with attention: made for 1, 3, the model has 0, 3"):
         apply(changed, plan)
+    with pytest.raises(UserError, match="layers with attention: made for 1, 3, the model has 0 to 3") as raised:
+        apply(built("Lfm2Config", **MHA, num_hidden_layers=4, layer_types=["full_attention"] * 4), plan)
+    assert "layers: made for 2" not in str(raised.value), "both models have four"
+
+
+def test_a_plan_with_rows_for_layers_without_attention_is_told_which_have():
+    mark = fingerprint(hybrid())
+    with pytest.raises(
+        UserError, match=r"needs 2 rows of 4 patterns, one for each layer with attention \(layers 1, 3\), got 4"
+    ):
+        Plan(mark, [[dense()] * 4] * 4)
+
+
+NO_ATTENTION = {
+    "Lfm2Config": {"layer_types": ["conv"] * 4},
+    "Qwen3NextConfig": DELTA | EXPERTS | {"layer_types": ["linear_attention"] * 4, "head_dim": 8},
+    "JambaConfig": EXPERTS | {"attn_layer_period": 9, "attn_layer_offset": 8, "mamba_dt_rank": 4, "mamba_d_state": 8},
+    "MambaConfig": {"state_size": 8},
+}
+
+
+@pytest.mark.parametrize("name", NO_ATTENTION)
+def test_models_without_any_attention_are_told_so(name):
+    model = built(name, **({} if name == "MambaConfig" else MHA), num_hidden_layers=4, **NO_ATTENTION[name])
+    plan = Plan.uniform(fingerprint(hybrid()), RULE)
+    for run in (
+        lambda: fingerprint(model),
+        lambda: apply(model, plan),
+        lambda: profile(model, [tokens(1, 20)], pcl=8, lengths=(), progress=False),
+        lambda: measure(model, [tokens(1, 20)], [RULE], progress=False),
+    ):
+        with pytest.raises(UserError, match=r"has no layers with attention \(its layers: [\w ]+\), so .*: use a model"):
+            run()
 
 
 def test_a_ragged_cache_beside_convolutions(tmp_path):

@@ -38,7 +38,7 @@ def test_row_outside_the_model_is_refused():
 
 @pytest.mark.parametrize("rows", [(), ((dense(),) * 3,), ((dense(),) * 3, (dense(),) * 2), ((dense(),) * 3,) * 3])
 def test_wrong_counts_are_refused(rows):
-    with pytest.raises(UserError, match="2 layers of 3 patterns"):
+    with pytest.raises(UserError, match="2 rows of 3 patterns"):
         Plan(MODEL, rows)
 
 
@@ -121,7 +121,7 @@ def test_files_whose_parts_disagree_are_refused(tmp_path):
         ({"patterns": [[text[0][0].replace("9,", "10,")] * 3] * 2}, "needs uint8 bits of shape"),
         ({"patterns": [["dens()"] * 3] * 2}, "did you mean dense"),
         ({"patterns": [[7] * 3] * 2}, "must be text"),
-        ({"patterns": text[:1]}, "2 layers of 3 patterns"),
+        ({"patterns": text[:1]}, "2 rows of 3 patterns"),
         ({"patterns": "dense()"}, "list of lists"),
         ({"statistics": ["density"]}, "bytes, expected"),
         ({"statistics": ["colour"]}, "unknown statistics"),

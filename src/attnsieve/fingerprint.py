@@ -76,10 +76,19 @@ class Fingerprint:
         together = last - first == self.layers - 1
         return f"layers {first} to {last}" if together else f"layers {', '.join(map(str, self.indices))}"
 
+    def _told(self, hybrid: bool) -> dict[str, Any]:
+        """The fields by name. How many layers have attention says little of hybrids, so it is told which."""
+        data = asdict(self)
+        del data["indices"]
+        if hybrid:
+            del data["layers"]
+            data["layers with attention"] = self.listed().removeprefix("layers ")
+        return data
+
     def check(self, model: Fingerprint) -> None:
         """Raise UserError that lists every field in which the artefact (self) differs from `model`."""
-        mine, theirs = asdict(self), asdict(model)
-        mine["indices"], theirs["indices"] = self.listed(), model.listed()
+        hybrid = not (isinstance(self.indices, range) and isinstance(model.indices, range))
+        mine, theirs = self._told(hybrid), model._told(hybrid)
         differences = [
             f"{name}: made for {mine[name]}, the model has {theirs[name]}" for name in mine if mine[name] != theirs[name]
         ]

@@ -45,7 +45,8 @@ class Plan(Artefact):
         rows = [len(row) for row in self.patterns]
         require(
             rows == [heads] * layers,
-            f"a plan for this model needs {layers} layers of {heads} patterns, got {len(rows)} layers of {sorted(set(rows))}",
+            f"a plan for this model needs {layers} rows of {heads} patterns, one for each layer with attention "
+            f"({self.fingerprint.listed()}), got {len(rows)} rows of {sorted(set(rows))}",
         )
         strange = [entry for row in self.patterns for entry in row if not isinstance(entry, Pattern)]
         require(not strange, f"a plan holds Pattern objects, got {strange[:1]!r:.80}: use Pattern.parse for text")

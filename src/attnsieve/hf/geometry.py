@@ -147,11 +147,8 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     )
     found = [(_index(name, module), module) for name, module in model.named_modules() if _calls_interface(module, config)]
     modules = [(index, module) for index, module in found if index is not None]
-    require(
-        bool(modules),
-        f"{type(model).__name__} does not use transformers' AttentionInterface: its attention is written into the model and "
-        "cannot be replaced; use an architecture that does, such as Llama, Qwen3, Mistral or Gemma",
-    )
+    if not modules:
+        raise UserError(_why_no_layers(model, config))
     _require_causal(model, all(getattr(module, "is_causal", True) for _, module in modules))
     layers = [_describe(module, index, config) for index, module in modules]
     indices = [layer.index for layer in layers]
@@ -160,11 +157,29 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     return sorted(layers, key=lambda layer: layer.index)
 
 
+def _why_no_layers(model: nn.Module, config: Any) -> str:
+    name = type(model).__name__
+    if any(_is_attention(module) for module in model.modules()):
+        return (
+            f"{name} does not use transformers' AttentionInterface: its attention is written into the model and cannot be "
+            "replaced; use an architecture that does, such as Llama, Qwen3, Mistral or Gemma"
+        )
+    kinds = ", ".join(sorted(set(getattr(config, "layer_types", None) or ["of another kind"])))
+    return (
+        f"{name} has no layers with attention (its layers: {kinds}), so there is nothing that a plan could make sparse: use a model "
+        "that has some, such as Llama or Qwen3, or a hybrid with full_attention among its layer types"
+    )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return any(word in type(module).__name__ for word in ATTENTION)
+
+
 def _calls_interface(module: nn.Module, config: Any) -> bool:
     modeling = sys.modules.get(type(module).__module__)
     return (
         hasattr(module, "layer_idx")
-        and any(word in type(module).__name__ for word in ATTENTION)
+        and _is_attention(module)
         and getattr(module, "config", None) is config
         and hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
     )
