@@ -28,11 +28,10 @@ from attnsieve.backends.call import Call
 from attnsieve.bench import kernels
 from attnsieve.bench.case import Case
 from attnsieve.bench.check import Verdict, check_rows
-from attnsieve.bench.rows import Row, write
+from attnsieve.bench.rows import Dense, Row, write
 from attnsieve.bench.shapes import SHAPES, Shape, shape_of
 from attnsieve.bench.suite import Skipped, Suite
-from attnsieve.bench.timing import measure, recorded
-from attnsieve.device import device_name
+from attnsieve.bench.timing import measure_with_peak, recorded
 from attnsieve.layout import Layout
 from attnsieve.nn import BoundedCache, SelectionRule, dynamic_mask_attention
 from attnsieve.nn.scores import key_scores
@@ -100,7 +99,7 @@ class Bench:
         self.shape, self.device, self.budget_ms = shape_of(arguments.shape), arguments.device, arguments.budget_ms
         self.dtype = torch.bfloat16 if torch.device(self.device).type == "cuda" else torch.float32
         self.baselines, self.by = [name for name in arguments.baselines.split(",") if name], arguments.windows_by.split(",")
-        self._dense: dict[tuple[str, int], kernels.Dense | None] = {}
+        self._dense: dict[tuple[str, int], Dense | None] = {}
 
     def dense(self, op: str, n: int) -> Iterator[Row]:
         """Rows of dense kernels at this length, the first time; their fastest is what later rows are compared with.
@@ -165,37 +164,13 @@ class Bench:
             yield replace(row, backend=name, mask=f"window({budget})", includes_mask_building=False)
 
     def _row(self, op: str, n: int, budget: int, run: Callable[[], Any], verdict: Verdict | None) -> Row:
-        gpu = torch.device(self.device).type == "cuda"
-        torch.cuda.reset_peak_memory_stats() if gpu else None
-        run()
-        peak = torch.cuda.max_memory_allocated() if gpu else None
-        times, dense = measure(run, self.budget_ms, device=self.device), self._dense[op, n]
-        q_len = 1 if op == "decode" else n
+        case = Case.of(f"dma-{budget}", n, self.shape, self.dtype, self.device)
+        case = replace(case, q_len=1) if op == "decode" else case
         kept, pairs = budget * n - budget * (budget - 1) / 2 if budget < n else n * (n + 1) / 2, n * (n + 1) / 2
-        return Row(
-            op=op,
-            backend="dynamic_mask_attention",
-            mask=f"dma-{budget}",
-            batch=1,
-            q_heads=self.shape.q_heads,
-            kv_heads=self.shape.kv_heads,
-            head_dim=self.shape.head_dim,
-            q_len=q_len,
-            kv_len=n,
-            dtype=str(self.dtype).removeprefix("torch."),
-            density=kept / pairs if q_len > 1 else min(1.0, budget / n),
-            ms_p20=times.p20,
-            ms_p50=times.p50,
-            ms_p80=times.p80,
-            includes_mask_building=True,
-            baseline=dense and dense.name,
-            baseline_ms_p50=dense and dense.ms,
-            error=verdict and verdict.error,
-            error_budget=verdict and verdict.budget,
-            peak_bytes=peak,
-            device=device_name(torch.device(self.device)),
-            shape=self.shape.name,
-        )
+        density = min(1.0, budget / n) if op == "decode" else kept / pairs
+        times, peak = measure_with_peak(run, self.device, self.budget_ms)
+        more = {"baseline": self._dense[op, n], "verdict": verdict}
+        return Row.of(op, "dynamic_mask_attention", case, times, peak, density=density, building=True, **more)
 
 
 def lines(arguments: argparse.Namespace) -> Iterator[tuple[str, int, int]]:

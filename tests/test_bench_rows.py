@@ -14,7 +14,7 @@ from attnsieve.bench import kernels, ttft
 from attnsieve.bench.case import Case
 from attnsieve.bench.check import WrongResult
 from attnsieve.bench.masks import mask, patterns_of
-from attnsieve.bench.rows import Row, write
+from attnsieve.bench.rows import Dense, Row, write
 from attnsieve.bench.shapes import SHAPES, shape_of
 from attnsieve.bench.suite import Skipped, Suite
 from attnsieve.cli.app import app
@@ -60,7 +60,7 @@ FAST = {"budget_ms": 1.0}
 
 @pytest.mark.parametrize("measure", [kernels.prefill, kernels.decode, kernels.forward_backward])
 def test_rows_are_complete_and_consistent(measure, tmp_path):
-    rows = list(measure(SMALL, "portable", kernels.Dense("sdpa, dense", 3.0), **FAST))
+    rows = list(measure(SMALL, "portable", Dense("sdpa, dense", 3.0), **FAST))
     write(rows, tmp_path / "new" / "rows.jsonl")
     read = [json.loads(line) for line in (tmp_path / "new" / "rows.jsonl").read_text().splitlines()]
     assert len(read) == (1 if measure is kernels.decode else 2)

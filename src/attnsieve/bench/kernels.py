@@ -18,9 +18,8 @@ from attnsieve.bench import dense, flex
 from attnsieve.bench.case import DENSE, Case
 from attnsieve.bench.check import Verdict, check_gradients, check_rows
 from attnsieve.bench.masks import is_dynamic, is_selected, patterns_of, selection
-from attnsieve.bench.rows import Row
-from attnsieve.bench.timing import Times, measure, recorded
-from attnsieve.device import device_name
+from attnsieve.bench.rows import Dense, Row
+from attnsieve.bench.timing import Times, measure_with_peak, recorded
 from attnsieve.errors import require
 from attnsieve.layout import Layout
 
@@ -31,14 +30,6 @@ _DENSE_SHARE = 2.5
 FLEX = {"flex-triton": "TRITON", "flex-flash": "FLASH"}
 
 
-@dataclass(frozen=True)
-class Dense:
-    """The fastest dense kernel for a shape, which rows are compared with."""
-
-    name: str
-    ms: float
-
-
 def prefill(case: Case, backend: str, baseline: Dense | None = None, budget_ms: float = 200.0) -> Iterator[Row]:
     """Forward pass over a whole sequence, or a chunk of it: with everything built before, and with building included."""
     call = case.call()
@@ -46,10 +37,10 @@ def prefill(case: Case, backend: str, baseline: Dense | None = None, budget_ms: 
     verdict = check_rows(call, out, lse)
     del out, lse
     made = _Made("prefill", case, backend, call, baseline, verdict)
-    times, peak = _measured(lambda: run_backend(call, backend), case.device, budget_ms)
+    times, peak = measure_with_peak(lambda: run_backend(call, backend), case.device, budget_ms)
     yield made.row(times, peak)
     if backend not in FLEX:
-        built = _measured(
+        built = measure_with_peak(
             lambda: run_backend(replace(call, layout=case.fresh(call.layout)), backend), case.device, budget_ms / 2
         )
         yield made.row(*built, building=True)
@@ -60,7 +51,7 @@ def decode(case: Case, backend: str, baseline: Dense | None = None, budget_ms: f
     case = replace(case, q_len=1)
     call = case.call()
     verdict = check_rows(call, *run_backend(call, backend), rows=1)
-    times, peak = _measured(recorded(lambda: run_backend(call, backend), case.device), case.device, budget_ms)
+    times, peak = measure_with_peak(recorded(lambda: run_backend(call, backend), case.device), case.device, budget_ms)
     yield _Made("decode", case, backend, call, baseline, verdict).row(times, peak)
 
 
@@ -73,12 +64,12 @@ def forward_backward(case: Case, backend: str, baseline: Dense | None = None, bu
     call = _with_gradients(case.call())
     d_out = torch.randn_like(call.q)
     made = _Made("forward_backward", case, backend, call, baseline, worst)
-    yield made.row(*_measured(lambda: _gradients(call, backend, d_out), case.device, budget_ms))
+    yield made.row(*measure_with_peak(lambda: _gradients(call, backend, d_out), case.device, budget_ms))
 
     def rebuilt() -> object:
         return _gradients(replace(call, layout=case.fresh(call.layout)), backend, d_out)
 
-    yield made.row(*_measured(rebuilt, case.device, budget_ms / 2), building=True)
+    yield made.row(*measure_with_peak(rebuilt, case.device, budget_ms / 2), building=True)
 
 
 def dense_rows(op: str, case: Case, names: list[str], budget_ms: float = 200.0) -> list[Row]:
@@ -103,7 +94,7 @@ def layout(case: Case, backend: str, budget_ms: float = 200.0) -> Iterator[Row]:
     else:
         call = case.call()
     build = _builder(call, backend)
-    times, peak = _measured(lambda: build(replace(call.layout)), case.device, budget_ms)
+    times, peak = measure_with_peak(lambda: build(replace(call.layout)), case.device, budget_ms)
     yield _Made("layout", case, backend, call, None, None).row(times, peak)
 
 
@@ -113,14 +104,14 @@ def select(case: Case, budget_ms: float = 200.0) -> Iterator[Row]:
     if is_selected(case.mask):
         call = case.call()
         run = recorded(selection(case.mask, call.layout), case.device)
-        times, peak = _measured(run, case.device, budget_ms)
+        times, peak = measure_with_peak(run, case.device, budget_ms)
         yield _Made("select", case, "attnsieve", call, None, None).row(times, peak, building=True)
         return
     dynamic = is_dynamic(case.mask, case.q_heads)
     require(dynamic, f"{case.mask} chooses nothing from the input: use op layout")
     call = case.dense().call()
     run = _choosing(case, call)
-    times, peak = _measured(run, case.device, budget_ms)
+    times, peak = measure_with_peak(run, case.device, budget_ms)
     # Chosen last, since lists of single keys are too large to be held beside those of the runs that are timed.
     yield _Made("select", case, "attnsieve", replace(call, layout=run()), None, None).row(times, peak, building=True)
 
@@ -142,7 +133,7 @@ def _dense_row(op: str, case: Case, call: Call, name: str, budget_ms: float) -> 
         run: Callable[[], object] = lambda: torch.autograd.grad(kernel(leaves), [leaves.q, leaves.k, leaves.v], d_out)  # noqa: E731
     else:
         run = lambda: kernel(call)  # noqa: E731
-    times, peak = _measured(recorded(run, case.device) if op == "decode" else run, case.device, budget_ms)
+    times, peak = measure_with_peak(recorded(run, case.device) if op == "decode" else run, case.device, budget_ms)
     return _Made(op, case, name, call, None, verdict).row(times, peak)
 
 
@@ -186,17 +177,6 @@ def _gradients(call: Call, backend: str, d_out: Tensor) -> tuple[Tensor | None, 
     return (*grads, *[None] * (4 - len(grads)))
 
 
-def _measured(run: Callable[[], object], device: str, budget_ms: float) -> tuple[Times, int | None]:
-    """Times, and on a GPU the memory in use at the peak of one run."""
-    if torch.device(device).type == "cpu":
-        return measure(run, budget_ms, device=device), None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    peak = torch.cuda.max_memory_allocated()
-    return measure(run, budget_ms, device=device), peak
-
-
 @dataclass(frozen=True)
 class _Made:
     """All of a row but its times."""
@@ -209,30 +189,18 @@ class _Made:
     verdict: Verdict | None
 
     def row(self, times: Times, peak: int | None, building: bool = False) -> Row:
-        case, call = self.case, self.call
-        return Row(
-            op=self.op,
-            backend=f"auto: {choose_backend(call)}" if self.backend == "auto" else self.backend,
-            mask=case.label,
-            batch=case.batch,
-            q_heads=case.q_heads,
-            kv_heads=case.kv_heads,
-            head_dim=case.head_dim,
-            q_len=call.q.shape[2],
-            kv_len=case.n,
-            dtype=str(case.dtype).removeprefix("torch."),
-            density=density(call.layout, case.n, call.q.shape[2]),
-            ms_p20=times.p20,
-            ms_p50=times.p50,
-            ms_p80=times.p80,
-            includes_mask_building=building,
-            baseline=None if self.baseline is None else self.baseline.name,
-            baseline_ms_p50=None if self.baseline is None else self.baseline.ms,
-            error=None if self.verdict is None else self.verdict.error,
-            error_budget=None if self.verdict is None else self.verdict.budget,
-            peak_bytes=peak,
-            device=device_name(call.q.device),
-            shape=case.shape,
+        backend = f"auto: {choose_backend(self.call)}" if self.backend == "auto" else self.backend
+        kept = density(self.call.layout, self.case.n, self.call.q.shape[2])
+        return Row.of(
+            self.op,
+            backend,
+            self.case,
+            times,
+            peak,
+            density=kept,
+            building=building,
+            baseline=self.baseline,
+            verdict=self.verdict,
             work=self._work(building),
         )
 

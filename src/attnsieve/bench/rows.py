@@ -10,7 +10,19 @@ from typing import Any
 
 import torch
 
+from attnsieve.bench.case import Case
+from attnsieve.bench.check import Verdict
+from attnsieve.bench.timing import Times
+from attnsieve.device import device_name
 from attnsieve.environment import environment
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The fastest dense kernel for a shape, which rows are compared with."""
+
+    name: str
+    ms: float
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,50 @@ class Row:
     shape: str | None = None
     work: dict[str, float] | None = None
     failure: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        backend: str,
+        case: Case,
+        times: Times | None,
+        peak: int | None,
+        *,
+        density: float,
+        building: bool,
+        baseline: Dense | None = None,
+        verdict: Verdict | None = None,
+        work: dict[str, float] | None = None,
+    ) -> Row:
+        """What was measured of a case. peak: memory in bytes; building: as includes_mask_building; times are None where memory ran
+        out."""
+        return cls(
+            op=op,
+            backend=backend,
+            mask=case.label,
+            batch=case.batch,
+            q_heads=case.q_heads,
+            kv_heads=case.kv_heads,
+            head_dim=case.head_dim,
+            q_len=case.n if case.q_len is None else case.q_len,
+            kv_len=case.n,
+            dtype=str(case.dtype).removeprefix("torch."),
+            density=density,
+            ms_p20=None if times is None else times.p20,
+            ms_p50=None if times is None else times.p50,
+            ms_p80=None if times is None else times.p80,
+            includes_mask_building=building,
+            baseline=None if baseline is None else baseline.name,
+            baseline_ms_p50=None if baseline is None else baseline.ms,
+            error=None if verdict is None else verdict.error,
+            error_budget=None if verdict is None else verdict.budget,
+            peak_bytes=peak,
+            device=device_name(torch.device(case.device)),
+            shape=case.shape,
+            work=work,
+            failure=None if times else "out of memory",
+        )
 
     @property
     def speedup(self) -> float | None:

@@ -12,7 +12,7 @@ from attnsieve.attention import BACKENDS
 from attnsieve.bench import dense, kernels
 from attnsieve.bench.case import Case
 from attnsieve.bench.check import WrongResult
-from attnsieve.bench.rows import Row
+from attnsieve.bench.rows import Dense, Row
 from attnsieve.bench.shapes import Shape
 from attnsieve.errors import UserError, require
 
@@ -83,7 +83,7 @@ class Suite:
                 measure = partial(self._measure, case, backend, kernels.fastest(measured))
                 yield from _or_skipped(measure, case, backend)
 
-    def _measure(self, case: Case, backend: str, baseline: kernels.Dense | None) -> Iterable[Row]:
+    def _measure(self, case: Case, backend: str, baseline: Dense | None) -> Iterable[Row]:
         if self.op == "layout":
             return kernels.layout(case, backend, self.budget_ms)
         if self.op == "select":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,12 @@ class Times:
     p50: float
     p80: float
 
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Times:
+        """From repeats, in any order."""
+        ordered = sorted(times)
+        return cls(*(ordered[int(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8)))
+
 
 def measure(run: Callable[[], object], budget_ms: float = 200.0, cold: bool = True, device: str = "cuda") -> Times:
     """Times of `run` after a warm-up, by device events on a GPU and by the clock on a CPU. `cold` overwrites a GPU's L2 cache
@@ -30,13 +36,22 @@ def measure(run: Callable[[], object], budget_ms: float = 200.0, cold: bool = Tr
     run()
     if torch.device(device).type == "cpu":
         once = _clock(run, 1)[0]
-        times = sorted(_clock(run, min(50, max(3, int(budget_ms / max(once, 1e-3))))))
-    else:
-        flush = torch.empty(64 * 2**20, dtype=torch.int32, device=device) if cold else None
-        once = _queue(run, flush, 1)[0]
-        fewest = 5 if once < _LONG_MS else 3
-        times = sorted(_queue(run, flush, min(100, max(fewest, int(budget_ms / max(once, 1e-3))))))
-    return Times(*(times[int(share * (len(times) - 1))] for share in (0.2, 0.5, 0.8)))
+        return Times.of(_clock(run, min(50, max(3, int(budget_ms / max(once, 1e-3))))))
+    flush = torch.empty(64 * 2**20, dtype=torch.int32, device=device) if cold else None
+    once = _queue(run, flush, 1)[0]
+    fewest = 5 if once < _LONG_MS else 3
+    return Times.of(_queue(run, flush, min(100, max(fewest, int(budget_ms / max(once, 1e-3))))))
+
+
+def measure_with_peak(run: Callable[[], object], device: str, budget_ms: float) -> tuple[Times, int | None]:
+    """Times, and on a GPU the memory in use at the peak of one run, in bytes."""
+    if torch.device(device).type == "cpu":
+        return measure(run, budget_ms, device=device), None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    peak = torch.cuda.max_memory_allocated()
+    return measure(run, budget_ms, device=device), peak
 
 
 def recorded(run: Callable[[], object], device: str = "cuda") -> Callable[[], object]:

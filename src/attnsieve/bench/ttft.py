@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from attnsieve.bench import kernels
 from attnsieve.bench.case import DENSE, Case
 from attnsieve.bench.check import Verdict, check_rows
 from attnsieve.bench.masks import patterns_of
-from attnsieve.bench.rows import Row
+from attnsieve.bench.rows import Dense, Row
 from attnsieve.bench.shapes import Shape
-from attnsieve.device import device_name
+from attnsieve.bench.timing import Times
 from attnsieve.errors import require
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.plan import Plan
@@ -91,22 +92,23 @@ def _measured(
     model: Any,
     name: str,
     under: Callable[[], AbstractContextManager[Any]],
-    dense: kernels.Dense | None,
+    dense: Dense | None,
     verdict: Verdict | None,
 ) -> Iterator[Row]:
     """The first call and later ones, in milliseconds, or one row that ran out of memory."""
     ids = torch.randint(model.config.vocab_size, (case.batch, case.n), generator=torch.Generator().manual_seed(0))
     ids = ids.to(case.device)
-    made = _Made(case, name, dense, verdict)
+    density = 1.0 if case.mask == DENSE else kernels.density(replace(case, device="cpu").layout(), case.n, case.n)
+    row = partial(Row.of, "ttft", name, case, density=density, baseline=dense, verdict=verdict)
     try:
         with under(), torch.inference_mode():
             first = _first_token(model, ids, case.device)
-            yield made.row([first], _peak(case.device), building=True)
+            yield row(Times.of([first]), _peak(case.device), building=True)
             repeats = 1 if first > _LONG_SECONDS * 1e3 else 3
-            times = sorted(_first_token(model, ids, case.device) for _ in range(repeats))
-            yield made.row(times, _peak(case.device), building=False)
+            times = Times.of([_first_token(model, ids, case.device) for _ in range(repeats)])
+            yield row(times, _peak(case.device), building=False)
     except torch.OutOfMemoryError:
-        yield made.row([], None, building=False)
+        yield row(None, None, building=False)
 
 
 def _first_token(model: Any, ids: torch.Tensor, device: str) -> float:
@@ -124,40 +126,3 @@ def _first_token(model: Any, ids: torch.Tensor, device: str) -> float:
 
 def _peak(device: str) -> int | None:
     return torch.cuda.max_memory_allocated() if torch.device(device).type == "cuda" else None
-
-
-@dataclass(frozen=True)
-class _Made:
-    case: Case
-    name: str
-    dense: kernels.Dense | None
-    verdict: Verdict | None
-
-    def row(self, times: list[float], peak: int | None, building: bool) -> Row:
-        case = self.case
-        at = lambda share: times[int(share * (len(times) - 1))] if times else None  # noqa: E731
-        return Row(
-            op="ttft",
-            backend=self.name,
-            mask=case.label,
-            batch=case.batch,
-            q_heads=case.q_heads,
-            kv_heads=case.kv_heads,
-            head_dim=case.head_dim,
-            q_len=case.n,
-            kv_len=case.n,
-            dtype=str(case.dtype).removeprefix("torch."),
-            density=1.0 if case.mask == DENSE else kernels.density(replace(case, device="cpu").layout(), case.n, case.n),
-            ms_p20=at(0.2),
-            ms_p50=at(0.5),
-            ms_p80=at(0.8),
-            includes_mask_building=building,
-            baseline=None if self.dense is None else self.dense.name,
-            baseline_ms_p50=None if self.dense is None else self.dense.ms,
-            error=None if self.verdict is None else self.verdict.error,
-            error_budget=None if self.verdict is None else self.verdict.budget,
-            peak_bytes=peak,
-            device=device_name(torch.device(case.device)),
-            shape=case.shape,
-            failure=None if times else "out of memory",
-        )
