@@ -54,6 +54,20 @@ def test_where_nothing_can_be_written_is_a_user_error(saved):
 
 
 @pytest.mark.timeout(60)
+def test_models_and_other_artefacts_are_not_replaced(saved, tmp_path):
+    made, folder = saved
+    other = next(maker() for kind, maker in MAKERS.items() if kind != made.kind)
+    with pytest.raises(UserError, match=f"holds 'attnsieve {made.kind}', which this {other.kind} would replace"):
+        other.save_pretrained(folder)
+    assert load(made, folder) == made
+    for name, content in (("config.json", '{"model_type": "llama"}'), ("model.safetensors", "weights")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(content)
+        with pytest.raises(UserError, match="holds a model, which this"):
+            made.save_pretrained(tmp_path / name)
+        assert [(path.name, path.read_text()) for path in (tmp_path / name).iterdir()] == [(name, content)]
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_pipes_are_refused_without_waiting_for_a_writer(saved, name):
     made, folder = saved

@@ -19,9 +19,16 @@ def work(tmp_path_factory):
         (["profile", "{}/nowhere", "--data", "synthetic", "--out", "{}/x"], "no such directory"),
         (["profile", "{}/model", "--data", "{}/nothing.txt", "--out", "{}/x"], "expected a path or one of: synthetic"),
         (["profile", "{}/model", "--data", "{}/empty.txt", "--out", "{}/x"], "is empty"),
-        (["profile", "{}/model", "--data", "{}/text.txt", "--out", "{}/x"], "give a longer text"),
+        (
+            ["profile", "{}/model", "--data", "{}/text.txt", "--lengths", "512", "--pcl", "9", "--out", "{}/x"],
+            "give a longer text",
+        ),
         (["profile", "{}/model", "--data", "synthetic", "--lengths", "many", "--out", "{}/x"], "got 'many'"),
         (["profile", "{}/model", "--data", "synthetic", "--out", "{}/text.txt"], "is a file: give a directory"),
+        (["profile", "{}/model", "--data", "synthetic", "--out", "{}/model"], "model holds a model, which this profile"),
+        (["profile", "{}/model", "--data", "synthetic", "--lengths", "513", "--out", "{}/x"], "more than the model's 512"),
+        (["measure", "{}/model", "--data", "synthetic", "--lengths", "513", "--out", "{}/x"], "more than the model's 512"),
+        (["fit", "{}/profile", "--out", "{}/profile"], "holds 'attnsieve profile', which this plan would replace"),
         (["profile", "{}/model", "--data", "synthetic", "--dtype", "int8", "--out", "{}/x"], "choose from auto, float32"),
         (["profile", "{}/model", "--data", "synthetic", "--device", "gpu7", "--out", "{}/x"], "use auto, cpu, cuda"),
         (["profile", "{}/model", "--data", "synthetic", "--device", "meta", "--out", "{}/x"], "sees no such device"),
@@ -77,6 +84,15 @@ def work(tmp_path_factory):
 )
 def test_what_a_user_can_get_wrong_is_one_sentence(work, arguments, message):
     assert message in refused(*(str(argument).replace("{}", str(work)) for argument in arguments))
+
+
+def test_read_only_places_are_refused_before_the_work(work, monkeypatch):
+    monkeypatch.setattr("attnsieve.cli.options.os.access", lambda *_: False)
+    for arguments in (["fit", "profile", "--out"], ["profile", "model", "--data", "synthetic", "--out"]):
+        message = refused(arguments[0], work / arguments[1], *arguments[2:], work / "new/folder")
+        assert message.endswith(f"cannot write to {work}/new/folder: {work} is read-only")
+    rows = work / "rows.jsonl"
+    assert "is read-only" in refused("eval", work / "model", "--pattern", "dense()", "--out", rows)
 
 
 def test_a_model_that_computes_nan_is_refused(work):

@@ -175,6 +175,10 @@ def test_bad_input_is_refused(text, tmp_path):
     (out / "checkpoint-3").mkdir(parents=True)
     with pytest.raises(UserError, match="already holds"):
         train(fresh(), tokenizer, text, out, settings())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a model, which this one would replace"):
+        train(fresh(), tokenizer, text, tmp_path / "model", settings())
     for changes in ({"steps": 0}, {"warmup": 7}, {"precision": "int8"}, {"learning_rate": -1.0}):
         with pytest.raises(UserError, match=next(iter(changes))):
             settings(**changes)

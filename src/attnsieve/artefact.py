@@ -91,10 +91,12 @@ class Artefact(ModelHubMixin):
 
         A reader that comes between two replacements finds a digest that does not match, never a mixture. The mixin's own
         method is not used because it deletes the old config.json first; its `push_to_hub` passes config and
-        model_card_kwargs, which have no meaning here. Raises UserError where nothing can be written.
+        model_card_kwargs, which have no meaning here. Raises UserError where nothing can be written, and where a model or an
+        artefact of another kind would be replaced.
         """
         require(not config and not model_card_kwargs, "config and model_card_kwargs do not apply: config.json is the artefact")
         target = Path(save_directory)
+        self.check_target(target)
         try:
             target.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
@@ -103,6 +105,18 @@ class Artefact(ModelHubMixin):
                     os.replace(Path(temporary) / name, target / name)
         except OSError as error:
             raise UserError(f"cannot save the {self.kind} in {target}: {error.strerror or error}") from error
+
+    @classmethod
+    def check_target(cls, folder: Path) -> None:
+        """Raise UserError where `folder` holds a model, whose files have the same names, or an artefact of another kind."""
+        config, tensors = folder / CONFIG, folder / TENSORS
+        if config.exists() or tensors.exists():
+            kind = read_config(config).get("kind") if config.is_file() else None
+            held = f"{kind!r:.80}" if kind else "a model"
+            require(
+                kind == f"attnsieve {cls.kind}",
+                f"{folder} holds {held}, which this {cls.kind} would replace: choose another directory",
+            )
 
     def _write(self, folder: Path) -> None:
         # Through numpy, since torch's writer refuses tensors that share memory. Neither respects strides.

@@ -47,7 +47,7 @@ def evaluate(
     """
     from attnsieve.evaluation import evaluate as measure
     from attnsieve.evaluation import make_task
-    from attnsieve.hf import fingerprint, longest_text
+    from attnsieve.hf import fingerprint
     from attnsieve.show import result_table
 
     wanted = named_plans(plan or [], pattern or [])
@@ -55,11 +55,7 @@ def evaluate(
     chosen = [make_task(name.strip(), text=text, data=data) for name in tasks.split(",")]
     options.rows_file(out)
     network, tokenizer = options.load(model, device, dtype)
-    most = longest_text(network)
-    require(
-        most is None or max(measured) <= most,
-        f"{max(measured)} tokens are more than the model's {most} positions: lower --lengths",
-    )
+    options.check_positions(network, measured)
     mark = fingerprint(network)
     plans = {name: options.plan_for(choice, mark) for name, choice in wanted.items()}
     rows = [asdict(row) for row in measure(network, tokenizer, plans, chosen, measured, items, seed, out)]

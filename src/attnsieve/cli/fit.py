@@ -67,7 +67,7 @@ def fit(
     """
     from attnsieve.show import plan_summary
 
-    options.new_folder(out)
+    options.new_folder(out, Plan)
     budgets = _given(density=density, mass=mass, max_error=max_error)
     given, named, guards = _given(tau=tau, mu=mu, floor=floor), named_values(settings or []), _given(dense_layers=dense_layers)
     _refuse(sorted(named.keys() & {"preset", *given, *guards}), "give it once, by the option of that name")

@@ -66,8 +66,9 @@ def measure(
     """
     from attnsieve.fitting import default_candidates
     from attnsieve.hf import measure as compare
+    from attnsieve.profiling import Measurement
 
-    options.new_folder(out)
+    options.new_folder(out, Measurement)
     wanted = options.lengths_of(lengths)
     require(bool(data or tasks), "say what to measure on: --data FILE, --tasks kv, or both")
     rules: list[Pattern] = [Pattern.parse(text) for text in candidates or []]
@@ -84,6 +85,7 @@ def measure(
     )
     read = text_reader(data or [], tasks)
     network, tokenizer = options.load(model, device, dtype)
+    options.check_positions(network, wanted)
     texts = [text for length in sorted(set(wanted)) for text in read(tokenizer, length, documents, seed)]
     found = compare(network, texts, rules, backend=backend)
     found.save_pretrained(out)

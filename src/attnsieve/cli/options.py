@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attnsieve.artefact import Artefact
 from attnsieve.errors import UserError, require
 from attnsieve.patterns import Pattern
 from attnsieve.plan import Plan
@@ -84,13 +87,32 @@ def plan_for(chosen: Plan | Pattern, model: Fingerprint) -> Plan:
     return Plan.uniform(model, chosen) if isinstance(chosen, Pattern) else chosen
 
 
-def new_folder(path: Path) -> Path:
-    """`path`, if a directory can be there."""
+def new_folder(path: Path, kind: type[Artefact] | None = None) -> Path:
+    """`path`, if a directory can be there, and an artefact of that kind saved in it."""
     require(not path.exists() or path.is_dir(), f"{path} is a file: give a directory with --out")
+    _refuse_read_only(path)
+    if kind is not None:
+        kind.check_target(path)
     return path
+
+
+def check_positions(model: Any, lengths: Sequence[int]) -> None:
+    """Raise UserError for lengths beyond the positions that the model was made for."""
+    from attnsieve.hf import longest_text
+
+    most, longest = longest_text(model), max(lengths)
+    require(most is None or longest <= most, f"{longest} tokens are more than the model's {most} positions: lower --lengths")
 
 
 def rows_file(path: Path | None) -> Path | None:
     """`path`, if rows can be written there."""
     require(path is None or path.suffix == ".jsonl", f"rows are written to a .jsonl file, got {str(path)!r}")
+    if path is not None:
+        _refuse_read_only(path)
     return path
+
+
+def _refuse_read_only(path: Path) -> None:
+    """Raise UserError where nothing can be written at `path`: before hours of work, not after."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    require(os.access(there, os.W_OK), f"cannot write to {path}: {there} is read-only")

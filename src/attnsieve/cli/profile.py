@@ -39,12 +39,14 @@ def profile(
     """
     from attnsieve.evaluation.text import text_source
     from attnsieve.hf import profile as observe
+    from attnsieve.profiling import Profile
 
     probed = options.lengths_of(lengths)
-    options.new_folder(out)
+    options.new_folder(out, Profile)
     require(len(data) <= documents, f"{len(data)} texts for {documents} documents: raise --documents")
     sources = [text_source(name) for name in data]
     network, tokenizer = options.load(model, device, dtype)
+    options.check_positions(network, [pcl, *probed])
     texts = text_windows(sources, tokenizer, max(pcl, *probed), documents, seed)
     observed = observe(network, texts, pcl=pcl, lengths=probed, provenance={"model": model, "data": data, "seed": seed})
     observed.save_pretrained(out)

@@ -76,7 +76,7 @@ def train(
     the settings and the model's configuration. Text that runs out is read again.
 
     Raises UserError for text shorter than a block, blocks longer than the model's positions, a folder that already holds a
-    run (or none, to resume), and a resumed run whose settings or configuration differ.
+    run or a model (or no run, to resume), and a resumed run whose settings or configuration differ.
     """
     most = getattr(model.config, "max_position_embeddings", settings.length)
     require(
@@ -86,6 +86,10 @@ def train(
     newest = get_last_checkpoint(str(out)) if out.is_dir() else None
     require(not resume or newest is not None, f"{str(out)!r} holds no checkpoint to resume from")
     require(resume or newest is None, f"{str(out)!r} already holds a run: resume it, or choose another folder")
+    require(
+        resume or not (out / "config.json").exists(),
+        f"{str(out)!r} holds a model, which this one would replace: choose another folder",
+    )
     blocks = TokenBlocks(open_text(text), tokenizer, settings.length)
     _same_run(out / "run.json", asdict(settings), model.config.to_diff_dict(), resume)
     if settings.checkpointing:
