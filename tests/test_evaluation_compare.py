@@ -259,6 +259,8 @@ def test_a_measurement_of_one_text_is_its_fidelity(text):
     found = layer_fidelity(model(), plan(text), ids.tolist())
     assert torch.equal(measured.density[0, 0], found.density.float())
     assert torch.equal(measured.retained[0, 0], found.retained.float())
+    exact = layer_fidelity(model(), plan(text), ids.tolist(), backend="reference")
+    assert torch.allclose(exact.retained, found.retained, atol=1e-6)
     # Of a measurement a head's error is over the output of all heads.
     assert ((found.error.square() > measured.error[0, 0]) & (measured.error[0, 0] > 0)).all()
 

@@ -54,10 +54,10 @@ class Spans:
         return cls(batch, q_len - queries, queries, pads.clamp_max(k_len), keys.clamp_min(0))
 
     @classmethod
-    def packed(cls, lengths: Sequence[int], batch: int = 0, device: torch.device | str = "cpu") -> Spans:
-        """Documents of these lengths one after the other in batch row `batch`, each attending to itself only."""
+    def packed(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Spans:
+        """Documents of these lengths one after the other in batch row 0, each attending to itself only."""
         starts = [sum(lengths[:s]) for s in range(len(lengths))]
-        rows = [(batch, start, n, start, n) for start, n in zip(starts, lengths, strict=True)]
+        rows = [(0, start, n, start, n) for start, n in zip(starts, lengths, strict=True)]
         return cls.of(rows, device)
 
     def is_plain_on(self, device: torch.device) -> bool:

@@ -15,8 +15,9 @@ from attnsieve.patterns import FOREVER, Pattern
 from attnsieve.plan import Plan
 
 
-def blocks(n: int, heads: int, device: torch.device | str, density: float, size: int = 128) -> Layout:
-    """Random causal blocks of `size` tokens per head, the diagonal one always; `density` of each row of blocks."""
+def blocks(n: int, heads: int, device: torch.device | str, density: float) -> Layout:
+    """Random causal blocks of 128 tokens per head, the diagonal one always; `density` of each row of blocks."""
+    size = 128
     rows = -(-n // size)
     generator = _generator(device)
     score = torch.rand(heads, rows, rows, generator=generator, device=device)

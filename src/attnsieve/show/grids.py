@@ -21,27 +21,23 @@ MOST_NUMBERS = 700
 LEAST_DENSITY = 0.005
 
 
-def density_grid(
-    density: Tensor, title: str = "density: share of causal pairs kept", *, layers: Sequence[int] | None = None
-) -> Figure:
+def density_grid(density: Tensor, *, layers: Sequence[int] | None = None) -> Figure:
     """density: [layers, heads] in 0 .. 1, on a logarithmic colour scale. layers: their numbers in the model, by default from 0."""
     from matplotlib.colors import LogNorm
 
-    return share_grid(density, title, LogNorm(LEAST_DENSITY, 1.0, clip=True), ticks=(0.01, 0.03, 0.1, 0.3, 1.0), layers=layers)
+    title, norm = "density: share of causal pairs kept", LogNorm(LEAST_DENSITY, 1.0, clip=True)
+    return share_grid(density, title, norm, ticks=(0.01, 0.03, 0.1, 0.3, 1.0), layers=layers)
 
 
-def mass_grid(
-    mass: Tensor, title: str = "retained mass: share of attention inside the mask", *, layers: Sequence[int] | None = None
-) -> Figure:
+def mass_grid(mass: Tensor, *, layers: Sequence[int] | None = None) -> Figure:
     """mass: [layers, heads] in 0 .. 1, on a linear colour scale. layers as in `density_grid`."""
     from matplotlib.colors import Normalize
 
+    title = "retained mass: share of attention inside the mask"
     return share_grid(mass, title, Normalize(0.0, 1.0), ticks=(0.0, 0.25, 0.5, 0.75, 1.0), layers=layers)
 
 
-def share_grid(
-    share: Tensor, title: str, norm: Normalize, ticks: tuple[float, ...], *, layers: Sequence[int] | None = None
-) -> Figure:
+def share_grid(share: Tensor, title: str, norm: Normalize, *, ticks: tuple[float, ...], layers: Sequence[int] | None) -> Figure:
     """share: [layers, heads] in 0 .. 1, printed in percent where there is room. Raises UserError for another shape."""
     require(share.ndim == 2 and share.numel() > 0, f"a grid is drawn from [layers, heads], got shape {tuple(share.shape)}")
     figure = new_figure(*grid_size(*share.shape))

@@ -84,15 +84,14 @@ def causal_attention(
     v: Tensor,
     segments: Segments | None,
     *,
+    backend: str,
     window: int | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
 ) -> Tensor:
     """Dense or sliding-window causal attention of the last Tq of Tk slots, within documents. [B, Hq, Tq, Dv]."""
     plain = segments is None and (window is None or window >= k.shape[2])
     if plain and q.shape[2] in (1, k.shape[2]):
         causal = q.shape[2] > 1
-        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     slots = k.shape[2]
     if segments is None:
         stop = torch.full((1, slots), slots, dtype=torch.int32, device=q.device)
@@ -103,7 +102,7 @@ def causal_attention(
         index = torch.arange(slots, dtype=torch.int32, device=q.device)
         stop = torch.minimum(stop, index + window)
     end = stop[:, None].expand(-1, k.shape[1], -1).contiguous()
-    out = attend(q, k, v, Layout(slots, end, most_keys=window), scale=scale, backend=backend)
+    out = attend(q, k, v, Layout(slots, end, most_keys=window), backend=backend)
     assert isinstance(out, Tensor)
     return out
 
