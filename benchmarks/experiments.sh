@@ -4,10 +4,11 @@
 #   python benchmarks/language.py prepare --tokens runs/tokens
 #   benchmarks/experiments.sh OUT runs/tokens smollm2-135m [SECONDS]
 #
-# Jobs in the order of what they tell, the longest early, those with rows in results/ last, two at a time on each GPU (GPUS, all by
-# default); one that needs more seconds than are left is not begun, and all end after SECONDS (570). Rows are added to OUT/*.jsonl as
-# they are measured, those that are there already are not measured again: call it again to go on, or with OUT = benchmarks/results to
-# add to those. Output goes to OUT/experiments.log. Tables and figures are made later, on any machine, with --minutes 0:
+# Jobs in the order of what they tell, those with rows in results/ last: first the long ones, side by side so that none waits for
+# another, then two at a time on each GPU (GPUS, all by default). One that needs more seconds than are left is not begun, and all end
+# after SECONDS (570). Rows are added to OUT/*.jsonl as they are measured, those that are there already are not measured again: call
+# it again to go on, or with OUT = benchmarks/results to add to those. Output goes to OUT/experiments.log. Tables and figures are made
+# later, on any machine, with --minutes 0:
 #
 #   python benchmarks/mqar.py --minutes 0 --out OUT/mqar.jsonl
 #
@@ -31,15 +32,20 @@ measure() { # SCRIPT NAME ARGUMENTS... A report of some of the rows is no use an
     rm -f "$out/$2".md "$out/$2"*.png
 }
 
-language() { # LAYERS SEEDS [STEPS NAME]
-    local own=$models/$1-$2-${3:-900}
+language() { # LAYERS SEEDS [STEPS NAME OPTIONS...]
+    local own=$models/$1-$2-${3:-900}${4:-}
     measure language "language${4:-}" train --tokens "$tokens" --models "$own" --layers "$1" --seeds "$2" --steps "${3:-900}" \
-        --minutes "$(left 50)"
+        --minutes "$(left 50)" "${@:5}"
     measure needle "needle${4:-}" --tokens "$tokens" --models "$own" --minutes "$(left 10)" \
         --items 4 --depths 0.1,0.5,0.9 --lengths 2048,4096,8192,16384
 }
 
-conversion() { # W STEPS
+large() { # LAYERS SEEDS: 77 M parameters instead of 31 M, on the same batches
+    language "$1" "$2" 900 -large --hidden 768 --depth 10 --heads 12 --intermediate 2048 --rate 1.3e-3
+}
+
+conversion() { # W STEPS. The model's file may still be on its way.
+    until [[ $model != *.gguf || -e $model || $(date +%s) -ge $end ]]; do sleep 1; done
     measure convert convert "$model" --keeps "$1" --steps "$2" --minutes "$(left 120)"
 }
 
@@ -55,27 +61,41 @@ run() { # NEEDS COMMAND...
     "${@:2}"
 }
 
-export -f left measure language conversion recall run
-{
+queue() { # JOBS at a time on each GPU
+    local count
     count=$(tr ',' '\n' <<< "$gpus" | wc -l)
-    xargs -P $((2 * count)) --process-slot-var=slot -I{} bash -c "run {}" << JOBS
-450 language nsa 1
-60 recall 512x64+noise mha,dma,dma-window,swa --seeds 1
-400 conversion 256 1000
-150 language mqa 1
-100 recall 512x256 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
-150 language dma-window 2
-150 language mha 2
-100 recall 512x256x4 dma,dma-window --rates 7e-4 --seeds 1
-150 language swa 2
+    xargs -P $(($1 * count)) --process-slot-var=slot -I{} bash -c "run {}"
+}
+
+export -f left measure language large conversion recall run
+{
+    queue 4 << JOBS
+500 large dma-window 1
+500 large mha 1
+500 large swa 1
+350 conversion 512 300
+JOBS
+    queue 2 << JOBS
+100 recall 2048x128 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
 120 recall 512x256x4 nsa --seeds 1
-120 recall 2048x128 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
-60 recall 1024x32,256x256,256x128 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
+70 recall 256x256,256x128 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
+60 recall 1024x32 mha,dma,dma-window,swa --seeds 1
+150 language swa 2
+150 language dma-window 3
+100 recall 512x256x4 dma,dma-window --rates 7e-4 --seeds 1
+100 recall 1024x256 mha,dma-window,swa --rates 7e-4 --seeds 1
+100 recall 2048x32 mha,dma-window,swa --seeds 1
+300 large gqa 1
+300 large mla 1
+300 large mqa 1
 60 recall 512x64 mha,dma-window --no-convolution
-400 conversion 512 1000
 300 language dma-all 1 1600 -long
+400 conversion 256 1000
+450 language nsa 1
+250 language mqa,gqa,mla,mha 1
 400 language dma-window,mha,swa 1 1600 -long
-250 language gqa,mla 1
+60 recall 512x64+noise mha,dma,dma-window,swa --seeds 1
+100 recall 512x256 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
 150 recall 512x64,1024x64,512x128,2048x64,1024x128,256x64 mha,dma,dma-window,swa
 150 recall 512x128,1024x128 dma,dma-window --rates 7e-4
 80 recall 256x32,512x32 mha,dma,dma-window,swa --seeds 1
