@@ -58,6 +58,21 @@ def test_rows_carry_the_schema_and_json_reads_them(tmp_path):
     assert dense["answer_nll"].density == 1.0
 
 
+def test_rows_of_other_weights_are_not_taken_for_those_of_this_model(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    first = run({}, out=out)
+    other = copy.deepcopy(model())
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+    with pytest.raises(UserError, match="holds rows of a model 'llama' with other weights"):
+        evaluate(other, tokenizer(), {}, [short_kv()], [120], 3, out=out, progress=False)
+    # Rows of before weights were noted.
+    old = [replace(row, versions={"torch": "2.0"}) for row in first]
+    out.unlink()
+    append_rows(out, old)
+    assert evaluate(other, tokenizer(), {}, [short_kv()], [120], 3, out=out, progress=False) == old
+
+
 def test_values_are_those_of_the_items():
     task = short_kv()
     items = task.items(tokenizer(), 120, 3, 7)

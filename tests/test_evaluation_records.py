@@ -67,6 +67,19 @@ def test_items_are_drawn_by_the_seed(folder):
         task.items(tokenizer(), 2000, 7, 0)
 
 
+def test_rows_of_other_files_have_other_names(folder, tmp_path):
+    for name in ("longbench:hotpotqa", "lv-eval:factrecall_en_16k"):
+        file = folder / f"{name.split(':')[1]}.jsonl"
+        before = make_task(name, data=folder).variant
+        assert before.startswith(f"{file.stem}@")
+        file.write_text(json.dumps(record(0)) + "\n")
+        assert before != make_task(name, data=folder).variant != ""
+    conversations = tmp_path / "talks.jsonl"
+    conversations.write_text(json.dumps({"topic": "a", "conversation": "b"}))
+    assert make_task("longeval-topics", data=conversations).variant.startswith("official talks@")
+    assert make_task("longeval-topics").variant == "synthetic"
+
+
 def test_scores_follow_the_set(folder):
     def score(name: str, text: str) -> float:
         task = make_task(name, data=folder)
@@ -135,7 +148,7 @@ def test_files_may_begin_with_a_byte_order_mark_and_hold_any_separator(tmp_path)
     assert [found["input"] for found in records.read_records(tmp_path, "a.jsonl", "a.zip")] == ["one\u2028two"] * 2
     talks = json.dumps({"topic": "tea", "conversation": "USER: one\u2028two"}, ensure_ascii=False)
     (tmp_path / "talks.jsonl").write_text(talks + "\n", encoding="utf-8")
-    assert make_task("longeval-topics", data=tmp_path / "talks.jsonl").variant == "official"
+    assert make_task("longeval-topics", data=tmp_path / "talks.jsonl").variant.startswith("official")
 
 
 def test_files_in_other_encodings_and_texts_that_are_none_are_refused(tmp_path):

@@ -21,6 +21,7 @@ from attnsieve.evaluation.fidelity import layer_fidelity
 from attnsieve.evaluation.rows import Row, append_rows, read_rows
 from attnsieve.evaluation.statistics import paired_p_value, standard_error
 from attnsieve.evaluation.tasks.base import Task
+from attnsieve.evaluation.weights import weights_digest
 from attnsieve.hf import longest_text
 from attnsieve.patterns import dense
 from attnsieve.plan import Plan
@@ -61,7 +62,7 @@ def evaluate(
     added to as they come; runs whose rows it holds already are read from it instead of repeated.
 
     Raises UserError for plans of another model, items that a task cannot make, a sparse plan under which nothing ran sparse,
-    and NaN or infinite results.
+    rows in `out` of a model of this name with other weights, and NaN or infinite results.
     """
     require(items > 0 and all(length > 0 for length in lengths), f"expected positive items and lengths, got {items}, {lengths}")
     require(DENSE not in plans, f"{DENSE!r} is always measured and cannot be the name of a plan: rename it")
@@ -85,9 +86,11 @@ class Runs:
         self._model, self._tokenizer = model, tokenizer
         self._out, self._progress = None if out is None else Path(out), progress
         self._environment = {"device": device_name(model.device)} | environment()
+        self._environment["versions"]["weights"] = weights_digest(model)
         self._done: dict[tuple[Any, ...], list[Row]] = {}
         self._seen: dict[Cell, tuple[list[Any], list[Any], list[Measures]]] = {}
         for row in [] if self._out is None else read_rows(self._out):
+            self._refuse_other_weights(row)
             self._done.setdefault(row.run, []).append(row)
 
     def cell(self, cell: Cell, plans: Mapping[str, Plan]) -> list[Row]:
@@ -102,11 +105,21 @@ class Runs:
             self._run(cell, plans, {name: runs[name] for name in missing})
         return [row for run in runs.values() for row in self._done[tuple(run.values())]]
 
+    def _refuse_other_weights(self, row: Row) -> None:
+        """Raise UserError for rows of a model that has the name of this one, but was trained in another way."""
+        same = (row.model, row.dtype) == (_model_name(self._model), _dtype_name(self._model))
+        mine = self._environment["versions"]["weights"]
+        require(
+            # Older rows do not say.
+            not same or row.versions.get("weights", mine) == mine,
+            f"{self._out} holds rows of a model {row.model!r} with other weights: write to another file, or rename the model",
+        )
+
     def _identity(self, cell: Cell, name: str, digest: str) -> dict[str, Any]:
         """The fields of `rows.IDENTITY`, in its order."""
         return {
             "model": _model_name(self._model),
-            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "dtype": _dtype_name(self._model),
             "plan": name,
             "plan_digest": digest,
             "task": cell.task.name,
@@ -205,6 +218,10 @@ def _warn_beyond_context(model: Any, lengths: Sequence[int]) -> None:
     beyond = [length for length in lengths if context is not None and length > context]
     if beyond:
         logger.warning("lengths %s are beyond the %d tokens that this model was made for", beyond, context)
+
+
+def _dtype_name(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _model_name(model: Any) -> str:

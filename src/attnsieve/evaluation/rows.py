@@ -24,6 +24,7 @@ class Row:
     text or data. length: target length in tokens. items: how many documents. value, stderr: mean and standard error over items
     (null for one item). dense_value, paired_difference (value - dense_value), paired_stderr, p_value: against dense on the same
     items, null in dense rows; the p-value is McNemar's exact test where items are right or wrong, else Student's paired t-test.
+    versions: of packages, and as "weights" 8 hex digits of the model's (older rows have none).
     """
 
     model: str

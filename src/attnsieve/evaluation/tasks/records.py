@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ class RecordTask(Task):
     """Records whose prompt loses its middle beyond the length, as their benchmark does it.
 
     records: called once, when items are asked for. template: a format string over the record's fields. query: the answers
-    and what else the metric needs. Items are drawn from the records by the seed.
+    and what else the metric needs. variant: the file, see `named_by_content`. Items are drawn from the records by the seed.
     """
 
     name: str
@@ -33,6 +34,7 @@ class RecordTask(Task):
     query: Callable[[str, Mapping[str, Any]], Query]
     generation: Generation
     chat: bool = True
+    variant: str = ""
 
     def items(self, tokenizer: Any, length: int, count: int, seed: int) -> Sequence[Item]:
         """See `Task.items`; `length` bounds the prompt before the chat template, as in the benchmarks."""
@@ -52,6 +54,14 @@ class RecordTask(Task):
     def _item(self, tokenizer: Any, length: int, record: Mapping[str, Any]) -> Item:
         prompt = cut_middle(tokenizer, self.template.format_map(record), length)
         return Item((self.query(as_chat(tokenizer, prompt) if self.chat else prompt, record),))
+
+
+def named_by_content(path: Path) -> str:
+    """The name of a file with 8 hex digits of its sha256, which tells rows of different files apart; empty where there is none."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return f"{path.stem}@{hashlib.file_digest(file, 'sha256').hexdigest()[:8]}"
 
 
 def read_records(source: str | Path, file: str, archive: str) -> list[dict[str, Any]]:
