@@ -241,6 +241,7 @@ def test_lists_of_blocks_hold_each_causal_tile_once(size):
             assert listed == sorted(listed)
             assert sorted(listed + part[0, h, t, : part_count[0, h, t]].tolist()) == kept
             assert all(rows[:, b * tile : (b + 1) * tile].all() for b in listed)
+    assert int(whole_count.sum()) > 0, "nothing is shown of whole tiles"
 
 
 RULES = [sink(3) | window(40), window(9) | diagonals(100, 101, 150), dense()]
