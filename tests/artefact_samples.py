@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from attnsieve import artefact
+from attnsieve.artefact.strict import digest
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.patterns import Captured, Pattern, columns, dense, diagonals, sink, window
 from attnsieve.plan import Plan
@@ -48,5 +48,5 @@ def resign(folder, config=None):
     """Write `config` (or the present one) with a digest that matches, as a malicious or mistaken writer would."""
     config = json.loads((folder / "config.json").read_text()) if config is None else dict(config)
     config.pop("digest", None)
-    config["digest"] = artefact.digest(config, folder / "model.safetensors")
+    config["digest"] = digest(config, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))

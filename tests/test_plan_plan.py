@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from attnsieve import artefact
+from attnsieve.artefact.strict import digest
 from attnsieve.errors import UserError
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.layout import compile_layout
@@ -109,7 +109,7 @@ def test_views_and_shared_memory_are_saved_as_they_read(tmp_path):
 def resign(folder, **changes):
     config = json.loads((folder / "config.json").read_text()) | changes
     del config["digest"]
-    (folder / "config.json").write_text(json.dumps(config | {"digest": artefact.digest(config, folder / "model.safetensors")}))
+    (folder / "config.json").write_text(json.dumps(config | {"digest": digest(config, folder / "model.safetensors")}))
 
 
 def test_files_whose_parts_disagree_are_refused(tmp_path):
