@@ -2,6 +2,7 @@
 
 import copy
 from random import Random
+from string import ascii_lowercase
 
 import pytest
 import torch
@@ -200,6 +201,13 @@ def test_generation_stops_at_the_stop_text():
     whole = generate(network, tokens, "write ", 12)
     stop = whole[4]
     assert generate(network, tokens, "write ", 12, stop=stop) == whole[: whole.index(stop) + 1]
+
+
+def test_generation_does_not_begin_with_the_stop_text():
+    network, tokens = model(), tokenizer()
+    firsts = {prompt: generate(network, tokens, prompt, 1) for prompt in ascii_lowercase}
+    prompt, stop = next((prompt, first) for prompt, first in firsts.items() if first.isascii())
+    assert generate(network, tokens, prompt, 1, stop=stop) != stop
 
 
 def test_log_probs_at_positions_equal_the_whole_pass():

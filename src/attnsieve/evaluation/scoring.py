@@ -118,13 +118,15 @@ def _question_batches(batch: list[list[Tokens]], most: int) -> Iterator[list[tup
 
 @torch.inference_mode()
 def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, stop: str | None = None) -> str:
-    """Greedy continuation of `prompt`, at most `max_new_tokens`, ended by EOS or by the last token of `stop`."""
+    """Greedy continuation of `prompt`, at most `max_new_tokens`, ended by EOS or by the last token of `stop`; with `stop`, which some
+    models begin with, one token at least comes before (as in LongBench)."""
     ids = torch.tensor([encode(tokenizer, prompt)], device=model.device)
     settings = copy.deepcopy(model.generation_config)
     settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     if stop is not None:
         ends = [*ends, encode(tokenizer, stop)[-1]]
+        settings.update(min_new_tokens=1)
     settings.update(eos_token_id=[end for end in ends if end is not None] or None, max_new_tokens=max_new_tokens)
     settings.pad_token_id = settings.pad_token_id if settings.pad_token_id is not None else 0
     out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
