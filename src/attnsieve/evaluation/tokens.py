@@ -22,6 +22,7 @@ def split_answer(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], l
     """Ids of the prompt and of the answer as the tokenizer would cut the text of both.
 
     A tokenizer may join the end of the prompt with the answer (a space with a word); what it joins belongs to the answer.
+    Raises UserError where either is empty.
     """
     whole = encode(tokenizer, prompt + answer)
     shared = shared_length([encode(tokenizer, prompt), whole])

@@ -43,7 +43,7 @@ def within_density(density: Tensor, error: Tensor, budget: float) -> Allocation:
 
 
 def within_error(density: Tensor, error: Tensor, budget: float) -> Allocation:
-    """The least mean density with a total error of at most `budget`; see `within_density`."""
+    """The least mean density with a total error of at most `budget`; see `within_density`. Raises UserError where none is."""
     least = float(error.amin(0).sum())
     require(
         least <= budget * (1 + 1e-9) + 1e-15,

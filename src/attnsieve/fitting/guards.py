@@ -23,6 +23,7 @@ def with_last_rows(measurement: Measurement, rows: int) -> Measurement:
 
     The added pairs are counted as if none of them had been kept, so densities are upper bounds; retained mass is left as it
     was measured and errors too, which the guard can only better. Measuring candidates with the guard gives exact numbers.
+    Raises UserError unless rows is a whole number from 1.
     """
     require(type(rows) is int and rows >= 1, f"last_rows must be a whole number from 1, got {rows!r}")
     added = torch.tensor([_share_of_last(length, rows) for length in measurement.lengths])

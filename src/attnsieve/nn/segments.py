@@ -46,7 +46,8 @@ class Segments:
 
     @classmethod
     def of_inputs(cls, mask: Tensor | None, position_ids: Tensor | None) -> Segments:
-        """From a padding mask [B, n] (non-zero: real) and position ids [B, n] that restart where a document begins."""
+        """From a padding mask [B, n] (non-zero: real) and position ids [B, n] that restart where a document begins. Raises
+        UserError without either."""
         given = mask if position_ids is None else position_ids
         require(given is not None and given.ndim == 2, "segments come from a mask [B, n], position ids [B, n] or both")
         assert given is not None

@@ -72,7 +72,8 @@ class MapSums:
 class LongSums:
     """Mass per key column and per distance, summed over rows start .. length - 1 of documents of at least `length` tokens.
 
-    column_mass, offset_mass: float64 [layers, heads, length]. counts: int64 [layers, length - start].
+    column_mass, offset_mass: float64 [layers, heads, length]. counts: int64 [layers, length - start]. Raises UserError for a length
+    below start + 1.
     """
 
     def __init__(self, layers: int, heads: int, start: int, length: int) -> None:

@@ -17,7 +17,8 @@ Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def step_of(q: Tensor, v: Tensor, memory: Memory, index: Index, scale: float, backend: str) -> Step:
-    """What stores one token per row and attends to what it keeps, for tensors like q and v; see `RaggedStore.step`."""
+    """What stores one token per row and attends to what it keeps, for tensors like q and v; see `RaggedStore.step`. Raises
+    UserError for backends that are unknown or cannot serve it."""
     require(backend in BACKENDS, f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
     reason = triton.why_not_tensors(q, v, scale)
     if backend == "triton" and reason is not None:

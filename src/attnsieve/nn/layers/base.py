@@ -59,7 +59,7 @@ class ProjectedAttention(nn.Module, ABC):
 
 
 def split_heads(flat: Tensor, width: int) -> Tensor:
-    """[B, T, H * width] to [B, H, T, width]."""
+    """[B, T, H * width] to [B, H, T, width]. Raises UserError where tensor parallelism has split a head."""
     require(
         flat.shape[2] % width == 0,
         f"{flat.shape[2]} channels are no whole heads of {width}: tensor parallelism needs KV heads that its processes divide",
