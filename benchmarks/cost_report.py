@@ -10,7 +10,6 @@ over the least.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from attnsieve.backends import cost
 from attnsieve.bench.case import DENSE
 from attnsieve.bench.fit_cost import backend_of, fastest, fit, newest
+from attnsieve.bench.rows import read
 
 Row = dict[str, Any]
 Constants = dict[str, dict[str, float]]
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="+", type=Path)
     parser.add_argument("--device", required=True)
     arguments = parser.parse_args()
-    rows = newest(json.loads(line) for path in arguments.rows for line in path.read_text().splitlines())
+    rows = newest(read(arguments.rows))
     of_device = [row for row in rows if row.get("work") and row["device"] == arguments.device and row["op"] == "prefill"]
     report(cost.constants(arguments.device), [row for row in of_device if not row["includes_mask_building"]], arguments.device)
 

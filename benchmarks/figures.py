@@ -7,9 +7,9 @@ both of the shape with the most rows; time to first token and peak memory. Repea
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from attnsieve.bench.rows import read
 from attnsieve.show.canvas import COLOURS, GREY, MARKERS, new_figure, quiet_axes, save
 
 OPS = {"prefill": "prefill", "decode": "decode, one query", "forward_backward": "forward and backward"}
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--format", default="svg", choices=["svg", "png", "pdf"])
     arguments = parser.parse_args()
-    rows = newest([json.loads(line) for path in arguments.rows for line in path.read_text().splitlines()])
+    rows = newest(read(arguments.rows))
     for op in OPS:
         sparse = of_one_shape([row for row in rows if row["op"] == op and row["speedup"] and row["density"] < 1])
         if sparse:

@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from attnsieve.bench.fit_cost import fit
+from attnsieve.bench.rows import read
 
 HERE = Path(str(files("attnsieve.backends"))) / "cost.json"
 
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=HERE)
     arguments = parser.parse_args()
-    rows = [json.loads(line) for path in arguments.rows for line in path.read_text().splitlines()]
+    rows = read(arguments.rows)
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     found = fit(rows)
     arguments.out.write_text(json.dumps(known | found, indent=1, sort_keys=True) + "\n")

@@ -245,7 +245,7 @@ def join(folder: Path) -> list[Row]:
     """Every run of a folder once. A line that another process is writing, or was when it was ended, is left out."""
     runs: dict[tuple[Any, ...], dict[str, Row]] = {}
     for path in sorted(folder.glob("rows*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):  # texts in rows may hold other separators
             row = whole_row(line)
             if row is not None:
                 runs.setdefault(row.run, {})[row.metric] = row

@@ -4,11 +4,11 @@ python benchmarks/speed_table.py benchmarks/results/kernels.jsonl benchmarks/res
 """
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from attnsieve.bench.rows import read
 from attnsieve.show import markdown, percent
 
 Rows = dict[tuple[Any, ...], dict[str, Any]]
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+", help="files of rows, of which the newest count")
     files = parser.parse_args().rows
-    rows = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = read(files)
     print(markdown(LAYER_HEADER, layer_lines(newest(rows))))
     print(f"\n{MODEL}, random weights, {PATTERN} in all layers:\n")
     print(markdown(MODEL_HEADER, model_lines([row for row in rows if row["mask"] in ("dense()", PATTERN)])))

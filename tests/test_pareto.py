@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from threading import Timer
 
@@ -13,6 +14,7 @@ import torch
 
 from attnsieve import Plan
 from attnsieve.evaluation import read_rows
+from attnsieve.evaluation.rows import Row, append_rows
 from attnsieve.hf import fingerprint
 from attnsieve.hf.loading import load_model
 from tests.cli_tiny import save_tiny_model
@@ -31,6 +33,13 @@ def script(monkeypatch):
         return found
 
     return run
+
+
+def test_separators_in_the_texts_of_rows_do_not_tear_them(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    row = Row(**{field.name: 1 for field in fields(Row)} | {"command": "one\u2028two", "metric": "answer_nll"})
+    append_rows(tmp_path / "rows-0.jsonl", [row])
+    assert importlib.import_module("pareto").join(tmp_path) == [row]
 
 
 def test_two_shards_make_plans_rows_and_figures(script, tmp_path, capsys):

@@ -136,3 +136,8 @@ def write(rows: Iterable[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps(row.to_json() | here) + "\n" for row in rows)
+
+
+def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The rows of files that `write` wrote, one file after the other."""
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
