@@ -256,6 +256,16 @@ def test_layer_fidelity_of_mixed_and_empty_rows():
     assert torch.equal(found.retained[1], same.retained[1])
 
 
+def test_layer_fidelity_of_a_model_in_training_mode_is_that_without_dropout():
+    ids, cut, training = list(range(2, 60)), plan("window(5)"), copy.deepcopy(model())
+    for module in training.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    found = layer_fidelity(training.train(), cut, ids)
+    assert torch.equal(found.error, layer_fidelity(model(), cut, ids).error)
+    assert all(module.training for module in training.modules())
+
+
 def test_layer_fidelity_of_the_last_rows():
     ids, cut = list(range(2, 90)), plan("sink(1) | window(8)")
     whole, last = layer_fidelity(model(), cut, ids), layer_fidelity(model(), cut, ids, last=1)

@@ -14,7 +14,7 @@ from attnsieve.fingerprint import Fingerprint
 from attnsieve.hf.dense import own_attention, why_layer_dense
 from attnsieve.hf.effect import attended, effect
 from attnsieve.hf.geometry import AttentionLayer, fingerprint
-from attnsieve.hf.interface import LayerCall, LayerState, attach
+from attnsieve.hf.interface import LayerCall, LayerState, observing
 from attnsieve.hf.locate import SpanMemo, locate
 from attnsieve.layout import Layout, compile_layout
 from attnsieve.patterns import dense
@@ -36,7 +36,6 @@ class LayerFidelity:
     error: Tensor
 
 
-@torch.inference_mode()
 def layer_fidelity(
     model: Any, plan: Plan, ids: Sequence[int], *, last: int | None = None, backend: str = "auto"
 ) -> LayerFidelity:
@@ -55,11 +54,8 @@ def layer_fidelity(
     shape = (mark.layers, mark.heads)
     result = LayerFidelity(*(torch.full(shape, value, dtype=torch.float64) for value in (1.0, 1.0, 0.0)))
     probe = _Probe(plan, mark, result, last, backend)
-    detach = attach(model, probe.layer)
-    try:
+    with observing(model, probe.layer):
         model.base_model(torch.tensor([list(ids)], device=model.device), use_cache=False)
-    finally:
-        detach()
     return result
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from attnsieve.errors import UserError, require
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_not_plain
 from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
-from attnsieve.hf.interface import LayerCall, LayerState, attach
+from attnsieve.hf.interface import LayerCall, LayerState, observing
 from attnsieve.hf.texts import Batch, digest, documents_of, right_padded
 from attnsieve.profiling import Capture, Profile, available_memory, estimate_memory
 
@@ -57,15 +56,11 @@ def profile(
         memory_limit=memory_limit,
     )
     recorder = Recorder(capture)
-    detach = attach(model, recorder.layer)
-    try:
-        with evaluating(model):
-            for group in tqdm(groups, desc="profile", unit="batch", disable=not progress):
-                ids, recorder.spans = right_padded(group, wanted)
-                # Right padding needs no mask: causality keeps it from the documents, and its own rows are never read.
-                model.base_model(input_ids=ids.to(model.device), use_cache=False)
-    finally:
-        detach()
+    with observing(model, recorder.layer):
+        for group in tqdm(groups, desc="profile", unit="batch", disable=not progress):
+            ids, recorder.spans = right_padded(group, wanted)
+            # Right padding needs no mask: causality keeps it from the documents, and its own rows are never read.
+            model.base_model(input_ids=ids.to(model.device), use_cache=False)
     return capture.finish(_provenance(model, groups) | (provenance or {}))
 
 
@@ -111,19 +106,6 @@ def _device_for_sums(model: PreTrainedModel, mark: Fingerprint, pcl: int, length
     free = available_memory(model.device)
     fits = free is not None and estimate_memory(mark, pcl, lengths, maps=maps) <= free // 4
     return model.device if fits else torch.device("cpu")
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without gradients and dropout; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _provenance(model: PreTrainedModel, groups: list[list[Tensor]]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,21 @@ def attach(model: PreTrainedModel, make: Callable[[AttentionLayer], LayerState])
         detach()
         raise UserError(f"{type(model).__name__} does not let its attention implementation be changed (transformers refused)")
     return detach
+
+
+@contextmanager
+def observing(model: PreTrainedModel, make: Callable[[AttentionLayer], LayerState]) -> Iterator[None]:
+    """`attach`, without gradients and dropout. Afterwards the model is as it was, every module in its mode."""
+    detach = attach(model, make)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        detach()
+        for module in training:
+            module.training = True
 
 
 def _refuse_other_attention(module: nn.Module, args: Any) -> None:

@@ -12,11 +12,10 @@ from transformers import PreTrainedModel
 import attnsieve
 from attnsieve.errors import UserError, require
 from attnsieve.fingerprint import Fingerprint
-from attnsieve.hf.capture import evaluating
 from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_layer_dense
 from attnsieve.hf.effect import attended, effect
 from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
-from attnsieve.hf.interface import LayerCall, LayerState, attach
+from attnsieve.hf.interface import LayerCall, LayerState, observing
 from attnsieve.hf.locate import SpanMemo, locate
 from attnsieve.hf.texts import Batch, digest, documents_of
 from attnsieve.layout import Layout, compile_layout
@@ -53,14 +52,10 @@ def measure(
     require(bool(documents), "measure needs at least one text")
     lengths = sorted({len(document) for document in documents})
     recorder = Recorder(patterns, len(lengths), mark, backend)
-    detach = attach(model, recorder.layer)
-    try:
-        with evaluating(model):
-            for document in tqdm(documents, desc="measure", unit="text", disable=not progress):
-                recorder.row = lengths.index(len(document))
-                model.base_model(input_ids=document[None].to(model.device), use_cache=False)
-    finally:
-        detach()
+    with observing(model, recorder.layer):
+        for document in tqdm(documents, desc="measure", unit="text", disable=not progress):
+            recorder.row = lengths.index(len(document))
+            model.base_model(input_ids=document[None].to(model.device), use_cache=False)
     counts = torch.tensor([sum(len(document) == n for document in documents) for n in lengths])
     sums = (recorder.density, recorder.retained, recorder.error)
     density, retained, error = ((total / counts[:, None, None, None]).float() for total in sums)
