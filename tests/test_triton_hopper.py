@@ -48,8 +48,10 @@ key_gradients(call, out, columns.row_columns(call, lse, lse))
 )
 def test_the_kernels_compile(group, width, dtype, bias):
     names = compiled(PROGRAM.format(group=group, width=width, dtype=dtype, bias=bias, odd=False))
-    assert {"forward_kernel", "dkv_hopper"} <= set(names)
-    assert ("forward_hopper" in names) == (width == 128)
+    assert "dkv_hopper" in names
+    assert (["forward_hopper", "again_kernel"] if width == 128 else ["forward_kernel"]) == [
+        name for name in names if name in ("forward_hopper", "again_kernel", "forward_kernel")
+    ]
 
 
 def test_rows_at_odd_addresses_are_copied_for_prefill_and_left_to_triton_for_gradients():

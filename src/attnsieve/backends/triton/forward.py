@@ -1,4 +1,4 @@
-"""Prefill: one program per query tile, layout head and sequence; online softmax over its key tiles, then its listed keys."""
+"""Prefill: one program per query tile, layout head and sequence."""
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
@@ -10,59 +10,14 @@ from torch import Tensor
 
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton import hopper
-from attnsieve.backends.triton.bits import tile_keys, tile_words
 from attnsieve.backends.triton.columns import bias_of
-from attnsieve.backends.triton.common import (
-    LN2,
-    LOG2E,
-    NO_CUT,
-    Places,
-    Rows,
-    head_base,
-    keys_to_read,
-    listed_scores,
-    load_rows,
-    masked,
-    places_of,
-    rows_of,
-    scores,
-    single_list,
-    span_of,
-    tile_keep,
-)
+from attnsieve.backends.triton.common import Places, Rows, places_of, rows_of, span_of
+from attnsieve.backends.triton.forward_tile import forward_tile, rows_of_tile
 from attnsieve.backends.triton.geometry import Geometry, Tiles
 from attnsieve.backends.triton.launch import Launch
-from attnsieve.backends.triton.nonfinite import is_finite, sums_of_finite
 from attnsieve.backends.triton.outputs import clear_uncovered, new_outputs
 from attnsieve.backends.triton.schedule import Schedule, schedule
 from attnsieve.backends.triton.tuning import SELECTED
-
-
-@triton.jit
-def _absorb(
-    acc,
-    total,
-    peak,
-    s,
-    scale,
-    v,
-    p_v,
-    j,
-    ok,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    GUARD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One step of the online softmax in base 2 over scores s * scale [R, N]: acc [R, DVP], total and peak [R]."""
-    new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
-    # A row that has kept nothing so far has peak -inf; subtracting 0 instead keeps its weights 0, not NaN.
-    base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-    weights = tl.exp2(s * scale - base[:, None])
-    fade = tl.exp2(peak - base)
-    v_tile = load_rows(p_v, j, v.s_row, ok, DV, DVP, GUARD)
-    acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * fade[:, None], input_precision=PRECISION)
-    return acc, total * fade + tl.sum(weights, 1), new_peak
 
 
 @triton.jit
@@ -94,140 +49,134 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
-    SPOILT: tl.constexpr = False,
 ):
     """q [B, Hq, Tq, D], k, v [B, Hkv, Tk, D | Dv], bias [B, Hkv, Tk] or None -> out, p_lse [B, Hq, Tq].
 
     Rows of a program: GP heads of M positions each. G query heads share a KV head; GP is 1 where each has a mask of its own.
-    SPOILT: everything is computed, but tiles with an LSE of NaN, which are computed again (`hopper_forward`).
     """
     h, i_s = tl.program_id(1), tl.program_id(2)
-    batch, q_start, first, k_start, k_len = span_of(places, i_s)
+    span = span_of(places, i_s)
+    _, _, first, _, k_len = span
     # The longest lists belong to the last tiles: start with them.
     t = tl.cdiv(k_len, M) - 1 - tl.program_id(0)
     if (t + 1) * M <= first or t < 0:
         return
-    o_zh = (i_s.to(tl.int64) if OWN_MASKS else tl.cast(0, tl.int64)) * H + h
-    o_list = o_zh * mask.tiles + t
-    r = tl.arange(0, M * GP)
-    i = t * M + r % M
-    head = h if GP == 1 else h * G + r // M
-    kv_head = h // G if GP == 1 else h
-    row_ok = (i >= first) & (i < k_len) & (r // M < G)
-    slot = q_start + i - first
-    heads = H if GP == 1 else H * G
-    if SPOILT:
-        written = tl.load(p_lse + (batch * heads + head) * q_slots + slot, mask=row_ok, other=0.0)
-        if tl.min((written == written).to(tl.int32), 0) == 1:
-            return
+    forward_tile(
+        q,
+        k,
+        v,
+        bias,
+        out,
+        p_lse,
+        mask,
+        tiles,
+        singles,
+        marks,
+        scale,
+        q_slots,
+        h,
+        i_s,
+        t,
+        span,
+        H,
+        OWN_MASKS,
+        G,
+        GP,
+        M,
+        N,
+        D,
+        DP,
+        DV,
+        DVP,
+        LISTED,
+        BLOCK,
+        PRECISION,
+        STAGES,
+    )
 
-    o_d = tl.arange(0, DP)
-    p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head + slot * q.s_row
-    q_tile = tl.load(p_q[:, None] + o_d[None, :], mask=row_ok[:, None] & (o_d < D)[None, :], other=0.0)
-    p_k = head_base(k, batch, kv_head) + k_start * k.s_row
-    p_v = head_base(v, batch, kv_head) + k_start * v.s_row
-    p_bias, s_bias = None, 0
-    if bias is not None:
-        p_bias = head_base(bias, batch, kv_head) + k_start * bias.s_row
-        s_bias = bias.s_row
 
-    acc = tl.zeros([M * GP, DVP], tl.float32)
-    total = tl.zeros([M * GP], tl.float32)
-    peak = tl.full([M * GP], -float("inf"), tl.float32)
-    scale2 = scale * LOG2E
-    cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_list)
+@triton.jit
+def again_kernel(
+    q,
+    k,
+    v,
+    bias,
+    out,
+    p_lse,
+    spoilt,
+    places,
+    mask,
+    singles,
+    marks,
+    scale,
+    q_slots,
+    query_tiles,
+    total,
+    SLOTS: tl.constexpr,
+    H: tl.constexpr,
+    OWN_MASKS: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Computes the tiles again that have an LSE of NaN, where `spoilt`, two numbers of each program, says that there are any.
 
-    # The next tile or keys are looked up one step ahead, so that the loads of K and V depend on no load in flight; lists end
-    # with spare entries. Three loops over tiles, not fewer: one that serves two kinds needs more registers than there are.
-    if tiles is not None:
-        p_tiles = tiles.items + tl.load(tiles.start + o_list)
-        n_whole = tl.load(tiles.whole + o_list)
-        n_tiles = tl.load(tiles.count + o_list)
-        b = tl.load(p_tiles)
-        for x in tl.range(0, n_whole, num_stages=STAGES):
-            j = b * N + tl.arange(0, N)
-            b = tl.load(p_tiles + x + 1)
-            k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, False, PRECISION)
-            acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)
-        n_corner = n_whole
-        if mask.corner is not None:
-            # A program that touches the corner is one of few: it runs a loop of its own, which is not made to be fast.
-            n_corner = tl.where(t * M < tl.load(mask.corner_rows + h), n_tiles, n_whole)
-            for x in tl.range(n_whole, n_corner, num_stages=1):
-                j0 = tl.load(p_tiles + x) * N
-                j = tile_keys(mask, j0, N)
-                ok = j < k_len
-                keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK, True)
-                k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-                s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION), -float("inf"))
-                acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
-        word, far = tile_words(mask, o_zh, i[:, None], b * N, cut, N, BLOCK)
-        for x in tl.range(n_corner, n_tiles, num_stages=STAGES):
-            j0 = b * N
-            j = tile_keys(mask, j0, N)
-            b = tl.load(p_tiles + x + 1)
-            ok = j < k_len
-            k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION)
-            s = masked(s, word, far, mask, o_zh, i, j, j0, ok, cut, N, LISTED, BLOCK)
-            # The entry after the last one may be any tile's: the words of a later one than these rows' are not there to be read.
-            word, far = tile_words(mask, o_zh, i[:, None], tl.minimum(b * N, t * M + M), cut, N, BLOCK)
-            acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
-
-    if singles is not None:
-        # One loop for whole and partial chunks: lists are short, and starting a second loop costs as much as several chunks.
-        p_singles, o_n, n_whole, n_singles = single_list(singles, marks, o_list, N)
-        listed = tl.load(p_singles + o_n)
-        for x in tl.range(0, tl.cdiv(n_singles, N), num_stages=STAGES):
-            # Nothing is done with the next keys before the next step: it would wait for them.
-            j = keys_to_read(listed, x * N + o_n, n_singles, t * M, k_len)
-            listed = tl.load(p_singles + (x + 1) * N + o_n)
-            k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, j, False, PRECISION)
-            if x >= n_whole:
-                rows, chunk = (o_zh, o_list, i, r % M), (p_singles, x, n_whole, n_singles)
-                s = listed_scores(s, mask, marks, rows, chunk, cut, M, N, LISTED)
-            acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)
-
-    if is_finite(acc) == 0:
-        acc = sums_of_finite(
-            q_tile,
-            peak,
-            k,
-            v,
-            p_k,
-            p_v,
-            p_bias,
-            s_bias,
-            mask,
-            tiles,
-            singles,
-            o_zh,
-            o_list,
-            h,
-            i,
-            k_len,
-            cut,
-            scale,
-            N,
-            D,
-            DP,
-            DV,
-            DVP,
-            LISTED,
-            BLOCK,
-            PRECISION,
-            min(N, 32),
-        )
-    # A total of NaN is a NaN in K or q, not an empty row.
-    empty = total == 0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    lse = tl.where(empty, -float("inf"), (peak + tl.log2(total)) * LN2)
-    o_dv = tl.arange(0, DVP)
-    p_out = out.p + batch * out.s_batch + head.to(tl.int64) * out.s_head + slot * out.s_row
-    tl.store(p_out[:, None] + o_dv[None, :], acc.to(out.p.dtype.element_ty), mask=row_ok[:, None] & (o_dv < DV)[None, :])
-    tl.store(p_lse + (batch * heads + head) * q_slots + slot, lse, mask=row_ok)
+    Launched behind `hopper_forward`, with its grid and its tiles of queries, of which query_tiles belong to a sequence.
+    """
+    o = tl.arange(0, SLOTS)
+    if tl.max(tl.load(spoilt + o, mask=o < 2 * tl.num_programs(0), other=0), 0) == 0:
+        return
+    for x in range(tl.program_id(0), total, tl.num_programs(0)):
+        h, i_s = x % H, x // H // query_tiles
+        span = span_of(places, i_s)
+        batch, _, _, _, k_len = span
+        t = tl.cdiv(k_len, M) - 1 - x // H % query_tiles
+        _, head, slot, row_ok = rows_of_tile(h, t, span, G, GP, M)
+        row_ok = row_ok & (t >= 0)
+        heads = H if GP == 1 else H * G
+        lse = tl.load(p_lse + (batch * heads + head) * q_slots + slot, mask=row_ok, other=0.0)
+        if tl.max((lse != lse).to(tl.int32), 0) == 1:
+            forward_tile(
+                q,
+                k,
+                v,
+                bias,
+                out,
+                p_lse,
+                mask,
+                None,
+                singles,
+                marks,
+                scale,
+                q_slots,
+                h,
+                i_s,
+                t,
+                span,
+                H,
+                OWN_MASKS,
+                G,
+                GP,
+                M,
+                N,
+                D,
+                DP,
+                DV,
+                DVP,
+                LISTED,
+                BLOCK,
+                PRECISION,
+                STAGES,
+            )
 
 
 class Prefill:
@@ -236,39 +185,56 @@ class Prefill:
     def __init__(self, call: Call, tiles: Tiles) -> None:
         geometry = Geometry(call, tiles)
         built = schedule(call.layout, geometry.positions, tiles.keys)
-        self._hopper = _hopper(geometry, built)
-        self._launch = Launch(
-            forward_kernel,
-            (geometry.query_tiles, call.layout.heads, len(call.spans)),
-            built.mask,
-            built.tiles,
-            built.singles,
-            built.marks,
-            call.scale,
-            call.q.shape[2],
-            SPOILT=self._hopper is not None,
-            **geometry.options(built),
-        )
+        options = geometry.options(built)
+        self._programs = hopper.programs(geometry) if _is_for_hopper(geometry, built) else 0
+        if self._programs:
+            # Gluon is there with the Triton that it was written for alone.
+            from attnsieve.backends.triton import hopper_forward
+
+            self._hopper = hopper_forward.prefill(geometry, built, self._programs)
+            self._again = Launch(
+                again_kernel,
+                (self._programs, 1, 1),
+                built.mask,
+                built.singles,
+                built.marks,
+                call.scale,
+                call.q.shape[2],
+                geometry.query_tiles,
+                geometry.total,
+                SLOTS=triton.next_power_of_2(2 * self._programs),
+                **options,
+            )
+        else:
+            self._launch = Launch(
+                forward_kernel,
+                (geometry.query_tiles, call.layout.heads, len(call.spans)),
+                built.mask,
+                built.tiles,
+                built.singles,
+                built.marks,
+                call.scale,
+                call.q.shape[2],
+                **options,
+            )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places) -> tuple[Tensor, Tensor]:
         out, lse = new_outputs(q, v)
-        if self._hopper is not None:
-            q, k, v = (x if hopper.is_aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
-            self._hopper(rows_of(q), rows_of(k), rows_of(v), bias, rows_of(out), lse, places)
-        self._launch(rows_of(q), rows_of(k), rows_of(v), bias, rows_of(out), lse, places)
+        if not self._programs:
+            self._launch(rows_of(q), rows_of(k), rows_of(v), bias, rows_of(out), lse, places)
+            return out, lse
+        q, k, v = (x if hopper.is_aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+        spoilt = torch.empty(2 * self._programs, dtype=torch.int32, device=q.device)
+        for kernel in (self._hopper, self._again):
+            kernel(rows_of(q), rows_of(k), rows_of(v), bias, rows_of(out), lse, spoilt, places)
         return out, lse
 
 
-def _hopper(geometry: Geometry, built: Schedule) -> Launch | None:
-    """The kernel for Hopper GPUs, where it serves the call and is faster; `forward_kernel` then looks after what it leaves."""
+def _is_for_hopper(geometry: Geometry, built: Schedule) -> bool:
+    """Whether the kernel for Hopper GPUs serves the call and is faster; `again_kernel` then looks after what it leaves."""
     if (geometry.rows, geometry.tiles.keys) != (SELECTED.rows, SELECTED.keys) or geometry.call.q.shape[-1] < 128:
-        return None
-    if built.tiles is not None or built.marks is None or not hopper.serves(geometry.call, built):
-        return None
-    # Gluon is there with the Triton that it was written for alone.
-    from attnsieve.backends.triton import hopper_forward
-
-    return hopper_forward.prefill(geometry, built)
+        return False
+    return built.tiles is None and built.marks is not None and hopper.serves(geometry.call, built)
 
 
 def forward(call: Call, tiles: Tiles) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,11 @@ class Geometry:
         """The most query tiles that a sequence's queries can touch."""
         return -(-self.call.q.shape[2] // self.positions) + 1
 
+    @property
+    def total(self) -> int:
+        """Query tiles of all layout heads and sequences."""
+        return self.query_tiles * self.call.layout.heads * len(self.call.spans)
+
     def constants(self) -> dict[str, Any]:
         """What every kernel is specialised on."""
         call, width, v_width = self.call, self.call.q.shape[-1], self.call.v.shape[-1]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton.common import LISTED_ALL
+from attnsieve.backends.triton.geometry import Geometry
 from attnsieve.backends.triton.schedule import Schedule
 from attnsieve.replay import is_known_triton
 
@@ -35,6 +36,11 @@ def serves(call: Call, built: Schedule) -> bool:
 def is_aligned(x: Tensor) -> bool:
     """Whether Triton knows that rows begin at multiples of 16 bytes, or `common.rows_of` makes it so: else they cannot be copied."""
     return x.stride(-1) != 1 or (x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:-1]))
+
+
+def programs(geometry: Geometry) -> int:
+    """Programs that go through all query tiles of a call."""
+    return min(geometry.total, multiprocessors(geometry.call.q.device))
 
 
 @functools.cache

@@ -50,6 +50,16 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def chunks_of(count, N: gl.constexpr, TAIL: gl.constexpr):
+    """How many chunks of N keys a list has, and whether it ends with a tail, at most TAIL keys that come along with the first chunk.
+
+    Rows that keep 1024 keys make lists of 1024 keys and a few.
+    """
+    short = (count > N) & (count % N > 0) & (count % N <= TAIL)
+    return gl.maximum(gl.where(short, count // N, gl.cdiv(count, N)), 1), short
+
+
+@gluon.jit
 def _copy_keys(tile, p_base, j, s_row, D: gl.constexpr, wide: gl.constexpr):
     """Queue the copies of rows j of K or V. The addresses of a row are added up in 64 bits of one multiplication in 32."""
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
@@ -68,18 +78,22 @@ def produce(
     N: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    TAIL: gl.constexpr,
 ):
-    """Copy every tile's rows of Q, then chunk by chunk the keys of its list, in the order of `in_runs`, with bias and values."""
+    """Copy every tile's rows of Q and its list's tail, then chunk by chunk the keys of its list, in the order of `in_runs`, with bias
+    and values."""
     q, k, v, bias, places, mask, singles, tiles, total, room, barriers = copied
-    q_tile, k_tiles, v_tiles, b_tiles = room
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    q_tile, k_tiles, v_tiles, b_tiles, k_tail, v_tail, b_tail = room
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, tail_full, tail_empty = barriers
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     o_n = _in_runs(gl.arange(0, N, layout=gl.SliceLayout(1, wide)), N)
     o_f = _in_runs(gl.arange(0, N, layout=flat), N)
+    o_tail = _in_runs(gl.arange(0, TAIL, layout=gl.SliceLayout(1, wide)), TAIL)
+    o_tail_f = _in_runs(gl.arange(0, TAIL, layout=flat), TAIL)
     r = gl.arange(0, M * GP, layout=gl.SliceLayout(1, wide))
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
-    n_tiles, stage, phase = 0, 0, 1
+    n_tiles, n_tails, stage, phase = 0, 0, 0, 1
     ahead = list_of(singles, places, mask, gl.program_id(0), tiles, total, H, OWN_MASKS, M)
     for x in range(gl.program_id(0), total, gl.num_programs(0)):
         h, t, o_list, there, span = tile_of(places, mask, x, tiles, H, OWN_MASKS, M)
@@ -87,8 +101,12 @@ def produce(
         ahead = list_of(singles, places, mask, x + gl.num_programs(0), tiles, total, H, OWN_MASKS, M)
         if there:
             batch, q_start, first, k_start, k_len = span
+            n_chunks, has_tail = chunks_of(count, N, TAIL)
+            # Lists end with spare entries; beyond a list's end its tile's first key is read.
             p_list = singles.items + start
             j, few = gl.load(p_list + o_n), gl.load(p_list + o_f)
+            rest = n_chunks * N
+            j_tail, few_tail = gl.load(p_list + rest + o_tail), gl.load(p_list + rest + o_tail_f)
             head, slot, ok = rows_of_tile(h, t, span, r, G, GP, M)
             p_q = q.p + batch * q.s_batch + head.to(gl.int64) * q.s_head + slot * q.s_row
             mbarrier.wait(q_empty, (n_tiles & 1) ^ 1)
@@ -98,11 +116,21 @@ def produce(
             kv_head = h // G if GP == 1 else h
             p_k = _base(k, batch, kv_head) + k_start * k.s_row
             p_v = _base(v, batch, kv_head) + k_start * v.s_row
-            # Consumers take one chunk also of a list without keys; beyond a list's end they read the tile's first key.
-            for y in range(0, gl.maximum(gl.cdiv(count, N), 1)):
+            if has_tail:
+                here = gl.minimum(gl.where(rest + o_tail < count, j_tail, t * M), k_len - 1)
+                mbarrier.wait(tail_empty, (n_tails & 1) ^ 1)
+                if bias is not None:
+                    alone = gl.minimum(gl.where(rest + o_tail_f < count, few_tail, t * M), k_len - 1)
+                    p_bias = _base(bias, batch, kv_head) + (k_start + alone) * bias.s_row
+                    async_copy.async_copy_global_to_shared(b_tail, p_bias)
+                _copy_keys(k_tail, p_k, here, k.s_row, D, wide)
+                _copy_keys(v_tail, p_v, here, v.s_row, D, wide)
+                async_copy.mbarrier_arrive(tail_full, increment_count=False)
+                n_tails += 1
+            for y in range(0, n_chunks):
                 here = gl.minimum(gl.where(y * N + o_n < count, j, t * M), k_len - 1)
                 alone = gl.minimum(gl.where(y * N + o_f < count, few, t * M), k_len - 1)
-                # Looked up one step ahead; lists end with spare entries.
+                # Looked up one step ahead.
                 j, few = gl.load(p_list + (y + 1) * N + o_n), gl.load(p_list + (y + 1) * N + o_f)
                 mbarrier.wait(k_empty.index(stage), phase)
                 if bias is not None:

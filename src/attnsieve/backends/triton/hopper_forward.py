@@ -24,12 +24,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnsieve.backends.triton import hopper
 from attnsieve.backends.triton.common import LN2 as _LN2
 from attnsieve.backends.triton.common import LOG2E as _LOG2E
 from attnsieve.backends.triton.geometry import Geometry, Tiles
-from attnsieve.backends.triton.hopper_copies import list_of, next_stage, produce, rows_of_tile, tile_of
-from attnsieve.backends.triton.hopper_softmax import masked, parts_of, weigh, words_of
+from attnsieve.backends.triton.hopper_copies import chunks_of, list_of, next_stage, produce, rows_of_tile, tile_of
+from attnsieve.backends.triton.hopper_softmax import base_of, masked, parts_of, peaks_of, weights_of, words_of
 from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.schedule import Schedule
 
@@ -38,24 +37,26 @@ LOG2E, LN2 = gl.constexpr(_LOG2E.value), gl.constexpr(_LN2.value)
 # Four stages of keys and values, and one tile of queries, fill most of a multiprocessor's shared memory. Registers are those of a
 # consumer's thread; the producer's get what is left of 504 for three.
 TILES = Tiles(rows=128, keys=64, warps=4, stages=4, registers=208)
+# Keys behind a list's whole chunks that go along with its first, so that they do not take the time of a chunk.
+TAIL = 16
 
 
-def prefill(geometry: Geometry, built: Schedule) -> Launch:
+def prefill(geometry: Geometry, built: Schedule, programs: int) -> Launch:
     """What launches the kernel for calls like the geometry's, whose tiles are TILES but for how they are spread over warps."""
     call, constants = geometry.call, geometry.constants()
-    total = geometry.query_tiles * call.layout.heads * len(call.spans)
     return Launch(
         forward_hopper,
-        (min(total, hopper.multiprocessors(call.q.device)), 1, 1),
+        (programs, 1, 1),
         built.mask,
         built.singles,
         built.marks,
         call.scale,
         call.q.shape[2],
         geometry.query_tiles,
-        total,
+        geometry.total,
         **{name: constants[name] for name in ("H", "OWN_MASKS", "G", "GP", "M", "N", "D")},
         STAGES=TILES.stages,
+        TAIL=TAIL,
         REGISTERS=TILES.registers,
         num_warps=TILES.warps,
     )
@@ -78,7 +79,8 @@ def _store(
     GP: gl.constexpr,
     M: gl.constexpr,
 ):
-    """Store outputs and LSE of the rows from r0 on of a tile: sums acc [R, D] and weight [R] relative to peak [R]."""
+    """Store outputs and LSE of the rows from r0 on of a tile: sums acc [R, D] and weight [R] relative to peak [R]. Returns [R]
+    whether a row's LSE is NaN."""
     R: gl.constexpr = acc.shape[0]
     D: gl.constexpr = acc.shape[1]
     sums: gl.constexpr = acc.type.layout
@@ -92,10 +94,12 @@ def _store(
     batch, q_start, first, k_start, k_len = span
     head, slot, ok = rows_of_tile(h, t, span, r0 + gl.arange(0, R, layout=rows), G, GP, M)
     gl.store(p_lse + (batch * (H if GP == 1 else H * G) + head) * q_slots + slot, lse, mask=ok)
+    spoilt = (ok & (lse != lse)).to(gl.int32)
     head, slot, ok = rows_of_tile(h, t, span, r0 + gl.arange(0, R, layout=gl.SliceLayout(1, wide)), G, GP, M)
     p_out = out.p + batch * out.s_batch + head.to(gl.int64) * out.s_head + slot * out.s_row
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
     gl.store(p_out[:, None] + o_d[None, :], gl.convert_layout(acc.to(out.p.dtype.element_ty), wide), mask=ok[:, None])
+    return spoilt
 
 
 @gluon.jit
@@ -110,23 +114,26 @@ def _consume(
     N: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    TAIL: gl.constexpr,
 ):
     """Attention of rows [64 WHICH, 64 WHICH + 64) of every tile."""
-    q, out, p_lse, bias, places, mask, singles, marks, scale, q_slots, tiles, total, room, barriers = computed
-    q_tile, k_tiles, v_tiles, b_tiles = room
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    q, out, p_lse, spoilt, bias, places, mask, singles, marks, scale, q_slots, tiles, total, room, barriers = computed
+    q_tile, k_tiles, v_tiles, b_tiles, k_tail, v_tail, b_tail = room
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, tail_full, tail_empty = barriers
     R: gl.constexpr = 64
     DTYPE: gl.constexpr = q.p.dtype.element_ty
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    tail_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL, 16])
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
     rows: gl.constexpr = gl.SliceLayout(1, scores)
     columns: gl.constexpr = gl.SliceLayout(0, scores)
-    mine = q_tile.slice(WHICH * R, R)
     nothing = gl.zeros([R, N], gl.float32, scores)
     of_words: gl.constexpr = parts_of(nothing).type.layout
+    of_tail_words: gl.constexpr = parts_of(gl.zeros([R, TAIL], gl.float32, tail_scores)).type.layout
     scale2 = scale * LOG2E
-    n_tiles, stage, phase = 0, 0, 0
+    has_spoilt = gl.zeros([R], gl.int32, rows)
+    n_tiles, n_tails, stage, phase = 0, 0, 0, 0
     next_list = list_of(singles, places, mask, gl.program_id(0), tiles, total, H, OWN_MASKS, M)
     for x in range(gl.program_id(0), total, gl.num_programs(0)):
         h, t, o_list, there, span = tile_of(places, mask, x, tiles, H, OWN_MASKS, M)
@@ -134,10 +141,14 @@ def _consume(
         n_whole = n_whole // N
         next_list = list_of(singles, places, mask, x + gl.num_programs(0), tiles, total, H, OWN_MASKS, M)
         if there:
+            n_chunks, has_tail = chunks_of(count, N, TAIL)
             row = (WHICH * R + gl.arange(0, R, layout=rows)) % M
-            words = words_of(marks, o_list, 0, n_whole, count, row, of_words, M, N)
+            words = words_of(marks, o_list, 0, n_whole, count, row, of_words, M, N, N)
+            tail_words = words_of(marks, o_list, n_chunks, n_whole, count, row, of_tail_words, M, N, TAIL)
             mbarrier.wait(q_full, n_tiles & 1)
             n_tiles += 1
+            mine = q_tile.slice(WHICH * R, R).load(gl.DotOperandLayout(0, scores, 2))
+            async_copy.mbarrier_arrive(q_empty, increment_count=False)
             mbarrier.wait(k_full.index(stage), phase)
             fence_async_shared()
             s = warpgroup_mma(mine, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
@@ -147,13 +158,30 @@ def _consume(
             async_copy.mbarrier_arrive(k_empty.index(stage), increment_count=False)
             if n_whole < 1:
                 s = masked(s, words)
-            weights, fade, peak = weigh(s, gl.full([R], -float("inf"), gl.float32, rows), scale2, rows)
-            parts = parts_of(weights)
+            s_tail = gl.full([R, TAIL], -float("inf"), gl.float32, tail_scores)
+            if has_tail:
+                mbarrier.wait(tail_full, n_tails & 1)
+                fence_async_shared()
+                mine_too = gl.convert_layout(mine, gl.DotOperandLayout(0, tail_scores, 2))
+                s_tail = warpgroup_mma(mine_too, k_tail.permute((1, 0)), s_tail, use_acc=False, is_async=True)
+                s_tail = warpgroup_mma_wait(0, deps=[s_tail])
+                if bias is not None:
+                    s_tail += b_tail.load(gl.SliceLayout(0, tail_scores))[None, :]
+                s_tail = masked(s_tail, tail_words)
+            peak = gl.maximum(peaks_of(s, rows), peaks_of(s_tail, rows)) * scale2
+            base = base_of(peak)
+            weights, tail_weights = weights_of(s, base, scale2), weights_of(s_tail, base, scale2)
+            parts = parts_of(weights) + gl.convert_layout(parts_of(tail_weights), of_words)
             acc = gl.zeros([R, D], gl.float32, sums)
+            if has_tail:
+                acc = warpgroup_mma(gl.convert_layout(tail_weights.to(DTYPE), left), v_tail, acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                async_copy.mbarrier_arrive(tail_empty, increment_count=False)
+                n_tails += 1
             half = gl.convert_layout(weights.to(DTYPE), left)
-            for y in range(1, gl.cdiv(count, N)):
+            for y in range(1, n_chunks):
                 ahead, phase_ahead = next_stage(stage, phase, STAGES)
-                words = words_of(marks, o_list, y, n_whole, count, row, of_words, M, N)
+                words = words_of(marks, o_list, y, n_whole, count, row, of_words, M, N, N)
                 mbarrier.wait(k_full.index(ahead), phase_ahead)
                 mbarrier.wait(v_full.index(stage), phase)
                 fence_async_shared()
@@ -166,18 +194,19 @@ def _consume(
                     s += b[None, :]
                 if y >= n_whole:
                     s = masked(s, words)
-                weights, fade, peak = weigh(s, peak, scale2, rows)
-                faded = gl.convert_layout(fade, gl.SliceLayout(1, parts.type.layout))
-                parts = parts * faded[:, None] + parts_of(weights)
+                new_peak = gl.maximum(peak, peaks_of(s, rows) * scale2)
+                base = base_of(new_peak)
+                weights, fade = weights_of(s, base, scale2), gl.exp2(peak - base)
+                peak = new_peak
+                parts = parts * gl.convert_layout(fade, gl.SliceLayout(1, of_words))[:, None] + parts_of(weights)
                 # Without a branch the assembler would move the wait to before the exponentials.
                 if mask.n > 0:
                     async_copy.mbarrier_arrive(k_empty.index(ahead), increment_count=False)
-                acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+                next_half = gl.convert_layout(weights.to(DTYPE), left)
+                acc, half = warpgroup_mma_wait(0, deps=[acc, next_half])
                 async_copy.mbarrier_arrive(v_empty.index(stage), increment_count=False)
                 acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, sums))[:, None]
-                half = gl.convert_layout(weights.to(DTYPE), left)
                 stage, phase = ahead, phase_ahead
-            async_copy.mbarrier_arrive(q_empty, increment_count=False)
             mbarrier.wait(v_full.index(stage), phase)
             fence_async_shared()
             acc = warpgroup_mma(half, v_tiles.index(stage), acc, is_async=True)
@@ -186,7 +215,9 @@ def _consume(
             stage, phase = next_stage(stage, phase, STAGES)
 
             weight = gl.convert_layout(gl.sum(parts, 1), rows)
-            _store(out, p_lse, acc, weight, peak, WHICH * R, h, t, span, q_slots, H, G, GP, M)
+            spoilt_rows = _store(out, p_lse, acc, weight, peak, WHICH * R, h, t, span, q_slots, H, G, GP, M)
+            has_spoilt = gl.maximum(has_spoilt, spoilt_rows)
+    gl.store(spoilt + 2 * gl.program_id(0) + WHICH, gl.max(has_spoilt, 0))
 
 
 @gluon.jit
@@ -197,6 +228,7 @@ def forward_hopper(
     bias,
     out,
     p_lse,
+    spoilt,
     places,
     mask,
     singles,
@@ -213,18 +245,26 @@ def forward_hopper(
     N: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    TAIL: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    """`forward.forward_kernel` for lists that serve every pair; tiles: query tiles of a sequence, total: of all."""
+    """`forward.forward_kernel` for lists that serve every pair; tiles: query tiles of a sequence, total: of all.
+
+    spoilt [programs, 2]: whether there are rows with an LSE of NaN.
+    """
     DTYPE: gl.constexpr = q.p.dtype.element_ty
     R: gl.constexpr = M * GP
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], DTYPE)
     q_tile = gl.allocate_shared_memory(DTYPE, [R, D], gl.NVMMASharedLayout.get_default_for([R, D], DTYPE))
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, N, D], tile)
     v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, N, D], tile)
-    b_tiles = k_tiles
+    few: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TAIL, D], DTYPE)
+    k_tail = gl.allocate_shared_memory(DTYPE, [TAIL, D], few)
+    v_tail = gl.allocate_shared_memory(DTYPE, [TAIL, D], few)
+    b_tiles, b_tail = k_tiles, k_tail
     if bias is not None:
         b_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        b_tail = gl.allocate_shared_memory(gl.float32, [TAIL], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     one: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [1], one)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], one)
@@ -232,23 +272,27 @@ def forward_hopper(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+    tail_full = gl.allocate_shared_memory(gl.int64, [1], one)
+    tail_empty = gl.allocate_shared_memory(gl.int64, [1], one)
     # Every thread arrives, when its copies have. Consumers copy nothing, but that spares them a barrier among themselves.
     mbarrier.init(q_full, count=128)
     mbarrier.init(q_empty, count=256)
+    mbarrier.init(tail_full, count=128)
+    mbarrier.init(tail_empty, count=256)
     for x in gl.static_range(STAGES):
         mbarrier.init(k_full.index(x), count=128)
         mbarrier.init(k_empty.index(x), count=256)
         mbarrier.init(v_full.index(x), count=128)
         mbarrier.init(v_empty.index(x), count=256)
-    room = (q_tile, k_tiles, v_tiles, b_tiles)
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    room = (q_tile, k_tiles, v_tiles, b_tiles, k_tail, v_tail, b_tail)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, tail_full, tail_empty)
     copied = (q, k, v, bias, places, mask, singles, tiles, total, room, barriers)
-    computed = (q, out, p_lse, bias, places, mask, singles, marks, scale, q_slots, tiles, total, room, barriers)
+    computed = (q, out, p_lse, spoilt, bias, places, mask, singles, marks, scale, q_slots, tiles, total, room, barriers)
     gl.warp_specialize(
         [
-            (_consume, (0, computed, H, OWN_MASKS, G, GP, M, N, D, STAGES)),
-            (_consume, (1, computed, H, OWN_MASKS, G, GP, M, N, D, STAGES)),
-            (produce, (copied, H, OWN_MASKS, G, GP, M, N, D, STAGES)),
+            (_consume, (0, computed, H, OWN_MASKS, G, GP, M, N, D, STAGES, TAIL)),
+            (_consume, (1, computed, H, OWN_MASKS, G, GP, M, N, D, STAGES, TAIL)),
+            (produce, (copied, H, OWN_MASKS, G, GP, M, N, D, STAGES, TAIL)),
         ],
         [4, 4],
         [REGISTERS, 504 - 2 * REGISTERS],

@@ -14,14 +14,17 @@ def _of_quads(s):
 
 
 @gluon.jit
-def words_of(marks, o_list, chunk, n_whole, count, row, layout: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
-    """[R, 4] of `marks`: in the order of `in_runs` a thread's columns lie in a quarter of a row's word. 0 where there is none."""
-    quarter = gl.arange(0, 4, layout=gl.SliceLayout(0, layout))
+def words_of(
+    marks, o_list, chunk, n_whole, count, row, layout: gl.constexpr, M: gl.constexpr, N: gl.constexpr, KEYS: gl.constexpr
+):
+    """[R, 4] of `marks`, for the first KEYS keys of a chunk of N, 0 where there is none. In the order of `in_runs` the keys of a
+    thread lie in a quarter of a row's bits."""
+    quarter = gl.arange(0, 4, layout=gl.SliceLayout(0, layout)) * (KEYS // 4)
     row = gl.convert_layout(row, gl.SliceLayout(1, layout))
     p_word = marks.words + (o_list * marks.chunks + gl.maximum(chunk - n_whole, 0)) * M + row
-    p_half = p_word.to(gl.pointer_type(gl.int32), bitcast=True)[:, None] + (quarter >> 1)[None, :]
+    p_half = p_word.to(gl.pointer_type(gl.int32), bitcast=True)[:, None] + (quarter >> 5)[None, :]
     there = (chunk >= n_whole) & (chunk * N < count)
-    return gl.load(p_half, mask=there, other=0) >> (quarter & 1)[None, :] * 16
+    return gl.load(p_half, mask=there, other=0) >> (quarter & 31)[None, :]
 
 
 @gluon.jit
@@ -40,7 +43,7 @@ def masked(s, words):
 
 
 @gluon.jit
-def _peaks(s, rows: gl.constexpr):
+def peaks_of(s, rows: gl.constexpr):
     """The greatest of each row; pairs first, so that no long chain of instructions waits for each other."""
     return gl.convert_layout(gl.max(gl.max(gl.max(_of_quads(s), 3), 1), 1), rows)
 
@@ -52,8 +55,12 @@ def parts_of(weights):
 
 
 @gluon.jit
-def weigh(s, peak, scale2, rows: gl.constexpr):
-    """Of the online softmax in base 2: weights [R, N], the factor [R] by which earlier sums fade, and the peak [R]."""
-    new_peak = gl.maximum(peak, _peaks(s, rows) * scale2)
-    base = gl.where(new_peak == -float("inf"), 0.0, new_peak)
-    return gl.exp2(s * scale2 - base[:, None]), gl.exp2(peak - base), new_peak
+def base_of(peak):
+    """What is subtracted from scores: a row that has kept nothing so far has weights 0, not NaN."""
+    return gl.where(peak == -float("inf"), 0.0, peak)
+
+
+@gluon.jit
+def weights_of(s, base, scale2):
+    """Weights [R, keys] of scores s * scale2 in base 2."""
+    return gl.exp2(s * scale2 - gl.convert_layout(base, gl.SliceLayout(1, s.type.layout))[:, None])
