@@ -138,6 +138,27 @@ def test_no_pass_runs_dense_because_the_implementation_was_set_under_a_plan(stri
     assert handle.report().sparse_calls == 2 * 3
 
 
+def gradients(model, checkpointed, removed_first):
+    """Of a sparse pass's loss by the embeddings."""
+    ids = tokens(1, 24)
+    if checkpointed:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    with apply(model, sparse(model), backend="portable") as handle:
+        loss = model(inputs_embeds=embeddings, labels=ids, use_cache=False).loss
+        if removed_first:
+            handle.remove()
+        loss.backward()
+    return embeddings.grad
+
+
+def test_checkpointed_layers_are_computed_again_under_the_plan_or_not_at_all():
+    expected = gradients(tiny(), False, True)
+    assert torch.equal(gradients(tiny(), True, False), expected)
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        gradients(tiny(), True, True)
+
+
 def test_a_layer_called_by_itself_does_not_run_dense_either():
     model = tiny()
     with apply(model, sparse(model)):

@@ -46,7 +46,8 @@ def apply(model: PreTrainedModel, plan: Plan, *, backend: str = "auto", strict: 
 
     Raises UserError for a plan made for another model, a model without the attention interface, a model that has a handle
     already, and an unknown backend. Until the handle is removed a pass raises it too, strict or not, once another attention
-    implementation was set (`model.set_attn_implementation`): it would run dense.
+    implementation was set (`model.set_attn_implementation`): it would run dense. With gradient checkpointing call backward before
+    the handle is removed: it computes layers again.
     """
     known = ("auto", *BACKENDS, FASTEST)
     require(backend in known, f"unknown backend {backend!r}; choose from {', '.join(known)}")
