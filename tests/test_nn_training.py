@@ -66,11 +66,25 @@ def test_a_resumed_run_ends_as_an_unbroken_one(text, tmp_path):
             train(fresh(), characters(), text, out, settings(save_every=3, **changes), resume=True)
     with pytest.raises(UserError, match="keep_window_size 11"):
         train(fresh(keep_window_size=11), characters(), text, out, settings(save_every=3), resume=True)
+    with pytest.raises(UserError, match="cannot resume with text"):
+        train(fresh(), characters(), [sentences(199)], out, settings(save_every=3), resume=True)
     resumed = fresh()
     again = train(resumed, characters(), text, out, settings(save_every=3), resume=True)
     for (name, expected), actual in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(actual, expected), name
     assert next(row["loss"] for row in again if row["step"] == 6) == next(row["loss"] for row in log if row["step"] == 6)
+
+
+def test_a_finished_run_stays_as_it_is_when_it_is_resumed(text, tmp_path):
+    whole, again = fresh(), fresh()
+    log = train(whole, characters(), text, tmp_path, settings())
+    (tmp_path / "model.safetensors").unlink()  # as where a run ends between its last checkpoint and the model
+    assert train(again, characters(), text, tmp_path, settings(), resume=True) == [
+        row for row in log if "train_runtime" not in row
+    ]
+    for model in (again, DmaForCausalLM.from_pretrained(tmp_path)):
+        assert all(map(torch.equal, model.state_dict().values(), whole.state_dict().values()))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
 @pytest.mark.parametrize("attention", ["dma", "mla", "nsa"])

@@ -120,10 +120,11 @@ def _refuse(names: list[str], why: str) -> None:
 
 def named_values(settings: list[str]) -> dict[str, Any]:
     """{"min_support": 8} from ["min_support=8"]: numbers, true, false, none, else text."""
-    values = {}
+    values: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         require(bool(equals) and bool(name), f"settings are written NAME=VALUE, such as min_support=8, got {setting!r}")
+        require(name.strip() not in values, f"{name.strip()} was given twice: give it once")
         values[name.strip()] = _value(text.strip())
     return values
 

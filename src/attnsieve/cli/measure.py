@@ -51,7 +51,7 @@ def measure(
             help="For the usual ones: windows of up to half a text, for fit --last-rows 32 --dense-decode.",
         ),
     ] = False,
-    backend: options.Backend = "auto",
+    backend: Annotated[str, typer.Option(help="Who computes attention: auto, triton, fa4, portable, reference.")] = "auto",
     seed: options.Seed = 1_000_003,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

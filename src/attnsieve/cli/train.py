@@ -177,8 +177,13 @@ def new_model(layer: str, keep: int, words: Any, fields: dict[str, Any], seed: i
 
     budget = {"dma": dma_rule(keep), "swa": {"sliding_window": keep}}.get(layer, {})
     ends = {"vocab_size": len(words), "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+    chosen = configuration({"attention": layer, **budget, **ends, **fields})
+    require(
+        chosen.vocab_size >= len(words),
+        f"the tokenizer has {len(words)} tokens, the model is to have {chosen.vocab_size}: leave vocab_size out",
+    )
     torch.manual_seed(seed)
-    return DmaForCausalLM(configuration({"attention": layer, **budget, **ends, **fields}))
+    return DmaForCausalLM(chosen)
 
 
 def dma_rule(keep: int) -> dict[str, int]:

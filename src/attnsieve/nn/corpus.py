@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -64,6 +65,12 @@ def open_text(source: str | Path | Iterable[str]) -> Callable[[], Iterator[tuple
     files = [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.suffix in _SUFFIXES)
     require(bool(files), f"the folder {str(path)!r} holds no {', '.join(_SUFFIXES)} file")
     return lambda: (piece for file in files for piece in _pieces(file))
+
+
+def beginning(pieces: Callable[[], Iterator[tuple[str, bool]]]) -> str:
+    """16 hex digits over the first piece of a text: whether two runs read the same one."""
+    first, _ = next(pieces(), ("", True))
+    return sha256(first.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _pieces(path: Path) -> Iterator[tuple[str, bool]]:

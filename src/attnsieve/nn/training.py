@@ -19,13 +19,14 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
 from attnsieve.errors import require
-from attnsieve.nn.corpus import TokenBlocks, open_text
+from attnsieve.nn.corpus import TokenBlocks, beginning, open_text
 from attnsieve.nn.monitor import SelectionMonitor
 
 
@@ -73,10 +74,11 @@ def train(
     Returns the log: rows with step, loss, grad_norm, learning_rate and, for "dma" layers, the statistics of
     `selection_statistics` and the mean, least and largest A. Weights are safetensors. Checkpoints for `resume=True`, which
     continues the newest one, lie in `out`/checkpoint-STEP; their optimizer state is read with weights_only. run.json holds
-    the settings and the model's configuration. Text that runs out is read again.
+    the settings, the model's configuration and a digest of the text's beginning. Text that runs out is read again.
 
     Raises UserError for text shorter than a block, blocks longer than the model's positions, a folder that already holds a
-    run or a model (or no run, to resume), and a resumed run whose settings or configuration differ.
+    run or a model (or no run, to resume), and a resumed run whose settings,
+    configuration or text differ.
     """
     most = getattr(model.config, "max_position_embeddings", settings.length)
     require(
@@ -90,8 +92,9 @@ def train(
         resume or not (out / "config.json").exists(),
         f"{str(out)!r} holds a model, which this one would replace: choose another folder",
     )
-    blocks = TokenBlocks(open_text(text), tokenizer, settings.length)
-    _same_run(out / "run.json", asdict(settings), model.config.to_diff_dict(), resume)
+    pieces = open_text(text)
+    blocks = TokenBlocks(pieces, tokenizer, settings.length)
+    _same_run(out / "run.json", asdict(settings) | {"text": beginning(pieces)}, model.config.to_diff_dict(), resume)
     if settings.checkpointing:
         # Renamed: the old name goes with transformers 6, versions that we still support lack the new one.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -109,13 +112,22 @@ def train(
         trainer.remove_callback(ProgressCallback if settings.progress else PrinterCallback)
         if settings.progress:
             trainer.add_callback(_Progress())
-        trainer.train(resume_from_checkpoint=newest)
+        if newest is not None and int(newest.rpartition("-")[2]) >= settings.steps:
+            _read_finished(trainer, model, newest)
+        else:
+            trainer.train(resume_from_checkpoint=newest)
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
         (out / "training_args.bin").unlink()  # a pickle that nobody needs
         rows = "".join(json.dumps(row) + "\n" for row in trainer.state.log_history)
         (out / "log.jsonl").write_text(rows, encoding="utf-8")
     return trainer.state.log_history
+
+
+def _read_finished(trainer: Trainer, model: PreTrainedModel, checkpoint: str) -> None:
+    """Weights and log of a run's last step; Trainer itself would take one step more."""
+    model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 
 
 def _same_run(path: Path, settings: dict[str, Any], model: dict[str, Any], resume: bool) -> None:
@@ -129,6 +141,7 @@ def _same_run(path: Path, settings: dict[str, Any], model: dict[str, Any], resum
         return
     require(path.exists(), f"{path} is missing: without it nobody knows whether this is the run to be resumed")
     then = json.loads(path.read_text(encoding="utf-8"))
+    then.setdefault("text", now["text"])  # older runs did not note it
     changed = [name for name in {**then, **now} if now.get(name) != then.get(name)]
     told = ", ".join(f"{name} {now.get(name)!r} (was {then.get(name)!r})" for name in changed)
     require(not changed, f"cannot resume with {told}: use the first settings, or another folder")
