@@ -276,6 +276,10 @@ def test_a_threshold_that_drops_everything_is_refused():
         ({"preset": "paper", "tau": "much"}, "tau must be a finite number, got 'much'"),
         ({"preset": "paper", "tau": float("nan")}, "tau must be a finite number, got nan"),
         ({"preset": "paper", "tau": -1}, "tau must be at least 0"),
+        ({"tau": 0.1, "lam": 1.0}, "tau, lam: only threshold=absolute reads that, preset 'robust' has threshold=mass"),
+        ({"preset": "paper", "share": 0.9}, "share: only threshold=mass"),
+        ({"threshold": "relative", "kappa": -1}, "kappa must be at least 0"),
+        ({"preset": "paper", "fallback": "keys"}, "keep the floor: set one above 0"),
         ({"join": "no"}, "join must be true or false, got 'no'"),
     ],
 )

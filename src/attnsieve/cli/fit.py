@@ -30,7 +30,9 @@ def fit(
             "adaptive: as robust, but heads that no fixed mask serves choose their keys from the input."
         ),
     ] = None,
-    tau: Annotated[float | None, typer.Option(help="Threshold on the Box-Cox map; 0.3 in the paper.")] = None,
+    tau: Annotated[
+        float | None, typer.Option(help="For --preset paper: threshold on the Box-Cox map; 0.3 if not given.")
+    ] = None,
     mu: Annotated[str | None, typer.Option(help="Share of a diagonal or column that must be kept, as 0.8 or 4/5.")] = None,
     floor: Annotated[float | None, typer.Option(help="A head that would keep less mass than this stays dense.")] = None,
     settings: Annotated[

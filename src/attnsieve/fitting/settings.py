@@ -14,6 +14,8 @@ from attnsieve.errors import UserError, require
 NUMBERS = ("tau", "lam", "eps", "share", "kappa", "floor")
 FLAGS = ("force_self", "join", "local")
 COUNTS = ("force_sink", "dense_layers")
+# What each threshold reads.
+READ = {"absolute": ("tau", "lam", "eps"), "mass": ("share",), "relative": ("kappa",)}
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        known = ("absolute", "mass", "relative")
-        require(self.threshold in known, f"threshold must be one of {', '.join(known)}, got {self.threshold!r}")
+        require(self.threshold in READ, f"threshold must be one of {', '.join(READ)}, got {self.threshold!r}")
         exact_ratio(self.mu)
         support = self.min_support
-        require(support is None or (type(support) is int and support >= 1), f"min_support must be at least 1, got {support!r}")
+        require(
+            support is None or (type(support) is int and support >= 1),
+            f"min_support must be a whole number from 1, or none, got {support!r}",
+        )
         require(self.tau >= 0, f"tau must be at least 0, where everything is kept, got {self.tau!r}")
         require(0 <= self.floor <= 1, f"floor is a share of mass from 0 to 1, got {self.floor!r}")
+        require(self.kappa >= 0, f"kappa must be at least 0, where everything is kept, got {self.kappa!r}")
         require(self.fallback in ("dense", "keys"), f"fallback must be dense or keys, got {self.fallback!r}")
+        require(self.fallback == "dense" or self.floor > 0, "heads that fall back to keys keep the floor: set one above 0")
         require(not self.local or self.floor > 0, "local rules are chosen by their mass: set a floor above 0 with local")
 
     def _check_kinds(self) -> None:
@@ -85,7 +91,8 @@ PRESETS = {"paper": Settings(), "robust": ROBUST, "adaptive": replace(ROBUST, fa
 
 
 def resolve(preset: str, overrides: dict[str, Any]) -> Settings:
-    """The preset's settings with `overrides`. Raises UserError for an unknown preset or setting, with the nearest name."""
+    """The preset's settings with `overrides`. Raises UserError for an unknown preset or setting, with the nearest name, and for
+    settings of a threshold that is not used."""
     require(preset in PRESETS, f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
     names = [field.name for field in fields(Settings)]
     for name in overrides:
@@ -93,4 +100,12 @@ def resolve(preset: str, overrides: dict[str, Any]) -> Settings:
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"
         if name not in names:
             raise UserError(f"unknown setting {name!r}; {hint}")
-    return replace(PRESETS[preset], **overrides)
+    chosen = replace(PRESETS[preset], **overrides)
+    for threshold, read in READ.items():
+        idle = [name for name in read if name in overrides]
+        require(
+            threshold == chosen.threshold or not idle,
+            f"{', '.join(idle)}: only threshold={threshold} reads that, preset {preset!r} has threshold={chosen.threshold} here: "
+            "set the threshold too, or leave it out",
+        )
+    return chosen
