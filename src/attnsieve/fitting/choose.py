@@ -27,7 +27,7 @@ def fit(profile: Profile | Sequence[Profile], *, preset: str = "robust", **overr
     patterns with enough support only, self key and sinks always kept; of that and sink | window each head takes the cheaper one
     that keeps enough mass, and is dense if neither does. preset "adaptive": the same, but a head that no fixed mask serves
     chooses its keys from the input; its plan has no expected density, since that depends on the input. `overrides`: fields of
-    `Settings`, such as tau=0.1.
+    `Settings`, such as floor=0.95; those of a threshold that is not used are refused.
 
     Several profiles, one per kind of text, count alike in DAM's mean maps, and each must meet the floor. That keeps a head that
     one kind of text needs; in one mixed profile the others would outvote it. A plan's retained mass is that of the worst kind.
