@@ -91,6 +91,13 @@ def step(row: list[Pattern]) -> None:
     store.step(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], 0.125, "triton")
 
 
+def scattered(width: int) -> None:
+    """Diagonals that lie alone, in a chunk."""
+    layout = compile_layout([window(9) | diagonals(*range(7, 1050, 61))] * 2, 1061, DEVICE)
+    q, k, v = (torch.randn(1, heads, 1061, width, device=DEVICE, dtype=DTYPE) for heads in (4, 2, 2))
+    attend(q[:, :, -301:], k, v, layout, key_bias=k[..., 0].float(), backend="triton")
+
+
 def copied() -> None:
     """Columns in front of K, some of positions that are still to come."""
     k = torch.randn(2, N, 3, 40, device=DEVICE, dtype=DTYPE).transpose(1, 2)
@@ -109,6 +116,8 @@ def main() -> None:
     # A row longer than those that stay in registers.
     fewest_with_mass(torch.rand(3, 9001, device=DEVICE), 0.7)
     step([HEADS[0], HEADS[2], HEADS[2], HEADS[4]])
+    scattered(64)
+    scattered(128)
     copied()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()

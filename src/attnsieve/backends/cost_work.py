@@ -2,14 +2,15 @@
 
 "call": 1. "bytes": gigabytes of K and V read. "moved": gigabytes of K and V written with columns in front of them. Everything
 else: 1e9 scores (query x key pairs as computed, padding included) at the width of 128, or for "part" on the CPU: pieces of work
-that plain torch handles one by one. FA4's tiles that are kept in part are "predicate" where they follow a rule of ours and
-"partial" where they follow the kernel's own. "moved" never comes without "predicate": fitted to the rows so far its own constant
-is 0, and that of "predicate" pays for both.
+that plain torch handles one by one. "diagonal" are the pairs of scattered diagonals. FA4's tiles that are kept in part are
+"predicate" where they follow a rule of ours and "partial" where they follow the kernel's own. "moved" never comes without
+"predicate": fitted to the rows so far its own constant is 0, and that of "predicate" pays for both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,9 +61,14 @@ def _fa4(call: Call) -> Work | None:
 
 def _triton(call: Call) -> Work:
     from attnsieve.backends.triton.geometry import Geometry
+    from attnsieve.backends.triton.scattered import scattered
     from attnsieve.backends.triton.schedule import schedule
     from attnsieve.backends.triton.tuning import forward_tiles
 
+    parts = scattered(call)
+    if parts is not None:
+        pairs = parts.rows(call.k.shape[2] - call.q.shape[2], call.k.shape[2]) * call.q.shape[1]
+        return _triton(replace(call, layout=parts.rest)) | _scores(call, {"diagonal": pairs})
     tiles = forward_tiles(call)
     geometry = Geometry(call, tiles)
     built = schedule(call.layout, geometry.positions, tiles.keys)

@@ -3,6 +3,8 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -218,8 +220,11 @@ class Prefill:
                 **options,
             )
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places) -> tuple[Tensor, Tensor]:
-        out, lse = new_outputs(q, v)
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places, out_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """out [B, Hq, Tq, Dv] in out_dtype, q's by default, and LSE [B, Hq, Tq] in float32."""
+        out, lse = new_outputs(q, v, out_dtype)
         if not self._programs:
             self._launch(rows_of(q), rows_of(k), rows_of(v), bias, rows_of(out), lse, places)
             return out, lse
@@ -239,6 +244,13 @@ def _is_for_hopper(geometry: Geometry, built: Schedule) -> bool:
 
 def forward(call: Call, tiles: Tiles) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in q's dtype and LSE [B, Hq, Tq] in float32."""
-    out, lse = Prefill(call, tiles)(call.q, call.k, call.v, bias_of(call), places_of(call.spans))
+    return prefill_of(call, Prefill(call, tiles))
+
+
+def prefill_of(
+    call: Call, run: Callable[[Tensor, Tensor, Tensor, Rows | None, Places], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """`forward` by a `Prefill` or its like that was made for the call."""
+    out, lse = run(call.q, call.k, call.v, bias_of(call), places_of(call.spans))
     clear_uncovered(call, out, lse)
     return out, lse

@@ -11,8 +11,10 @@ from torch import Tensor
 from attnsieve.backends.call import DECODE_QUERIES, Call
 from attnsieve.backends.triton.common import Places, places_of
 from attnsieve.backends.triton.decode import Decode, decode
-from attnsieve.backends.triton.forward import Prefill, forward
+from attnsieve.backends.triton.diagonals import PrefillInParts
+from attnsieve.backends.triton.forward import Prefill, prefill_of
 from attnsieve.backends.triton.gradients import gradients
+from attnsieve.backends.triton.scattered import scattered
 from attnsieve.backends.triton.tuning import forward_tiles
 from attnsieve.spans import Spans
 
@@ -24,7 +26,7 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
         return out, lse
     if _is_decoded(call):
         return decode(call)
-    return forward(call, forward_tiles(call))
+    return prefill_of(call, _prefill(call))
 
 
 class Repeated:
@@ -34,7 +36,7 @@ class Repeated:
     """
 
     def __init__(self, call: Call) -> None:
-        self._run = Decode(call) if _is_decoded(call) else Prefill(call, forward_tiles(call))
+        self._run = Decode(call) if _is_decoded(call) else _prefill(call)
         self._last: tuple[Spans, Places] | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
@@ -42,6 +44,14 @@ class Repeated:
         if last is None or last[0] is not spans:
             self._last = last = (spans, places_of(spans))
         return self._run(q, k, v, None, last[1])
+
+
+def _prefill(call: Call) -> Prefill | PrefillInParts:
+    parts = scattered(call)
+    if parts is None:
+        return Prefill(call, forward_tiles(call))
+    rest = replace(call, layout=parts.rest)
+    return PrefillInParts(call, Prefill(rest, forward_tiles(rest)), parts)
 
 
 def _is_decoded(call: Call) -> bool:
@@ -53,7 +63,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
         call = replace(call, q=q, k=k, v=v, key_bias=key_bias)
-        out, lse = forward(call, forward_tiles(call))
+        out, lse = prefill_of(call, _prefill(call))
         ctx.save_for_backward(q, k, v, key_bias, out, lse)
         ctx.rest = (call.layout, call.spans, call.scale)
         ctx.set_materialize_grads(False)

@@ -1,0 +1,84 @@
+"""Which diagonals of a layout lie alone: a tile of keys that they cross keeps hardly any of its pairs.
+
+A tile of 64 x 64 scores takes as long as some 120 pairs one by one, and a diagonal crosses two tiles of each row of tiles. So
+diagonals pay by tiles where several of them share those. Scattered ones are attended to pair by pair (`diagonals`), the rest of the
+layout by tiles. Only prefill makes that difference: gradients go by tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnsieve.backends.call import Call
+from attnsieve.layout import Layout
+
+# Diagonals that share a tile lie less than this apart; as many as `_SHARING` of them are worth a tile.
+_APART = 64
+_SHARING = 6
+# Scattered diagonals of a head below which passing on what tiles have summed up takes longer than their tiles.
+_LEAST = 16
+_WIDTHS = (64, 128)
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """A layout in two parts, which share no pair.
+
+    offsets: int32 [H, room], the scattered distances of each head in ascending order, beyond them and at the end one that no
+    position has. rest: the layout without them. ends: int32 [H, n], contiguous, of the rest.
+    """
+
+    layout: Layout
+    offsets: Tensor
+    rest: Layout
+    ends: Tensor
+
+    def below(self, positions: int) -> Tensor:
+        """int32 [2, H, tiles]: for query tiles of `positions`, how many offsets reach no key before the text in any row of a tile,
+        and how many in its last row."""
+        key = ("triton offsets below", positions)
+        return self.layout.schedule(key, lambda: _below(self.offsets, self.layout.length, positions))
+
+    def rows(self, first: int, stop: int) -> float:
+        """Pairs of the diagonals in query positions first to stop - 1, a mean over heads. Reads the device."""
+        reach = (stop - self.offsets.clamp(first, stop)).sum(1)
+        return float(reach.double().mean())
+
+
+def scattered(call: Call) -> Scattered | None:
+    """The parts of a call's layout, None where it has few scattered diagonals or where tiles serve them: layouts chosen for one call
+    or per sequence, float32, other widths. Reads the device when a layout is first used."""
+    layout, width = call.layout, call.q.shape[-1]
+    if layout.offset is None or layout.passing or layout.sequences > 1 or layout.blocks is not None:
+        return None
+    if call.q.element_size() != 2 or width not in _WIDTHS or call.v.shape[-1] != width:
+        return None
+    return layout.schedule("triton scattered", lambda: _split(layout))
+
+
+def _split(layout: Layout) -> Scattered | None:
+    assert layout.offset is not None
+    offset = layout.offset[0]
+    n, distances = layout.length, torch.arange(layout.length, dtype=torch.int32, device=layout.device)
+    before = F.pad(offset.cumsum(1, dtype=torch.int32), (1, 0))
+    near = before[:, (distances + _APART).clamp_max(n)] - before[:, (distances - _APART + 1).clamp_min(0)]
+    alone = offset & (near < _SHARING)
+    counts = alone.sum(1)
+    if float(counts.double().mean()) < _LEAST:
+        return None
+    room = int(counts.max())
+    sorted_ = torch.where(alone, distances, n).sort(dim=1).values[:, :room]
+    together = layout.offset & ~alone
+    rest = replace(layout, offset=together if bool(together.any()) else None)
+    return Scattered(layout, F.pad(sorted_, (0, 1), value=n).contiguous(), rest, layout.end[0].contiguous())
+
+
+def _below(offsets: Tensor, length: int, positions: int) -> Tensor:
+    first = torch.arange(0, length, positions, dtype=torch.int32, device=offsets.device)
+    rows = torch.stack([first, first + positions - 1]).clamp_max(length - 1)
+    counts = [torch.searchsorted(offsets, row.expand(len(offsets), -1).contiguous(), right=True) for row in rows]
+    return torch.stack(counts).int()

@@ -1,0 +1,188 @@
+"""Scattered diagonals: which they are, and prefill pair by pair, interpreted, against the float64 oracle."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from attnsieve import Layout, Spans, compile_layout
+from attnsieve.backends import cost_work
+from attnsieve.backends import triton as backend
+from attnsieve.backends.call import Call
+from attnsieve.patterns import FOREVER, diagonals, window
+from attnsieve.testing import assert_within_budget
+from tests.interpreter import needs_interpreter
+
+scattered = pytest.importorskip("attnsieve.backends.triton.scattered", exc_type=ImportError).scattered
+pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")]
+N = 1100
+
+
+@pytest.fixture(autouse=True)
+def _garbage_in_new_memory():
+    """torch.empty gives NaN, so that an unwritten output shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def layout_of(heads, *, n=N, width=5, columns=7, offsets=20, together=(), seed=0):
+    """A window and columns, and random diagonals, for each head others."""
+    generator = torch.Generator().manual_seed(seed)
+    end = (torch.arange(n, dtype=torch.int32) + width).repeat(1, heads, 1)
+    offset = torch.zeros(1, heads, n, dtype=torch.bool)
+    for h in range(heads):
+        end[0, h, torch.randperm(n, generator=generator)[:columns]] = FOREVER
+        offset[0, h, torch.randperm(n, generator=generator)[: offsets + h]] = True
+        offset[0, h, list(together)] = True
+    return Layout(n, end, offset)
+
+
+def call_of(layout, *, batch=1, group=2, kv_heads=2, q_len=None, width=64, spans=None, bias=True, dtype=torch.float16):
+    n = layout.length
+    q_len = n if q_len is None else q_len
+    q = torch.randn(batch, kv_heads * group, q_len, width, dtype=dtype)
+    k, v = torch.randn(2, batch, kv_heads, n, width, dtype=dtype)
+    key_bias = torch.randn(batch, kv_heads, n) if bias else None
+    return Call(q, k, v, layout, Spans.full(batch, q_len, n) if spans is None else spans, width**-0.5, key_bias)
+
+
+def check(call):
+    assert scattered(call) is not None
+    out, lse = backend.run(call)
+    assert_within_budget(out, lse, call)
+
+
+def test_the_parts_share_no_pair_and_are_the_layout():
+    layout = layout_of(2, together=range(200, 230))
+    parts = scattered(call_of(layout))
+    assert parts is not None
+    assert parts.rest.offset is not None
+    for h in range(2):
+        alone = torch.zeros(N + 1, dtype=torch.bool)
+        alone[parts.offsets[h].long()] = True
+        alone = alone[:N]
+        assert not bool((alone & parts.rest.offset[0, h]).any())
+        assert torch.equal(alone | parts.rest.offset[0, h], layout.offset[0, h])
+        # Thirty in succession share their tiles.
+        assert not bool(alone[200:230].any())
+    assert torch.equal(parts.rest.end, layout.end)
+
+
+def test_offsets_below_a_tile():
+    parts = scattered(call_of(layout_of(1), kv_heads=1))
+    offsets = parts.offsets[0, :-1]
+    inside, touching = parts.below(64)[:, 0].tolist()
+    assert inside == [int((offsets <= 64 * t).sum()) for t in range(18)]
+    assert touching == [int((offsets <= min(64 * t + 63, N - 1)).sum()) for t in range(18)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"offset": None}, {"passing": True}, {"offset": torch.arange(N).expand(1, 4, N) < 40}],
+    ids=["no offsets", "chosen", "a band"],
+)
+def test_other_layouts_go_by_tiles(change):
+    assert scattered(call_of(layout_of(4))) is not None
+    assert scattered(call_of(replace(layout_of(4), **change))) is None
+
+
+def test_few_diagonals_other_widths_and_float32_go_by_tiles():
+    assert scattered(call_of(layout_of(4, offsets=9))) is None
+    assert scattered(call_of(layout_of(4), width=80)) is None
+    assert scattered(call_of(layout_of(4), dtype=torch.float32)) is None
+
+
+@pytest.mark.parametrize("heads", [2, 4], ids=["shared", "own"])
+@pytest.mark.parametrize(("width", "bias"), [(64, True), (128, False)])
+def test_masks_of_kv_heads_and_of_query_heads(heads, width, bias):
+    check(call_of(layout_of(heads, together=range(300, 320)), width=width, bias=bias))
+
+
+def test_a_group_that_is_no_power_of_two():
+    check(call_of(layout_of(1), group=3, kv_heads=1, q_len=250))
+
+
+@pytest.mark.parametrize("q_len", [33, 300])
+def test_chunks_and_padding_that_holds_nan(q_len):
+    pads = (0, 401)
+    call = call_of(layout_of(2), batch=2, q_len=q_len, spans=Spans.left_padded(torch.tensor(pads), q_len, N))
+    for b, pad in enumerate(pads):
+        call.k[b, :, :pad] = torch.nan
+        call.v[b, :, :pad] = torch.nan
+    check(call)
+
+
+def test_packed_documents():
+    check(call_of(layout_of(1), kv_heads=1, spans=Spans.packed([300, 1, 517, 70])))
+
+
+def test_rows_of_a_corner_follow_the_corner():
+    layout = layout_of(2)
+    corner = torch.randint(0, 256, (2, 40, 5), dtype=torch.uint8)
+    check(call_of(replace(layout, corner=corner, corner_rows=torch.tensor([40, 7], dtype=torch.int32))))
+
+
+def test_rows_that_keep_nothing_else():
+    """Their weights have no LSE to be relative to; rows above the first diagonal keep nothing at all."""
+    layout = layout_of(2)
+    offset = layout.offset.clone()
+    offset[..., :30] = False
+    call = call_of(replace(layout, end=torch.zeros_like(layout.end), offset=offset))
+    call.q.mul_(30)
+    out, lse = backend.run(call)
+    assert bool((lse == -torch.inf).any())
+    assert_within_budget(out, lse, call)
+
+
+def test_scores_far_above_those_of_other_keys():
+    """Relative to the LSE of other keys the weights are beyond float32."""
+    call = call_of(layout_of(2), bias=False, q_len=300)
+    call.k[..., 0] = 0
+    call.q[..., 0] = 30
+    call.k[:, :, 300:304, 0] = 60
+    check(call)
+
+
+@pytest.mark.parametrize(("where", "value"), [("k", torch.nan), ("v", torch.nan), ("v", torch.inf)])
+def test_what_is_not_finite_reaches_only_rows_that_keep_its_key(where, value):
+    call = call_of(layout_of(2), bias=False, q_len=300)
+    clean, _ = backend.run(call)
+    getattr(call, where)[:, :, 140, 3] = value
+    out, _ = backend.run(call)
+    keeps = call.layout.dense(torch.arange(N - 300, N), torch.tensor([140]))[..., 0].repeat_interleave(2, 1)
+    assert 8 < int(keeps.sum()) < keeps.numel()
+    assert torch.equal(out.isfinite().all(-1), ~keeps)
+    torch.testing.assert_close(out[~keeps], clean[~keeps], rtol=0, atol=2e-3)
+
+
+def test_gradients_are_those_of_the_whole_layout():
+    call = call_of(layout_of(1), group=1, kv_heads=1, bias=False)
+    inputs = [x.requires_grad_() for x in (call.q, call.k, call.v)]
+    out, _ = backend.run(call)
+    found = torch.autograd.grad(out.float().square().sum(), inputs)
+    rows = torch.arange(N)
+    scores = (call.q.double() @ call.k.double().mT * call.scale).masked_fill(~call.layout.dense(rows, rows), -torch.inf)
+    expected = torch.autograd.grad((scores.softmax(-1) @ call.v.double()).square().sum(), inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=0.02, atol=0.02)
+
+
+def test_keys_and_values_in_any_order_of_memory():
+    call = call_of(layout_of(2), bias=False, q_len=200)
+    expected, _ = backend.run(call)
+    views = {name: getattr(call, name).transpose(1, 2).contiguous().transpose(1, 2) for name in ("q", "k", "v")}
+    found, _ = backend.run(replace(call, **views))
+    assert torch.equal(found, expected)
+
+
+def test_predictions_count_pairs_of_diagonals():
+    layout = compile_layout([window(4) | diagonals(*range(100, 1060, 48))] * 2, length=N)
+    call = call_of(layout)
+    pairs = 4 * sum(N - offset for offset in range(100, 1060, 48))
+    amounts = cost_work.work(call, "triton")
+    unit = cost_work.work(replace(call, layout=compile_layout([window(4)] * 2, length=N)), "triton")
+    assert amounts is not None
+    assert unit is not None
+    assert amounts.pop("diagonal") == pytest.approx(pairs * (0.2 + 0.8 / 2) / 1e9)
+    assert amounts == unit
