@@ -75,6 +75,12 @@ STANDARD = {
         ("prefill", "blocks-10", LLAMA, "8192", "flex-triton,flex-flash", "cudnn,fa4"),
         ("prefill", "C", LLAMA, "32768", "flex-triton,flex-flash", "cudnn,fa4"),
     ],
+    "scattered": [
+        ("prefill", "A;A+", LLAMA, "32768", "triton", "fa4"),
+        ("prefill", "A;A+", LLAMA, "8192", "triton", "fa4"),
+        ("prefill", "A", LLAMA, "131072", "triton", "fa4"),
+        ("prefill", "A", OTHERS[0], "32768", "triton", "fa4"),
+    ],
     # Who is fastest, measured and not chosen: what costs of other shapes are fitted to.
     "choices": [
         *(("prefill", "blocks-10;C;columns-50", shape, "32768", "triton,fa4", "fa4") for shape in OTHERS),
