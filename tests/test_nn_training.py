@@ -75,6 +75,27 @@ def test_a_resumed_run_ends_as_an_unbroken_one(text, tmp_path):
     assert next(row["loss"] for row in again if row["step"] == 6) == next(row["loss"] for row in log if row["step"] == 6)
 
 
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 1), (2, 3), (5, 2)])
+def test_a_text_is_read_again_within_a_batch_and_a_step(batch_size, accumulation, tmp_path):
+    """A text of three blocks trains as if it stood there many times, and a run that is resumed beyond its end goes on there."""
+    story = sentences(40)[: 3 * 48 - 1]
+    chosen = settings(steps=4, batch_size=batch_size, accumulation=accumulation, save_every=3)
+    models = {name: fresh() for name in ("short", "long", "resumed")}
+    train(models["short"], characters(), [story], tmp_path / "short", chosen)
+    train(models["long"], characters(), [story] * 20, tmp_path / "long", chosen)
+    (tmp_path / "resumed").mkdir()
+    for name in ("checkpoint-3", "run.json"):
+        (tmp_path / "short" / name).rename(tmp_path / "resumed" / name)
+    train(models["resumed"], characters(), [story], tmp_path / "resumed", chosen, resume=True)
+    weights = [model.state_dict().values() for model in models.values()]
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*weights, strict=True))
+
+
+def test_documents_that_can_be_read_once_only_are_refused(tmp_path):
+    with pytest.raises(UserError, match="documents are read several times"):
+        train(fresh(), characters(), (story for story in [sentences(40)]), tmp_path, settings())
+
+
 def test_a_finished_run_stays_as_it_is_when_it_is_resumed(text, tmp_path):
     whole, again = fresh(), fresh()
     log = train(whole, characters(), text, tmp_path, settings())

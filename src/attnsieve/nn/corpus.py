@@ -49,6 +49,21 @@ class TokenBlocks(IterableDataset[dict[str, Tensor]]):
         )
 
 
+class Endless(IterableDataset[dict[str, Tensor]]):
+    """The blocks of a text, which is read again when it ends.
+
+    Trainer would begin a new epoch there instead: with a smaller batch before it, with gradients of batches that are too few to be
+    accumulated, for ever where a text has no more of them; and it would resume at another place.
+    """
+
+    def __init__(self, blocks: TokenBlocks) -> None:
+        self.blocks = blocks
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield from self.blocks
+
+
 def open_text(source: str | Path | Iterable[str]) -> Callable[[], Iterator[tuple[str, bool]]]:
     """A function that starts reading: pieces of text, and whether each ends its document.
 
@@ -57,6 +72,9 @@ def open_text(source: str | Path | Iterable[str]) -> Callable[[], Iterator[tuple
     or any iterable of documents that can be read again. Raises UserError for anything else.
     """
     if not isinstance(source, str | Path):
+        require(
+            iter(source) is not source, "documents are read several times: give a list, or what begins anew when it is iterated"
+        )
         return lambda: ((text, True) for text in source)
     if str(source).startswith("hub:"):
         return lambda: _hub(str(source)[4:])

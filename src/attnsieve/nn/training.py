@@ -26,7 +26,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from attnsieve.errors import require
-from attnsieve.nn.corpus import TokenBlocks, beginning, open_text
+from attnsieve.nn.corpus import Endless, TokenBlocks, beginning, open_text
 from attnsieve.nn.monitor import SelectionMonitor
 
 
@@ -104,7 +104,7 @@ def train(
             model,
             _arguments(settings, out),
             data_collator=default_data_collator,  # blocks are full: nothing to pad
-            train_dataset=blocks,
+            train_dataset=Endless(blocks),
             processing_class=tokenizer,
         )
         trainer.watch(monitor)
