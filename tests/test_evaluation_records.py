@@ -71,13 +71,20 @@ def test_rows_of_other_files_have_other_names(folder, tmp_path):
     for name in ("longbench:hotpotqa", "lv-eval:factrecall_en_16k"):
         file = folder / f"{name.split(':')[1]}.jsonl"
         before = make_task(name, data=folder).variant
-        assert before.startswith(f"{file.stem}@")
+        assert len(before) == 8
         file.write_text(json.dumps(record(0)) + "\n")
         assert before != make_task(name, data=folder).variant != ""
     conversations = tmp_path / "talks.jsonl"
     conversations.write_text(json.dumps({"topic": "a", "conversation": "b"}))
-    assert make_task("longeval-topics", data=conversations).variant.startswith("official talks@")
+    assert make_task("longeval-topics", data=conversations).variant.startswith("official ")
     assert make_task("longeval-topics").variant == "synthetic"
+
+
+def test_a_file_for_a_folder_and_no_room_for_a_prompt_are_refused(folder):
+    with pytest.raises(UserError, match=r"is a file: give the folder that holds trec\.jsonl"):
+        make_task("longbench:trec", data=folder / "trec.jsonl").items(tokenizer(), 64, 1, 0)
+    with pytest.raises(UserError, match="cuts prompts to 1 tokens, of which nothing is left"):
+        make_task("longbench:trec", data=folder).items(tokenizer(), 1, 1, 0)
 
 
 def test_scores_follow_the_set(folder):

@@ -119,7 +119,7 @@ def test_topics_from_the_official_file(tmp_path):
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     task = topics(path)
-    assert task.variant.startswith("official conversations@")
+    assert task.variant.startswith("official ")
     (item,) = task.items(tokenizer(), 1500, 1, 0)
     first = re.search(r"Now the record start. USER: I would like to discuss the art of (\d+)", item.queries[0].prompt)[1]
     assert item.queries[0].answers == (f"The art of {first}",)

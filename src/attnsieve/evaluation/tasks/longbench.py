@@ -19,7 +19,7 @@ from attnsieve.evaluation.metrics import (
     rouge_l,
 )
 from attnsieve.evaluation.tasks.questions import Generation, Query
-from attnsieve.evaluation.tasks.records import RecordTask, named_by_content, read_records
+from attnsieve.evaluation.tasks.records import RecordTask, content_digest, read_records
 
 HUB = "zai-org/LongBench"
 ARCHIVE = "data.zip"
@@ -50,7 +50,7 @@ def longbench_task(name: str, source: str | Path = HUB) -> RecordTask:
     chosen = SETS[name]
     generation = Generation(chosen.metric, _best(name, chosen.score), chosen.new_tokens, "\n" if name == "samsum" else None)
     records = lambda: read_records(source, f"{name}.jsonl", ARCHIVE)  # noqa: E731
-    variant = named_by_content(Path(source) / f"{name}.jsonl")
+    variant = content_digest(Path(source) / f"{name}.jsonl")
     chat = name not in PLAIN
     return RecordTask(f"longbench:{name}", records, chosen.template, _query, generation, chat=chat, variant=variant)
 

@@ -11,7 +11,7 @@ from random import Random
 from attnsieve.errors import UserError, require
 from attnsieve.evaluation.metrics import last_integer
 from attnsieve.evaluation.tasks.questions import Generation, Item, Query, QuestionTask
-from attnsieve.evaluation.tasks.records import named_by_content
+from attnsieve.evaluation.tasks.records import content_digest
 from attnsieve.evaluation.tasks.retrieval import QUERIES
 from attnsieve.evaluation.words import ADJECTIVES, NOUNS, distinct_keys
 from attnsieve.files import read_utf8
@@ -62,7 +62,7 @@ def topics(conversations: Path | None = None) -> QuestionTask:
         build: Callable[[Random, int], Item] = lambda random, count: _topics([_made_up(random) for _ in range(count)])  # noqa: E731
     else:
         build = lambda random, count: _topics(_drawn(random, official, count))  # noqa: E731
-    variant = "synthetic" if conversations is None else f"official {named_by_content(conversations)}"
+    variant = "synthetic" if conversations is None else f"official {content_digest(conversations)}"
     generation = Generation("topic_match", _names_topic, 50)
     return QuestionTask("longeval-topics", build, forced=False, generation=generation, chat=True, least=1, variant=variant)
 

@@ -10,7 +10,7 @@ from typing import Any
 from attnsieve.errors import require
 from attnsieve.evaluation.metrics import chinese_words, cut_chinese, english_words, f1, normalized_chinese, rouge_l
 from attnsieve.evaluation.tasks.questions import Generation, Query
-from attnsieve.evaluation.tasks.records import RecordTask, named_by_content, read_records
+from attnsieve.evaluation.tasks.records import RecordTask, content_digest, read_records
 
 HUB = "Infinigence/LVEval"
 LEVELS = ("16k", "32k", "64k", "128k", "256k")
@@ -129,7 +129,7 @@ def lv_eval_task(name: str, source: str | Path = HUB) -> RecordTask:
     )
     template, metric, score, new_tokens = SETS[subset]
     records = lambda: read_records(source, f"{name}.jsonl", f"{subset}.zip")  # noqa: E731
-    variant = named_by_content(Path(source) / f"{name}.jsonl")
+    variant = content_digest(Path(source) / f"{name}.jsonl")
     return RecordTask(f"lv-eval:{name}", records, template, _query, Generation(metric, score, new_tokens), variant=variant)
 
 

@@ -25,7 +25,7 @@ class RecordTask(Task):
     """Records whose prompt loses its middle beyond the length, as their benchmark does it.
 
     records: called once, when items are asked for. template: a format string over the record's fields. query: the answers
-    and what else the metric needs. variant: the file, see `named_by_content`. Items are drawn from the records by the seed.
+    and what else the metric needs. variant: the file, see `content_digest`. Items are drawn from the records by the seed.
     """
 
     name: str
@@ -38,6 +38,7 @@ class RecordTask(Task):
 
     def items(self, tokenizer: Any, length: int, count: int, seed: int) -> Sequence[Item]:
         """See `Task.items`; `length` bounds the prompt before the chat template, as in the benchmarks."""
+        require(length > 1, f"{self.name} cuts prompts to {length} tokens, of which nothing is left: use a longer length")
         records = self.records()
         require(count <= len(records), f"{self.name} has {len(records)} records, {count} were asked for: ask for fewer items")
         chosen = Random(f"{self.name}/{seed}").sample(records, count)
@@ -56,12 +57,12 @@ class RecordTask(Task):
         return Item((self.query(as_chat(tokenizer, prompt) if self.chat else prompt, record),))
 
 
-def named_by_content(path: Path) -> str:
-    """The name of a file with 8 hex digits of its sha256, which tells rows of different files apart; empty where there is none."""
+def content_digest(path: Path) -> str:
+    """8 hex digits of a file's sha256, which tell rows of different files apart; empty where there is none."""
     if not path.is_file():
         return ""
     with path.open("rb") as file:
-        return f"{path.stem}@{hashlib.file_digest(file, 'sha256').hexdigest()[:8]}"
+        return hashlib.file_digest(file, "sha256").hexdigest()[:8]
 
 
 def read_records(source: str | Path, file: str, archive: str) -> list[dict[str, Any]]:
@@ -70,6 +71,7 @@ def read_records(source: str | Path, file: str, archive: str) -> list[dict[str, 
     Raises UserError for a missing file, a data set that cannot be reached and records without input, context and answers.
     """
     folder = Path(source)
+    require(not folder.is_file(), f"{folder} is a file: give the folder that holds {file}")
     if folder.is_dir():
         path = folder / file
         require(path.is_file(), f"no file {path}; expected the benchmark's JSON lines under that name")
