@@ -10,7 +10,9 @@ from tests.cli_tiny import attnsieve, make_folder, refused, save_tiny_model
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("cli"))
+    folder = make_folder(tmp_path_factory.mktemp("cli"))
+    (folder / "evaluated.jsonl").write_text('{"model": "llama", "task": "kv"}\n')
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,7 @@ def work(tmp_path_factory):
         (["eval", "{}/model", "--pattern", "dense()", "--out", "rows.csv"], "got 'rows.csv'"),
         (["eval", "{}/model", "--plan", "{}/profile"], "expected a saved plan"),
         (["bench", "prefill", "--masks", ";", "--lengths", "64"], "give at least one mask"),
+        (["bench", "prefill", "--lengths", "64", "--out", "{}/evaluated.jsonl"], "holds no rows of benchmarks"),
         (["run", "{}/model", "--prompt", "a", "--plan", "{}/plan", "--pattern", "dense()"], "--plan DIRECTORY or --pattern"),
         (["run", "{}/model", "--prompt", "a", "--pattern", "windw(4)"], "did you mean window?"),
         (["run", "{}/model", "--prompt", "a", "--pattern", "empty()"], "8 heads keep no key in any row"),

@@ -15,6 +15,7 @@ from attnsieve.bench.check import Verdict
 from attnsieve.bench.timing import Times
 from attnsieve.device import device_name
 from attnsieve.environment import environment
+from attnsieve.errors import require
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,14 @@ class Row:
             f"{self.op} {self.backend} {self.mask} {self.q_len}x{self.kv_len} density {self.density:.4f}{building}: "
             f"{self.ms_p50:.3f} ms ({self.ms_p20:.3f} to {self.ms_p80:.3f}){against}"
         )
+
+
+def check_target(path: Path) -> None:
+    """Raise UserError where `path` holds rows of another kind, which would no longer be readable among these."""
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            first = file.readline()
+        require(not first.strip() or '"op":' in first, f"{path} holds no rows of benchmarks: choose another file")
 
 
 def write(rows: Iterable[Row], path: Path) -> None:

@@ -51,10 +51,12 @@ def bench(
     Example: attnsieve bench prefill --masks "blocks-10;C;sink(4) | window(1024)" --lengths 8K,32K --backends triton,fa4
     """
     from attnsieve.bench.check import WrongResult
-    from attnsieve.bench.rows import write
+    from attnsieve.bench.rows import check_target, write
     from attnsieve.bench.suite import Skipped
 
     options.rows_file(out)
+    if out is not None:
+        check_target(out)
     where = options.device_of(device)
     number = options.dtype_of(dtype, where)
     given = _parts(masks, ";")
