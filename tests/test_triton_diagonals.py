@@ -69,6 +69,14 @@ def test_the_parts_share_no_pair_and_are_the_layout():
     assert torch.equal(parts.rest.end, layout.end)
 
 
+def test_a_few_that_share_tiles_go_along_with_many_that_do_not():
+    layout = layout_of(2, n=8000, offsets=60, together=range(300, 309))
+    parts = scattered(call_of(layout))
+    assert parts is not None
+    assert parts.rest.offset is None
+    assert int((parts.offsets < 8000).sum()) == int(layout.offset.sum())
+
+
 def test_offsets_below_a_tile():
     parts = scattered(call_of(layout_of(1), kv_heads=1))
     offsets = parts.offsets[0, :-1]

@@ -19,6 +19,8 @@ from attnsieve.layout import Layout
 # Diagonals that share a tile lie less than this apart; as many as `_SHARING` of them are worth a tile.
 _APART = 64
 _SHARING = 6
+# A few that share tiles go along with many that do not: masks without diagonals have faster tiles.
+_FEW = 0.25
 # Scattered diagonals of a head below which passing on what tiles have summed up takes longer than their tiles.
 _LEAST = 16
 _WIDTHS = (64, 128)
@@ -67,13 +69,14 @@ def _split(layout: Layout) -> Scattered | None:
     before = F.pad(offset.cumsum(1, dtype=torch.int32), (1, 0))
     near = before[:, (distances + _APART).clamp_max(n)] - before[:, (distances - _APART + 1).clamp_min(0)]
     alone = offset & (near < _SHARING)
+    if float((offset & ~alone).sum()) <= _FEW * float(alone.sum()):
+        alone = offset
     counts = alone.sum(1)
     if float(counts.double().mean()) < _LEAST:
         return None
     room = int(counts.max())
     sorted_ = torch.where(alone, distances, n).sort(dim=1).values[:, :room]
-    together = layout.offset & ~alone
-    rest = replace(layout, offset=together if bool(together.any()) else None)
+    rest = replace(layout, offset=layout.offset & ~alone if bool((offset & ~alone).any()) else None)
     return Scattered(layout, F.pad(sorted_, (0, 1), value=n).contiguous(), rest, layout.end[0].contiguous())
 
 
