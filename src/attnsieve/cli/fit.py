@@ -43,7 +43,9 @@ def fit(
         float | None, typer.Option(help="Budget: mean share of causal pairs kept, with the least error.")
     ] = None,
     mass: Annotated[float | None, typer.Option(help="Budget: every head keeps this share of its mass, most cheaply.")] = None,
-    max_error: Annotated[float | None, typer.Option(help="Budget: output error per layer, at the least density.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Budget: mean over layers of the relative squared output error, at the least density.")
+    ] = None,
     share: Annotated[
         str | None, typer.Option(help="With a budget: kv gives the query heads of a KV group one pattern, none does not.")
     ] = None,
