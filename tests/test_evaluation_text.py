@@ -77,6 +77,21 @@ def test_bad_files_are_refused(tmp_path):
         text_source(tmp_path / "latin.txt")
 
 
+def test_of_a_huge_text_pieces_from_all_over_are_cut_into_tokens(monkeypatch):
+    monkeypatch.setattr(text, "MOST_CHARACTERS", 6400)
+    lines, read = "".join(f"{number:09d}\n" for number in range(10_000)), []
+    monkeypatch.setattr(text, "encode", lambda tokens, piece: read.append(piece) or encode(tokens, piece))
+    windows = token_windows(TextSource("lines", lambda _: lines), tokenizer(), 50, 3, 0)
+    assert [len(window) for window in windows] == [50] * 3
+    pieces = max(read, key=len)
+    assert len(pieces) == 6400
+    assert [pieces[k : k + 100] in lines for k in range(0, 6400, 100)] == [True] * 64
+    assert pieces.startswith(lines[:100])
+    assert pieces.endswith(lines[-100:])
+    # What is asked for is never too long to be read.
+    assert len(token_windows(TextSource("lines", lambda _: lines), tokenizer(), 5000, 3, 0)) == 3
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_windows_are_separate_stretches(bos):
     tokens = tokenizer(bos=bos)

@@ -20,6 +20,9 @@ from attnsieve.files import read_utf8
 
 # More characters than the tokens of any text we know take: what a source is asked for when tokens are wanted.
 CHARACTERS_PER_TOKEN = 8
+# A longer text is cut into tokens in this many pieces from all over it, of this many characters together: tokens take 150 times the
+# room of characters.
+PIECES, MOST_CHARACTERS = 64, 1 << 24
 VERBS = ("found", "lost", "carried", "painted", "sold", "hid", "borrowed", "followed", "watched", "repaired")
 
 
@@ -53,7 +56,8 @@ def token_windows(source: TextSource, tokenizer: Any, length: int, count: int, s
     Raises UserError if the text is too short for that many.
     """
     require(length > 1 and count > 0, f"expected at least one window of at least 2 tokens, got {count} of {length}")
-    text = source.read(length * count * CHARACTERS_PER_TOKEN)
+    wanted = length * count * CHARACTERS_PER_TOKEN
+    text = _from_all_over(source.read(wanted), max(wanted, MOST_CHARACTERS))
     start = encode(tokenizer, "")
     ids = encode(tokenizer, text)[len(start) :]
     size = length - len(start)
@@ -65,6 +69,14 @@ def token_windows(source: TextSource, tokenizer: Any, length: int, count: int, s
     )
     gaps = sorted(Random(f"windows/{seed}").randint(0, spare) for _ in range(count))
     return [start + ids[gap + place * size : gap + (place + 1) * size] for place, gap in enumerate(gaps)]
+
+
+def _from_all_over(text: str, most: int) -> str:
+    """`text`, or about `most` characters of it in evenly spread pieces."""
+    if len(text) <= most:
+        return text
+    size = -(-most // PIECES)
+    return "".join(text[start : start + size] for start in ((len(text) - size) * k // (PIECES - 1) for k in range(PIECES)))
 
 
 def synthetic_text(characters: int, seed: int = 0) -> str:
