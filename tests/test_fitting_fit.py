@@ -272,6 +272,7 @@ def test_a_threshold_that_drops_everything_is_refused():
         ({"floor": 0.0}, "set a floor"),
         ({"share": 0.0}, "share"),
         ({"preset": "paper", "eps": 0.0}, "eps"),
+        ({"dense_layers": 99}, "dense_layers must be from 0 to"),
         ({"force_sink": -1}, "force_sink must be a whole number, got -1"),
         ({"preset": "paper", "tau": "much"}, "tau must be a finite number, got 'much'"),
         ({"preset": "paper", "tau": float("nan")}, "tau must be a finite number, got nan"),

@@ -38,11 +38,12 @@ def fit(profile: Profile | Sequence[Profile], *, preset: str = "robust", **overr
     settings = resolve(preset, overrides)
     profiles = [profile] if isinstance(profile, Profile) else list(profile)
     pcl = capture_length(profiles, settings)
-    model = profiles[0].fingerprint
+    model, first = profiles[0].fingerprint, settings.dense_layers
+    require(first <= model.layers, f"dense_layers must be from 0 to {model.layers}, got {first}")
     layers = []
     for layer in range(model.layers):
         observed = Observed.of(profiles, layer)
-        rules = [dense_heads(observed)] if layer < settings.dense_layers else candidates(observed, settings, pcl)
+        rules = [dense_heads(observed)] if layer < first else candidates(observed, settings, pcl)
         layers.append(_select(rules, settings.floor))
     density, retained = (
         torch.stack([getattr(layer, name) for layer in layers]).clamp(0, 1).float() for name in ("density", "retained")
