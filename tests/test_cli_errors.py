@@ -70,6 +70,8 @@ def work(tmp_path_factory):
         (["run", "{}/model", "--prompt", "a", "--plan", "{}/plan", "--pattern", "dense()"], "--plan DIRECTORY or --pattern"),
         (["run", "{}/model", "--prompt", "a", "--pattern", "windw(4)"], "did you mean window?"),
         (["run", "{}/model", "--prompt", "a", "--pattern", "empty()"], "8 heads keep no key in any row"),
+        (["run", "{}/model", "--prompt", "a", "--pattern", "dense_decode()"], "8 heads keep no key in any row"),
+        (["run", "{}/model", "--prompt", "a", "--pattern", "last_queries(4)"], "8 heads keep no key in any row"),
         (["run", "{}/model", "--prompt", " ", "--pattern", "dense()"], "the prompt is empty"),
         (["run", "{}/model", "--prompt", "a\udcffb", "--pattern", "dense()"], "the prompt is not UTF-8"),
         (["run", "{}/model", "--prompt", "a", "--pattern", ""], "cannot read pattern ''"),

@@ -15,6 +15,7 @@ from attnsieve.errors import require
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.patterns import Captured, Pattern
 from attnsieve.patterns.corner import pack_bits, unpack_bits
+from attnsieve.patterns.dynamic import DenseDecode, DensePrefill, LastQueries
 
 MAX_HEADS = 1 << 20
 MAX_CORNER = 1 << 16
@@ -28,7 +29,8 @@ class Plan(Artefact):
     density, retained: fp32 [layers, heads] or None, the expected share of causal pairs kept and of attention mass kept, at
     the length that provenance names.
 
-    Raises UserError for counts that do not match the fingerprint, for what is no Pattern, and for a head that keeps no key in any row.
+    Raises UserError for counts that do not match the fingerprint, for what is no Pattern, and for a head that keeps no key in any row
+    of prompts or of decode steps.
     """
 
     fingerprint: Fingerprint
@@ -54,8 +56,8 @@ class Plan(Artefact):
         silent = [f"L{layer}H{head}" for layer, row in numbered for head in range(heads) if _silent(row[head])]
         require(
             not silent,
-            f"{len(silent)} heads keep no key in any row ({', '.join(silent[:8])}): their output would be 0 everywhere; "
-            "lower the threshold or use dense() for them",
+            f"{len(silent)} heads keep no key in any row ({', '.join(silent[:8])}) of prompts or of decode steps, where their output "
+            "would be 0: lower the threshold, join another pattern, or use dense() for them",
         )
         for name in ("density", "retained"):
             _check_share(name, getattr(self, name), (layers, heads))
@@ -162,7 +164,9 @@ def _causal(bits: np.ndarray, digest: str) -> np.ndarray:
 
 
 def _silent(pattern: Pattern) -> bool:
-    return all(isinstance(atom, Captured) and not atom.bits.any() for atom in pattern)
+    """Whether a pattern keeps nothing in any row, of prompts or of decode steps."""
+    atoms = [atom for atom in pattern if not isinstance(atom, Captured) or atom.bits.any()]
+    return any(all(isinstance(atom, others) for atom in atoms) for others in (DenseDecode, (DensePrefill, LastQueries)))
 
 
 def _check_share(name: str, share: Tensor | None, shape: tuple[int, int]) -> None:
