@@ -27,7 +27,7 @@ from attnsieve.backends.triton.scattered import Scattered
 # Numbers of K that a row takes at a time: 128 bytes, which eight threads hold. More threads per row would repeat more of what is done
 # once per pair.
 _PART = tl.constexpr(64)
-_TILES = Tiles(rows=128, keys=64, warps=8, stages=1)
+_TILES = Tiles(rows=128, keys=64, warps=16, stages=1)
 
 
 @triton.jit
