@@ -280,7 +280,7 @@ def test_steps_refuse_what_does_not_fit_and_copies_take_them_anew():
     for wrong in ((q[:, :3], k, v), (q.double(), k, v), (q[..., :8], k, v), (q.expand(2, -1, -1, -1), k, v), (q, *two)):
         with pytest.raises(UserError, match="a step takes one token"):
             store.step(*wrong, 0.25)
-    with pytest.raises(UserError, match="scale must be a finite number, got nan"):
+    with pytest.raises(UserError, match="scale must be a finite number in float32, got nan"):
         store.step(q, k, v, torch.nan)
     again = pickle.loads(pickle.dumps(store))
     torch.testing.assert_close(again.step(q, k, v, 0.25), store.step(q, k, v, 0.25))

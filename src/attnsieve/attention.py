@@ -46,7 +46,7 @@ def attend(
 
     q [B, Hq, Tq, D]; k [B, Hkv, Tk, D]; v [B, Hkv, Tk, Dv]; key_bias [B, Hkv, Tk] or None. Query head h reads KV head
     h // (Hq // Hkv). The layout has Hq heads, or Hkv when the heads of a group share a mask. `spans` says where the
-    sequences are; by default every batch row is one, its queries the last Tq of Tk positions. `scale`, a finite number,
+    sequences are; by default every batch row is one, its queries the last Tq of Tk positions. `scale`, finite in float32,
     defaults to 1 / sqrt(D). Returns out [B, Hq, Tq, Dv] in q's dtype and, with `return_lse`, the LSE [B, Hq, Tq] in float32 (float64
     for float64 inputs; -inf for rows that keep no key, whose output is 0). Differentiable in q, k, v and key_bias; gradients
     repeat bit for bit under torch.use_deterministic_algorithms(True). One operation under torch.compile.

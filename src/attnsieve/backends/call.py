@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 from numbers import Real
 
 import torch
@@ -14,6 +13,8 @@ from attnsieve.device import in_forward_mode
 from attnsieve.layout import Layout
 from attnsieve.spans import Spans
 
+# Scores are computed in float32 at least: a scale beyond it is infinite there.
+_LARGEST_SCALE = torch.finfo(torch.float32).max
 # Up to this many query slots a call reads keys rather than computes: every query is decoded by itself.
 DECODE_QUERIES = 8
 
@@ -56,9 +57,9 @@ class Call:
 
 def problem_of_scale(scale: object) -> str | None:
     """What is wrong with the number that scores are multiplied by."""
-    if isinstance(scale, Real) and not isinstance(scale, bool) and isfinite(scale):
+    if isinstance(scale, Real) and not isinstance(scale, bool) and abs(scale) <= _LARGEST_SCALE:  # type: ignore[operator]
         return None
-    return f"scale must be a finite number, got {scale!r}"
+    return f"scale must be a finite number in float32, got {scale!r}"
 
 
 def why_not_plain(call: Call, kernels: str) -> str | None:
