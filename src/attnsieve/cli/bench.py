@@ -59,9 +59,14 @@ def bench(
         check_target(out)
     where = options.device_of(device)
     number = options.dtype_of(dtype, where)
-    given = _parts(masks, ";")
-    require(bool(given), f"give at least one mask with --masks, such as blocks-10, got {masks!r}")
-    wanted = _Wanted(op, given, _parts(shapes), options.lengths_of(lengths), _parts(backends), _parts(baselines))
+    wanted = _Wanted(
+        op,
+        options.parts_of(masks, ";"),
+        options.parts_of(shapes),
+        options.lengths_of(lengths),
+        options.parts_of(backends),
+        options.parts_of(baselines),
+    )
     measured = (_whole_models if op == "ttft" else _kernels)(wanted, str(where), number, batch, budget_ms)
     rows: list[Row] = []
     try:
@@ -110,7 +115,3 @@ def _whole_models(wanted: _Wanted, device: str, dtype: torch.dtype, batch: int, 
     dense = ["sdpa"] if wanted.baselines == ["auto"] else wanted.baselines
     for model in wanted.shapes:
         yield from rows(Setting(model, wanted.lengths, wanted.masks, wanted.backends, dense, batch, dtype, device))
-
-
-def _parts(text: str, separator: str = ",") -> list[str]:
-    return [part.strip() for part in text.split(separator) if part.strip()]

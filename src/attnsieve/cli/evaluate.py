@@ -52,7 +52,7 @@ def evaluate(
 
     wanted = named_plans(plan or [], pattern or [])
     measured = options.lengths_of(lengths)
-    chosen = [make_task(name.strip(), text=text, data=data) for name in tasks.split(",")]
+    chosen = [make_task(name, text=text, data=data) for name in options.parts_of(tasks)]
     options.rows_file(out)
     network, tokenizer = options.load(model, device, dtype)
     options.check_positions(network, measured)

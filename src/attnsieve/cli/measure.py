@@ -103,7 +103,7 @@ def text_reader(data: list[str], tasks: str | None):  # type: ignore[no-untyped-
     from attnsieve.evaluation.text import text_source
 
     sources = [text_source(name) for name in data]
-    chosen = [make_task(name.strip()) for name in tasks.split(",")] if tasks else []
+    chosen = [make_task(name) for name in options.parts_of(tasks)] if tasks else []
 
     def read(tokenizer: Any, length: int, count: int, seed: int) -> list[list[int]]:
         items = [task.ids(tokenizer, item) for task in chosen for item in task.items(tokenizer, length, count, seed)]

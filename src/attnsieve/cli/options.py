@@ -35,11 +35,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.", min=0)]
 
 
+def parts_of(text: str, separator: str = ",") -> list[str]:
+    """["a", "b"] from "a, b". Raises UserError for empty entries."""
+    parts = [part.strip() for part in text.split(separator)]
+    require(all(parts), f"an entry of the list {text!r} is empty: fill it in, or leave its {separator!r} out")
+    return parts
+
+
 def lengths_of(text: str) -> list[int]:
     """[1024, 2048] from "1024,2048"; K stands for 1024, as in 4K."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    matches = [re.fullmatch(r"(\d+)([kK]?)", part) for part in parts]
-    good = bool(parts) and all(match is not None and int(match[1]) > 0 for match in matches)
+    matches = [re.fullmatch(r"(\d+)([kK]?)", part) for part in parts_of(text)]
+    good = all(match is not None and int(match[1]) > 0 for match in matches)
     require(good, f"lengths are positive numbers of tokens such as 1024,2048 or 4K, got {text!r}")
     return [int(match[1]) * (1024 if match[2] else 1) for match in matches if match is not None]
 
