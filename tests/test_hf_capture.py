@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
 
 from attnsieve import UserError
-from attnsieve.hf import apply, fingerprint, profile
+from attnsieve.hf import apply, fingerprint, measure, profile
 from attnsieve.hf.texts import documents_of
 from attnsieve.plan import Plan
 from tests.hf_tiny import FAMILIES, GQA, SIZES, VOCAB, logits, tiny, tokens
@@ -147,6 +147,19 @@ def test_probed_lengths_count_as_needed_length():
         profile(tiny("llama"), [tokens(20)], pcl=9, lengths=(21,), **QUIET)
     with pytest.raises(UserError, match="nothing to capture"):
         profile(tiny("llama"), [tokens(20)], pcl=9, lengths=(), maps=False, **QUIET)
+
+
+def test_texts_beyond_the_positions_of_a_model_are_refused():
+    config = GPT2Config(vocab_size=VOCAB, n_layer=1, n_embd=8, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for run in (
+        lambda n: profile(model, [tokens(20)], pcl=n, lengths=(), **QUIET),
+        lambda n: profile(model, [tokens(20)], pcl=4, lengths=(n,), **QUIET),
+        lambda n: measure(model, [tokens(4), tokens(n)], ["window(3)"], **QUIET),
+    ):
+        run(16)
+        with pytest.raises(UserError, match="17 tokens are more than the model's 16 positions"):
+            run(17)
 
 
 @pytest.mark.parametrize("layer", [0, 1])

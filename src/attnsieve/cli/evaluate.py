@@ -47,7 +47,7 @@ def evaluate(
     """
     from attnsieve.evaluation import evaluate as measure
     from attnsieve.evaluation import make_task
-    from attnsieve.hf import fingerprint
+    from attnsieve.hf import check_positions, fingerprint
     from attnsieve.show import result_table
 
     wanted = named_plans(plan or [], pattern or [])
@@ -55,7 +55,7 @@ def evaluate(
     chosen = [make_task(name, text=text, data=data) for name in options.parts_of(tasks)]
     options.rows_file(out)
     network, tokenizer = options.load(model, device, dtype)
-    options.check_positions(network, measured)
+    check_positions(network, max(measured))
     mark = fingerprint(network)
     plans = {name: options.plan_for(choice, mark) for name, choice in wanted.items()}
     rows = [asdict(row) for row in measure(network, tokenizer, plans, chosen, measured, items, seed, out)]

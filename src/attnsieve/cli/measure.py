@@ -65,6 +65,7 @@ def measure(
     Example: attnsieve measure smollm2-135m --data book.txt --tasks kv --lengths 1024,2048 --wide-windows --out measured/book
     """
     from attnsieve.fitting import default_candidates
+    from attnsieve.hf import check_positions
     from attnsieve.hf import measure as compare
     from attnsieve.profiling import Measurement
 
@@ -85,7 +86,7 @@ def measure(
     )
     read = text_reader(data or [], tasks)
     network, tokenizer = options.load(model, device, dtype)
-    options.check_positions(network, wanted)
+    check_positions(network, max(wanted))
     texts = [text for length in sorted(set(wanted)) for text in read(tokenizer, length, documents, seed)]
     found = compare(network, texts, rules, backend=backend)
     found.save_pretrained(out)

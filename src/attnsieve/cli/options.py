@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -100,14 +99,6 @@ def new_folder(path: Path, kind: type[Artefact] | None = None) -> Path:
     if kind is not None:
         kind.check_target(path)
     return path
-
-
-def check_positions(model: Any, lengths: Sequence[int]) -> None:
-    """Raise UserError for lengths beyond the positions that the model was made for."""
-    from attnsieve.hf import longest_text
-
-    most, longest = longest_text(model), max(lengths)
-    require(most is None or longest <= most, f"{longest} tokens are more than the model's {most} positions: lower --lengths")
 
 
 def rows_file(path: Path | None) -> Path | None:

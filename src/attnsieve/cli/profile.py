@@ -38,6 +38,7 @@ def profile(
     Example: attnsieve profile smollm2-135m --data book.txt --documents 32 --out profiles/book
     """
     from attnsieve.evaluation.text import text_source
+    from attnsieve.hf import check_positions
     from attnsieve.hf import profile as observe
     from attnsieve.profiling import Profile
 
@@ -46,7 +47,7 @@ def profile(
     require(len(data) <= documents, f"{len(data)} texts for {documents} documents: raise --documents")
     sources = [text_source(name) for name in data]
     network, tokenizer = options.load(model, device, dtype)
-    options.check_positions(network, [pcl, *probed])
+    check_positions(network, max(pcl, *probed))
     texts = text_windows(sources, tokenizer, max(pcl, *probed), documents, seed)
     observed = observe(network, texts, pcl=pcl, lengths=probed, provenance={"model": model, "data": data, "seed": seed})
     observed.save_pretrained(out)

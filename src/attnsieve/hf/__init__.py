@@ -3,7 +3,7 @@
 from attnsieve.hf.adapter import Handle, apply
 from attnsieve.hf.cache import SparseCache
 from attnsieve.hf.capture import profile
-from attnsieve.hf.geometry import fingerprint, longest_text
+from attnsieve.hf.geometry import check_positions, fingerprint, longest_text
 from attnsieve.hf.loading import load_model
 from attnsieve.hf.measure import measure
 from attnsieve.hf.report import CacheReport, LayerReport, Report
@@ -15,6 +15,7 @@ __all__ = [
     "Report",
     "SparseCache",
     "apply",
+    "check_positions",
     "fingerprint",
     "load_model",
     "longest_text",

@@ -15,7 +15,7 @@ import attnsieve
 from attnsieve.errors import UserError, require
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_not_plain
-from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
+from attnsieve.hf.geometry import AttentionLayer, attention_layers, check_positions, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, LayerState, observing
 from attnsieve.hf.texts import Batch, digest, documents_of, right_padded
 from attnsieve.profiling import Capture, Profile, available_memory, estimate_memory
@@ -39,14 +39,15 @@ def profile(
     restored. provenance is stored with what this function notes itself: documents, tokens, digest of the ids, dtype, versions.
 
     Raises UserError, before any computation, for models without the attention interface or with attention that is not plain
-    softmax, for empty or unreadable texts, for texts too short for `pcl` and `lengths`, and if the sums cannot fit in memory;
-    during it for NaN or infinite scores, naming the layer.
+    softmax, for empty or unreadable texts, for texts too short for `pcl` and `lengths`, for lengths beyond the model's positions,
+    and if the sums cannot fit in memory; during it for NaN or infinite scores, naming the layer.
     """
     mark = fingerprint(model)
     _refuse_layers(attention_layers(model))
     groups = documents_of(batches, text_config(model).vocab_size)
     wanted = ([pcl] if maps else []) + list(lengths)
     _refuse_short(groups, wanted)
+    check_positions(model, max(wanted))
     capture = Capture(
         mark,
         pcl=pcl,

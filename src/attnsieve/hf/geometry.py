@@ -116,6 +116,12 @@ def longest_text(model: nn.Module) -> int | None:
     return most if most is None else max(most, int(scaled))
 
 
+def check_positions(model: nn.Module, tokens: int) -> None:
+    """Raise UserError for texts of more tokens than a model was made for: it has no others, or never saw them in training."""
+    most = longest_text(model)
+    require(most is None or tokens <= most, f"{tokens} tokens are more than the model's {most} positions: use shorter lengths")
+
+
 def layer_configs(config: Any) -> list[Any]:
     """Per layer, a configuration to read heads and widths from: some models (Gemma 4) have other ones in some layers."""
     own = getattr(config, "per_layer_config", None)

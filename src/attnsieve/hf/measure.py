@@ -14,7 +14,7 @@ from attnsieve.errors import UserError, require
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_layer_dense
 from attnsieve.hf.effect import attended, effect
-from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
+from attnsieve.hf.geometry import AttentionLayer, attention_layers, check_positions, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, LayerState, observing
 from attnsieve.hf.locate import SpanMemo, locate
 from attnsieve.hf.texts import Batch, digest, documents_of
@@ -38,8 +38,8 @@ def measure(
     activations are undisturbed: every layer sees dense inputs. In layers with sliding windows candidates and dense() are cut to
     them. dense() is added to the candidates if it is not among them.
 
-    Raises UserError for models with attention that cannot run sparse, for candidates with captured bits, and for
-    empty texts.
+    Raises UserError for models with attention that cannot run sparse, for candidates with captured bits, for empty texts, and
+    for texts longer than the model's positions.
     """
     mark = fingerprint(model)
     patterns = list(dict.fromkeys(Pattern.parse(c) if isinstance(c, str) else c for c in [*candidates, dense()]))
@@ -51,6 +51,7 @@ def measure(
     documents = sorted((document for group in groups for document in group), key=len)
     require(bool(documents), "measure needs at least one text")
     lengths = sorted({len(document) for document in documents})
+    check_positions(model, lengths[-1])
     recorder = Recorder(patterns, len(lengths), mark, backend)
     with observing(model, recorder.layer):
         for document in tqdm(documents, desc="measure", unit="text", disable=not progress):
