@@ -170,12 +170,21 @@ def test_where_flex_attention_fails_the_rest_is_still_measured(monkeypatch):
         ({"op": "sing"}, "unknown operation"),
         ({"backends": ["cuda"]}, "unknown backend"),
         ({"baselines": ["fast"]}, "unknown baseline"),
+        ({"masks": ["window(9)", "nonsense"]}, "unknown mask 'nonsense'"),
+        ({"masks": ["blocks-11+"]}, "unknown mask 'blocks-11'"),
+        ({"masks": ["windw(9)"]}, "did you mean window"),
+        ({"masks": ["nowhere:0"]}, "nowhere"),
     ],
 )
-def test_bad_suites_are_refused(change, named):
-    suite = Suite("prefill", ["window(9)"], [shape_of("smollm2-135m")], [64], ["portable"], [], torch.float32, "cpu")
+def test_bad_suites_are_refused_before_anything_is_measured(change, named):
+    suite = Suite("prefill", ["window(9)"], [shape_of("smollm2-135m")], [64], ["portable"], ["sdpa"], torch.float32, "cpu")
     with pytest.raises(UserError, match=named):
-        list(replace(suite, **change).rows())
+        next(replace(suite, **change).rows())
+
+
+def test_whole_models_refuse_unknown_masks_before_anything_is_measured():
+    with pytest.raises(UserError, match="unknown mask 'nonsense'"):
+        next(ttft.rows(ttft.Setting("tiny", [32], ["window(9)", "nonsense"], dtype=torch.float32, device="cpu")))
 
 
 def test_masks_by_text_and_from_plans(tmp_path):

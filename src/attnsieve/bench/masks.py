@@ -97,14 +97,27 @@ def mask(name: str, n: int, heads: int, device: torch.device | str) -> Layout:
 
 def patterns_of(name: str, heads: int) -> tuple[Pattern, ...]:
     """The patterns of a text or of a plan's layer, one per head. Raises UserError for other names and numbers of heads."""
+    rule = _rule(name)
+    if isinstance(rule, Pattern):
+        return (rule,) * heads
+    require(len(rule) == heads, f"{name} has {len(rule)} heads, the shape {heads}: choose the shape of the plan's model")
+    return rule
+
+
+def check_mask(name: str) -> None:
+    """Raise UserError unless `mask` knows this name, for whichever number of heads."""
+    if name not in MASKS:
+        _rule(name)
+
+
+def _rule(name: str) -> Pattern | tuple[Pattern, ...]:
+    """The pattern for every head of a text, or those of a plan's layer. Raises UserError for other names."""
     if "(" in name:
-        return (Pattern.parse(name),) * heads
+        return Pattern.parse(name)
     directory, found, layer = name.rpartition(":")
     known = f"unknown mask {name!r}; choose from {', '.join(MASKS)}, a pattern such as 'sink(4) | window(256)', or PLAN:LAYER"
     require(bool(found) and layer.isdigit(), known)
-    row = Plan.from_pretrained(directory).row(int(layer))
-    require(len(row) == heads, f"{name} has {len(row)} heads, the shape {heads}: choose the shape of the plan's model")
-    return row
+    return Plan.from_pretrained(directory).row(int(layer))
 
 
 def is_dynamic(name: str, heads: int) -> bool:

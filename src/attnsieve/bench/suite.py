@@ -12,6 +12,7 @@ from attnsieve.attention import BACKENDS
 from attnsieve.bench import dense, kernels
 from attnsieve.bench.case import Case
 from attnsieve.bench.check import WrongResult
+from attnsieve.bench.masks import check_mask
 from attnsieve.bench.rows import Dense, Row
 from attnsieve.bench.shapes import Shape
 from attnsieve.errors import UserError, require
@@ -54,7 +55,7 @@ class Suite:
     def rows(self) -> Iterator[Row | Skipped]:
         """Rows as they are measured, dense attention first; sparse rows are compared with its fastest kernel.
 
-        Raises `WrongResult` where a kernel fails the oracle, UserError for unknown operations, backends and baselines.
+        Raises `WrongResult` where a kernel fails the oracle, UserError for unknown operations, backends, baselines and masks.
         """
         self._check()
         for shape in self.shapes:
@@ -68,6 +69,8 @@ class Suite:
             require(backend in known, f"unknown backend {backend!r}; choose from {', '.join(known)}")
         for baseline in self.baselines:
             dense.attention(baseline)
+        for mask in self.masks:
+            check_mask(mask.removesuffix("+"))
 
     def _of_length(self, shape: Shape, n: int) -> Iterator[Row | Skipped]:
         cases = [Case.of(mask, n, shape, self.dtype, self.device, self.batch) for mask in self.masks]

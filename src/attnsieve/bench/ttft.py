@@ -47,19 +47,21 @@ class Setting:
 
 def rows(setting: Setting) -> Iterator[Row]:
     """For every length, dense first: the first call (masks built in it) and later ones. What runs out of memory is a row
-    without times that says so. Raises `WrongResult` where a backend fails the oracle on a layer's call."""
+    without times that says so. Raises `WrongResult` where a backend fails the oracle on a layer's call, UserError for masks that
+    are no patterns."""
+    from attnsieve.hf import fingerprint
     from attnsieve.hf.random_model import random_model
 
     model = random_model(setting.model, setting.device, setting.dtype, setting.layers)
-    for n in setting.lengths:
-        yield from _of_length(setting, model, n)
-
-
-def _of_length(setting: Setting, model: Any, n: int) -> Iterator[Row]:
-    from attnsieve.hf import apply, fingerprint
-
     mark = fingerprint(model)
-    case = _case(setting, mark, n)
+    plans = {mask: Plan(mark, (patterns_of(mask, mark.heads),) * mark.layers) for mask in setting.masks}
+    for n in setting.lengths:
+        yield from _of_length(setting, model, _case(setting, mark, n), plans)
+
+
+def _of_length(setting: Setting, model: Any, case: Case, plans: dict[str, Plan]) -> Iterator[Row]:
+    from attnsieve.hf import apply
+
     dense: list[Row] = []
     for implementation in setting.dense:
         require(implementation in DENSE_IMPLEMENTATIONS, f"dense runs as {' or '.join(DENSE_IMPLEMENTATIONS)}")
@@ -69,8 +71,7 @@ def _of_length(setting: Setting, model: Any, n: int) -> Iterator[Row]:
             yield row
     model.set_attn_implementation("sdpa")
     fastest = kernels.fastest(dense)
-    for mask in setting.masks:
-        plan = Plan(mark, (patterns_of(mask, mark.heads),) * mark.layers)
+    for mask, plan in plans.items():
         for backend in setting.backends:
             verdict = _verdict(replace(case, mask=mask), backend)
             under = lambda plan=plan, backend=backend: apply(model, plan, backend=backend)  # noqa: E731
