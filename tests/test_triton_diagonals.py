@@ -1,5 +1,7 @@
 """Scattered diagonals: which they are, and prefill pair by pair, interpreted, against the float64 oracle."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -150,6 +152,29 @@ def test_scores_far_above_those_of_other_keys():
     call.q[..., 0] = 30
     call.k[:, :, 300:304, 0] = 60
     check(call)
+
+
+def test_weights_whose_sum_alone_is_beyond_float32():
+    """Each weight is not, nor is any product with small values."""
+    layout = compile_layout([window(5) | diagonals(*range(100, 484, 24))], length=600)
+    call = call_of(layout, group=1, kv_heads=1, bias=False, q_len=80)
+    call.q[..., 0] = 8 * 90
+    call.q[..., 1:] = 0
+    call.k[..., 0] = (torch.arange(600) < 400).half()
+    call.v.mul_(0.01)
+    check(call)
+
+
+def test_nothing_outlives_its_layout():
+    layout = layout_of(1)
+    backend.run(call_of(layout, kv_heads=1, q_len=20))
+    gone = weakref.ref(layout.end)
+    gc.disable()
+    try:
+        del layout
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("where", "value"), [("k", torch.nan), ("v", torch.nan), ("v", torch.inf)])

@@ -45,11 +45,7 @@ def _wide(x):
 @triton.jit
 def _load(p, ok):
     """Numbers in float32, 0 where not ok; all are if that is None."""
-    if ok is None:
-        x = tl.load(p)
-    else:
-        x = tl.load(p, mask=ok, other=0.0)
-    return _wide(x)
+    return _wide(tl.load(p) if ok is None else tl.load(p, mask=ok, other=0.0))
 
 
 @triton.jit
@@ -169,7 +165,9 @@ def diagonals_kernel(
         total += weight
         distance = tl.load(p_offset + x + 1)
 
-    if (tl.max((empty & row_ok).to(tl.int32), 0) == 1) | (is_finite(low) == 0) | (is_finite(high) == 0):
+    # Weights of finite values can add up beyond float32 where their products with small values do not.
+    beyond = tl.max(total, 0) == float("inf")
+    if (tl.max((empty & row_ok).to(tl.int32), 0) == 1) | beyond | (is_finite(low) == 0) | (is_finite(high) == 0):
         low = tl.load(p_part, mask=ok, other=0.0)
         high = tl.load(p_part + (PARTS - 1) * _PART, mask=ok, other=0.0)
         total = tl.where(empty, 0.0, 1.0)

@@ -34,7 +34,6 @@ class Scattered:
     position has. rest: the layout without them. ends: int32 [H, n], contiguous, of the rest.
     """
 
-    layout: Layout
     offsets: Tensor
     rest: Layout
     ends: Tensor
@@ -43,7 +42,8 @@ class Scattered:
         """int32 [2, H, tiles]: for query tiles of `positions`, how many offsets reach no key before the text in any row of a tile,
         and how many in its last row."""
         key = ("triton offsets below", positions)
-        return self.layout.schedule(key, lambda: _below(self.offsets, self.layout.length, positions))
+        # Kept with the rest: the layout itself, which keeps this, would keep itself.
+        return self.rest.schedule(key, lambda: _below(self.offsets, self.rest.length, positions))
 
     def rows(self, first: int, stop: int) -> float:
         """Pairs of the diagonals in query positions first to stop - 1, a mean over heads. Reads the device."""
@@ -77,7 +77,7 @@ def _split(layout: Layout) -> Scattered | None:
     room = int(counts.max())
     sorted_ = torch.where(alone, distances, n).sort(dim=1).values[:, :room]
     rest = replace(layout, offset=layout.offset & ~alone if bool((offset & ~alone).any()) else None)
-    return Scattered(layout, F.pad(sorted_, (0, 1), value=n).contiguous(), rest, layout.end[0].contiguous())
+    return Scattered(F.pad(sorted_, (0, 1), value=n).contiguous(), rest, layout.end[0].contiguous())
 
 
 def _below(offsets: Tensor, length: int, positions: int) -> Tensor:
