@@ -73,6 +73,12 @@ def test_rows_are_complete_and_consistent(measure, tmp_path):
         assert row["efficiency"] == pytest.approx(row["speedup"] * row["density"], rel=1e-4)
 
 
+@pytest.mark.parametrize("measure", [kernels.prefill, kernels.decode, kernels.forward_backward])
+def test_a_single_key_is_measured(measure):
+    case = Case.of("dense()", 1, shape_of("smollm2-135m"), torch.float32, "cpu")
+    assert next(iter(measure(case, "portable", **FAST))).error < 1e-7
+
+
 def test_density_is_that_of_the_mask():
     (row, _) = kernels.prefill(SMALL, "portable", **FAST)
     kept = sum(min(i + 1, 30) + min(2, max(0, i - 29)) for i in range(150))
