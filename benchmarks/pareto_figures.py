@@ -59,7 +59,7 @@ def main() -> None:
     figures, usual = arguments.figures or arguments.out.parent, main_dtype(rows)
     rows, others = [row for row in rows if row.dtype == usual], [row for row in rows if row.dtype != usual]
     for model, metric in product(sorted({row.model for row in rows}), METRICS):
-        own = [row for row in rows if row.model == model and row.task in DRAWN]
+        own = answerable([row for row in rows if row.model == model and row.task in DRAWN])
         for shown, mark in ((SHOWN, ""), (SHOWN_PROMPT, "-prompt")):
             if any(family(row.plan) in shown for row in own):
                 print(save(curves(own, shown, metric), figures / f"{arguments.out.name}-{model}-{metric}{mark}.png"))
@@ -81,6 +81,13 @@ def joined(folder: Path, out: Path) -> list[Row]:
 
 def plan_key(summary: dict[str, Any]) -> tuple[str, int, str]:
     return summary["model"], summary["length"], summary["plan_digest"]
+
+
+def answerable(rows: Sequence[Row]) -> list[Row]:
+    """Without tasks of which the dense model answers nothing, whose curves say little, if it answers any."""
+    dense = [row for row in rows if row.plan == "dense" and row.metric == "exact_match"]
+    tasks = {row.task for row in dense if row.value > 0}
+    return [row for row in rows if row.task in tasks or not tasks]
 
 
 def curves(rows: Sequence[Row], shown: Sequence[str], metric: str) -> Any:
