@@ -29,14 +29,14 @@ def _garbage_in_new_memory():
 
 
 def layout_of(heads, *, n=N, width=5, columns=7, offsets=20, together=(), seed=0):
-    """A window and columns, and random diagonals, for each head others."""
+    """A window and columns, and random diagonals, for each head others; two of all heads lie within the window."""
     generator = torch.Generator().manual_seed(seed)
     end = (torch.arange(n, dtype=torch.int32) + width).repeat(1, heads, 1)
     offset = torch.zeros(1, heads, n, dtype=torch.bool)
     for h in range(heads):
         end[0, h, torch.randperm(n, generator=generator)[:columns]] = FOREVER
         offset[0, h, torch.randperm(n, generator=generator)[: offsets + h]] = True
-        offset[0, h, list(together)] = True
+        offset[0, h, [0, 3, *together]] = True
     return Layout(n, end, offset)
 
 
@@ -145,6 +145,15 @@ def test_rows_that_keep_nothing_else():
     assert_within_budget(out, lse, call)
 
 
+def test_rows_that_keep_nothing_else_and_whose_scores_are_all_low():
+    """As weights relative to nothing they would all be 0."""
+    layout = layout_of(1)
+    call = call_of(replace(layout, end=torch.zeros_like(layout.end)), group=1, kv_heads=1, bias=False, q_len=100)
+    call.q[..., 0] = 60
+    call.k[..., 0] = -30
+    check(call)
+
+
 def test_scores_far_above_those_of_other_keys():
     """Relative to the LSE of other keys the weights are beyond float32."""
     call = call_of(layout_of(2), bias=False, q_len=300)
@@ -177,11 +186,13 @@ def test_nothing_outlives_its_layout():
         gc.enable()
 
 
-@pytest.mark.parametrize(("where", "value"), [("k", torch.nan), ("v", torch.nan), ("v", torch.inf)])
-def test_what_is_not_finite_reaches_only_rows_that_keep_its_key(where, value):
-    call = call_of(layout_of(2), bias=False, q_len=300)
+@pytest.mark.parametrize(
+    ("where", "at", "value"), [("k", 3, torch.nan), ("v", 3, torch.nan), ("v", 3, torch.inf), ("v", 100, torch.nan)]
+)
+def test_what_is_not_finite_reaches_only_rows_that_keep_its_key(where, at, value):
+    call = call_of(layout_of(2), bias=False, q_len=300, width=128 if at > 64 else 64)
     clean, _ = backend.run(call)
-    getattr(call, where)[:, :, 140, 3] = value
+    getattr(call, where)[:, :, 140, at] = value
     out, _ = backend.run(call)
     keeps = call.layout.dense(torch.arange(N - 300, N), torch.tensor([140]))[..., 0].repeat_interleave(2, 1)
     assert 8 < int(keeps.sum()) < keeps.numel()
@@ -220,3 +231,14 @@ def test_predictions_count_pairs_of_diagonals():
     # The heads of a KV group share them.
     assert amounts.pop("diagonal") == pytest.approx(0.45 * pairs * (0.2 + 0.8 / 2) / 1e9)
     assert amounts == unit
+
+
+def test_predictions_count_tiles_of_diagonals_that_lie_alone_once_others_are_gone(monkeypatch):
+    clusters = [start + offset for start in range(100, 1240, 190) for offset in range(0, 121, 20)]
+    call = call_of(compile_layout([window(4) | diagonals(*clusters)] * 2, length=1300))
+    rest = scattered(call).rest
+    assert scattered(replace(call, layout=replace(rest))).rest.offset is None
+    amounts = cost_work.work(call, "triton")
+    del amounts["diagonal"]
+    monkeypatch.setattr("attnsieve.backends.triton.scattered._LEAST", len(clusters))
+    assert amounts == cost_work.work(replace(call, layout=replace(rest)), "triton")

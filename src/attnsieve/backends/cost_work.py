@@ -62,17 +62,24 @@ def _fa4(call: Call) -> Work | None:
 
 
 def _triton(call: Call) -> Work:
-    from attnsieve.backends.triton.geometry import Geometry
     from attnsieve.backends.triton.scattered import scattered
+
+    parts = scattered(call)
+    if parts is None:
+        return _lists(call)
+    pairs = parts.rows(call.k.shape[2] - call.q.shape[2], call.k.shape[2]) * call.q.shape[1]
+    if call.group > 1 and call.layout.heads == call.k.shape[1]:
+        pairs *= _SHARED
+    # Not split again: what lies alone once others are gone goes by tiles all the same.
+    return _lists(replace(call, layout=parts.rest)) | _scores(call, {"diagonal": pairs})
+
+
+def _lists(call: Call) -> Work:
+    """Of key tiles and listed keys, which serve every pair."""
+    from attnsieve.backends.triton.geometry import Geometry
     from attnsieve.backends.triton.schedule import schedule
     from attnsieve.backends.triton.tuning import forward_tiles
 
-    parts = scattered(call)
-    if parts is not None:
-        pairs = parts.rows(call.k.shape[2] - call.q.shape[2], call.k.shape[2]) * call.q.shape[1]
-        if call.group > 1 and call.layout.heads == call.k.shape[1]:
-            pairs *= _SHARED
-        return _triton(replace(call, layout=parts.rest)) | _scores(call, {"diagonal": pairs})
     tiles = forward_tiles(call)
     geometry = Geometry(call, tiles)
     built = schedule(call.layout, geometry.positions, tiles.keys)

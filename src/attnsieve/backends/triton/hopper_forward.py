@@ -6,7 +6,7 @@ A group of four warps, the producer, copies Q, K and V into shared memory, as fa
 consumers, each own 64 of a tile's 128 rows. They hand over by barriers in shared memory: `full` when a stage was copied, `empty` when
 both consumers have read it. The order of a consumer's steps lets the matrix unit work while it computes exponentials.
 
-Rows whose sums are not finite get an LSE of NaN, by which `forward_kernel` finds the tiles to compute again (see `nonfinite`).
+Rows whose sums are not finite get an LSE of NaN, by which `forward.again_kernel` finds the tiles to compute again (see `nonfinite`).
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs

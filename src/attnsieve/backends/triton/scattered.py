@@ -39,8 +39,8 @@ class Scattered:
     ends: Tensor
 
     def below(self, positions: int) -> Tensor:
-        """int32 [2, H, tiles]: for query tiles of `positions`, how many offsets reach no key before the text in any row of a tile,
-        and how many in its last row."""
+        """int32 [2, H, tiles]: for query tiles of `positions`, how many offsets lead all rows of a tile to keys, and how many its last
+        row; the others lead to places before the text."""
         key = ("triton offsets below", positions)
         # Kept with the rest: the layout itself, which keeps this, would keep itself.
         return self.rest.schedule(key, lambda: _below(self.offsets, self.rest.length, positions))
