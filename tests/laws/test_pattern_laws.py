@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnsieve.layout import compile_layout
-from attnsieve.patterns import Captured, Pattern, dense, window
+from attnsieve.layout import compile_layout, counting
+from attnsieve.layout.vectors import Layout
+from attnsieve.patterns import Captured, Pattern, columns, dense, diagonals, window
 from tests.laws.samples import SAMPLES, atom_classes, captured, patterns
 
 LENGTHS = [1, 31, 129, 200]
@@ -62,6 +63,39 @@ def test_layout_equals_definition_for_unions(heads, n):
     expected = torch.stack([written_out(pattern, n) for pattern in heads])
     assert torch.equal(layout.dense(rows, rows)[0], expected)
     assert torch.equal(layout.pairs()[0], expected.sum((1, 2)))
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("window", [None, 9])
+def test_corners_are_written_and_counted_in_parts(n, window, monkeypatch):
+    heads = [pattern for pattern in SAMPLES if pattern.corner_rows or window is None]
+    monkeypatch.setattr(counting, "_CORNER_PAIRS", 70)
+    parts, rows = compile_layout(heads, n, window=window), torch.arange(n)
+    near = rows[:, None] - rows < (window or n)
+    expected = torch.stack([written_out(pattern, n) & near for pattern in heads])
+    assert torch.equal(parts.dense(rows, rows)[0], expected)
+    for some in {1, n // 2 + 1, n}:
+        assert torch.equal(parts.pairs(some)[0], expected[:, :some, :some].sum((1, 2)))
+
+
+def test_no_large_corner_is_written_out(monkeypatch):
+    """Of columns and diagonals that begin late, only packed bits are in proportion to the pairs of the rows before."""
+    start, most = 3000, []
+
+    def watched(keep):
+        def kept(*arguments):
+            found = keep(*arguments)
+            most.append(found.numel())
+            return found
+
+        return kept
+
+    for kind in (Pattern, Layout):
+        monkeypatch.setattr(kind, "keep", watched(kind.keep))
+    layout = compile_layout([columns(5, start=start) | diagonals(0, start=start + 1)], 4096)
+    assert layout.pairs().item() == (4096 - start) + (4096 - start - 1)
+    assert layout.corner.shape == (1, start + 1, start // 8 + 1)
+    assert max(most) < start**2 / 2
 
 
 @given(patterns(), st.integers(1, 100), st.integers(1, 80))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnsieve.errors import require
+from attnsieve.layout.counting import corner_parts
 from attnsieve.layout.vectors import Blocks, Layout
 from attnsieve.patterns import FOREVER, BlockRows, Pattern
 from attnsieve.patterns.corner import pack_bits
@@ -39,7 +40,7 @@ def compile_layout(
     require(not chosen, f"compile_layout takes static patterns; {chosen[:1]} chooses its keys from the input")
     unique = {pattern: _head(pattern, length, window or length) for pattern in dict.fromkeys(patterns)}
     heads = [unique[pattern] for pattern in patterns]
-    corner, corner_rows = _stack_corners(heads)
+    corner, corner_rows = _stack_corners(patterns, length, window or length)
     layout = Layout(
         length,
         torch.stack([head.end for head in heads])[None],
@@ -56,7 +57,6 @@ def compile_layout(
 class _Head:
     end: Tensor
     offset: Tensor | None
-    corner: Tensor | None
     blocks: list[BlockRows]
 
 
@@ -67,13 +67,10 @@ def _head(pattern: Pattern, n: int, window: int) -> _Head:
     require(window >= n or not blocks, f"{pattern} keeps whole blocks, which a window of {window} would cut through")
     end = reduce(torch.maximum, ends, torch.zeros(n, dtype=torch.int64))
     offset = reduce(torch.logical_or, offsets) if offsets else None
-    rows = torch.arange(min(pattern.corner_rows, n))
-    corner = pattern.keep(rows[:, None], rows[None, :]) if len(rows) else None
     if window < n:
         end = torch.minimum(end, torch.arange(n) + window)
         offset = None if offset is None else offset & (torch.arange(n) < window)
-        corner = None if corner is None else corner & (rows[:, None] - rows < window)
-    return _Head(end.to(torch.int32), offset, corner, blocks)
+    return _Head(end.to(torch.int32), offset, blocks)
 
 
 def _one_window(end: Tensor) -> bool:
@@ -89,17 +86,26 @@ def _stack_offsets(heads: list[_Head], n: int) -> Tensor | None:
     return torch.stack([none if head.offset is None else head.offset for head in heads])[None]
 
 
-def _stack_corners(heads: list[_Head]) -> tuple[Tensor | None, Tensor | None]:
-    rows = [0 if head.corner is None else len(head.corner) for head in heads]
+def _stack_corners(patterns: Sequence[Pattern], n: int, window: int) -> tuple[Tensor | None, Tensor | None]:
+    rows = [min(pattern.corner_rows, n) for pattern in patterns]
     largest = max(rows)
     if not largest:
         return None, None
-    packed = torch.zeros(len(heads), largest, -(-largest // 8), dtype=torch.uint8)
-    for h, head in enumerate(heads):
-        if head.corner is not None:
-            bits = torch.from_numpy(pack_bits(head.corner))
-            packed[h, : bits.shape[0], : bits.shape[1]] = bits
+    packed = torch.zeros(len(patterns), largest, -(-largest // 8), dtype=torch.uint8)
+    for pattern in dict.fromkeys(patterns):
+        first, *others = [h for h, other in enumerate(patterns) if other == pattern]
+        _write_corner(packed[first], pattern, rows[first], window)
+        for h in others:
+            packed[h] = packed[first]
     return packed, torch.tensor(rows, dtype=torch.int32)
+
+
+def _write_corner(bits: Tensor, pattern: Pattern, side: int, window: int) -> None:
+    """Set the bits of a pattern's first `side` rows in `bits`, uint8 [>= side, >= ceil(side / 8)], so far 0."""
+    for first, stop in corner_parts(side):
+        rows, keys = torch.arange(first, stop)[:, None], torch.arange(stop)
+        kept = pattern.keep(rows, keys) & (rows - keys < window)
+        bits[first:stop, : -(-stop // 8)] = torch.from_numpy(pack_bits(kept))
 
 
 def _stack_blocks(heads: list[list[BlockRows]], n: int) -> Blocks | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,17 +12,39 @@ from torch import Tensor
 if TYPE_CHECKING:
     from attnsieve.layout.vectors import Layout
 
+# Pairs of a corner that are looked at at once.
+_CORNER_PAIRS = 1 << 22
+
 
 def pairs_of_head(layout: Layout, z: int, h: int, n: int) -> int:
     """Pairs that head h of sequence z keeps among the first n positions, each counted once."""
     first = 0 if layout.corner_rows is None else min(int(layout.corner_rows[h]), n)
-    rows, keys = torch.arange(first, device=layout.device), torch.arange(n, device=layout.device)
-    in_corner = layout.keep(z, h, rows[:, None], rows[None, :]).sum() if first else 0
+    keys = torch.arange(n, device=layout.device)
     end = layout.end[z, h, :n].long()
     by_end = (end.clamp_max(n) - keys.clamp_min(first)).clamp_min(0).sum()
     count = _Counted(end, first, _distances_below(layout, z, h, n))
     by_offset = count.by_offset(keys, torch.full_like(keys, n)).sum()
-    return int(in_corner + by_end + by_offset + _pairs_only_in_blocks(layout, z, h, n, count))
+    return int(_pairs_in_corner(layout, h, first) + by_end + by_offset + _pairs_only_in_blocks(layout, z, h, n, count))
+
+
+def _pairs_in_corner(layout: Layout, h: int, side: int) -> Tensor:
+    """Pairs of the first `side` rows, all of them in the corner."""
+    total = torch.zeros((), dtype=torch.int64, device=layout.device)
+    if layout.corner is None:
+        return total
+    keys, bit = torch.arange(side, device=layout.device), torch.arange(8, dtype=torch.uint8, device=layout.device)
+    for first, stop in corner_parts(side):
+        packed = layout.corner[h, first:stop, : -(-stop // 8), None]
+        kept = (packed >> bit).bitwise_and_(1).flatten(1)[:, :stop].bool()
+        total += (kept & (keys[:stop] <= keys[first:stop, None])).sum()
+    return total
+
+
+def corner_parts(side: int) -> Iterator[tuple[int, int]]:
+    """The first `side` rows of a corner in parts, each its first row and the one after its last: columns that begin late have corners
+    whose pairs would not fit in memory unless they are packed."""
+    step = max(1, _CORNER_PAIRS // max(1, side))
+    return ((first, min(first + step, side)) for first in range(0, side, step))
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,9 +61,10 @@ class Captured(Atom):
         return torch.from_numpy(unpack_bits(self.bits, self.length))
 
     def keep(self, i: Tensor, j: Tensor) -> Tensor:
-        mask = self.mask().to(i.device)
-        last = self.length - 1
-        return mask[i.clamp(0, last), j.clamp(0, last)] & (i < self.length) & (j < self.length)
+        bits, last = torch.from_numpy(self.bits).to(i.device), self.length - 1
+        key = j.clamp(0, last)
+        kept = bits[i.clamp(0, last), key // 8] >> (key % 8) & 1 > 0
+        return kept & (i < self.length) & (j < self.length)
 
     @property
     def corner_rows(self) -> int:
