@@ -13,11 +13,28 @@ from attnsieve.backends import triton as backend
 from attnsieve.backends.call import Call
 from attnsieve.patterns import FOREVER, diagonals, window
 from attnsieve.testing import assert_within_budget
+from tests.gpu_compiler import compiled
 from tests.interpreter import needs_interpreter
 
 scattered = pytest.importorskip("attnsieve.backends.triton.scattered", exc_type=ImportError).scattered
 pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")]
 N = 1100
+PROGRAM = """
+import torch
+from attnsieve import Layout, Spans
+from attnsieve.backends.call import Call
+from attnsieve.backends.triton.common import places_of, rows_of
+from attnsieve.backends.triton.diagonals import PrefillInParts
+from attnsieve.backends.triton.outputs import new_outputs
+from attnsieve.backends.triton.scattered import scattered
+
+n, tensor = 1000, lambda heads: torch.zeros(1, heads, 1000, 128, dtype=torch.bfloat16)
+layout = Layout(n, torch.zeros(1, 2, n, dtype=torch.int32), (torch.arange(n) % 40 == 0).expand(1, 2, n))
+call = Call(tensor(14), tensor(2), tensor(2), layout, Spans.full(1, n, n), 0.1)
+bias = rows_of(torch.zeros(1, 2, n, 4))
+run = PrefillInParts(call, lambda q, k, v, bias, places, out_dtype: new_outputs(q, v, out_dtype), scattered(call))
+run(call.q, call.k, call.v, bias, places_of(call.spans))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -29,14 +46,14 @@ def _garbage_in_new_memory():
 
 
 def layout_of(heads, *, n=N, width=5, columns=7, offsets=20, together=(), seed=0):
-    """A window and columns, and random diagonals, for each head others; two of all heads lie within the window."""
+    """A window and columns, and random diagonals, for each head others; one lies within the window, one close to it."""
     generator = torch.Generator().manual_seed(seed)
     end = (torch.arange(n, dtype=torch.int32) + width).repeat(1, heads, 1)
     offset = torch.zeros(1, heads, n, dtype=torch.bool)
     for h in range(heads):
         end[0, h, torch.randperm(n, generator=generator)[:columns]] = FOREVER
         offset[0, h, torch.randperm(n, generator=generator)[: offsets + h]] = True
-        offset[0, h, [0, 3, *together]] = True
+        offset[0, h, [0, 30, *together]] = True
     return Layout(n, end, offset)
 
 
@@ -163,14 +180,16 @@ def test_scores_far_above_those_of_other_keys():
     check(call)
 
 
-def test_weights_whose_sum_alone_is_beyond_float32():
-    """Each weight is not, nor is any product with small values."""
+@pytest.mark.parametrize(("score", "last_values"), [(90, 0.01), (85, 1000)])
+def test_sums_alone_beyond_float32(score, last_values):
+    """Of weights, of which none is, nor their products with small values; and of the last values of a row."""
     layout = compile_layout([window(5) | diagonals(*range(100, 484, 24))], length=600)
-    call = call_of(layout, group=1, kv_heads=1, bias=False, q_len=80)
-    call.q[..., 0] = 8 * 90
+    call = call_of(layout, group=1, kv_heads=1, bias=False, q_len=80, width=128)
     call.q[..., 1:] = 0
+    call.q[..., 0] = score / call.scale
     call.k[..., 0] = (torch.arange(600) < 400).half()
-    call.v.mul_(0.01)
+    call.v[..., :64] *= 0.01
+    call.v[..., 64:] *= last_values
     check(call)
 
 
@@ -242,3 +261,8 @@ def test_predictions_count_tiles_of_diagonals_that_lie_alone_once_others_are_gon
     del amounts["diagonal"]
     monkeypatch.setattr("attnsieve.backends.triton.scattered._LEAST", len(clusters))
     assert amounts == cost_work.work(replace(call, layout=replace(rest)), "triton")
+
+
+def test_the_kernel_compiles():
+    """The interpreter knows neither bfloat16 nor the instructions that widen it."""
+    assert compiled(PROGRAM) == ["diagonals_kernel"]
