@@ -46,14 +46,14 @@ def _garbage_in_new_memory():
 
 
 def layout_of(heads, *, n=N, width=5, columns=7, offsets=20, together=(), seed=0):
-    """A window and columns, and random diagonals, for each head others; one lies within the window, one close to it."""
+    """A window and columns, and random diagonals, for each head others; one lies within the window, one right behind it."""
     generator = torch.Generator().manual_seed(seed)
     end = (torch.arange(n, dtype=torch.int32) + width).repeat(1, heads, 1)
     offset = torch.zeros(1, heads, n, dtype=torch.bool)
     for h in range(heads):
         end[0, h, torch.randperm(n, generator=generator)[:columns]] = FOREVER
         offset[0, h, torch.randperm(n, generator=generator)[: offsets + h]] = True
-        offset[0, h, [0, 30, *together]] = True
+        offset[0, h, [0, width, *together]] = True
     return Layout(n, end, offset)
 
 
