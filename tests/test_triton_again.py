@@ -9,7 +9,7 @@ from attnsieve.spans import Spans
 from tests.interpreter import needs_interpreter
 
 pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")]
-N, GROUP, KV_HEADS, PROGRAMS, TILE = 150, 2, 2, 3, 16
+N, QUERIES, GROUP, KV_HEADS, PROGRAMS, TILE = 150, 100, 2, 2, 3, 16
 
 
 def _run(call, out, lse, spoilt):
@@ -44,23 +44,24 @@ def test_it_computes_tiles_with_an_lse_of_nan_again_and_no_others(program):
     """And none where no program says that there are any."""
     from attnsieve.backends import triton as backend
 
-    q = torch.randn(2, KV_HEADS * GROUP, N, 32)
+    q = torch.randn(2, KV_HEADS * GROUP, QUERIES, 32)
     k, v = torch.randn(2, 2, KV_HEADS, N, 32)
-    spans = Spans.left_padded(torch.tensor([0, 37]), N, N)
+    spans = Spans.left_padded(torch.tensor([0, 37]), QUERIES, N)
     call = Call(q, k, v, selected(N, KV_HEADS, "cpu", 40), spans, 32**-0.5)
     out, lse = backend.run(call)
     found, found_lse = torch.full_like(out, 7.0), lse.clone()
-    # Of the second text, which begins at 37: its last row, and so the tile that begins at position 112; a head of the first text.
+    # Of the second text: its last row, the only one of the tile that begins at position 112; and of a head of the first text
+    # position 145, in its last tile. Queries are their last 100 positions.
     found_lse[1, 3, -1] = torch.nan
-    found_lse[0, 0, 70] = torch.nan
+    found_lse[0, 0, 95] = torch.nan
     spoilt = torch.zeros(2 * PROGRAMS, dtype=torch.int32)
     if program is not None:
         spoilt[program] = 1
     _run(call, found, found_lse, spoilt)
     again = torch.zeros(out.shape[:3], dtype=torch.bool)
     if program is not None:
-        again[1, 2:, 37 + 112 :] = True
-        again[0, :2, 64:80] = True
+        again[1, 2:, 112 - 13 :] = True
+        again[0, :2, 144 - 50 :] = True
         torch.testing.assert_close(found_lse, lse)
     torch.testing.assert_close(found[again], out[again])
     assert bool((found[~again] == 7).all())
