@@ -97,7 +97,7 @@ def test_a_few_that_share_tiles_go_along_with_many_that_do_not():
 
 
 def test_offsets_below_a_tile():
-    parts = scattered(call_of(layout_of(1), kv_heads=1))
+    parts = scattered(call_of(layout_of(1, together=[127, 128]), kv_heads=1))
     offsets = parts.offsets[0, :-1]
     inside, touching = parts.below(64)[:, 0].tolist()
     assert inside == [int((offsets <= 64 * t).sum()) for t in range(18)]
@@ -118,6 +118,14 @@ def test_few_diagonals_other_widths_and_float32_go_by_tiles():
     assert scattered(call_of(layout_of(4, offsets=9))) is None
     assert scattered(call_of(layout_of(4), width=80)) is None
     assert scattered(call_of(layout_of(4), dtype=torch.float32)) is None
+    call = call_of(layout_of(4))
+    assert scattered(replace(call, v=call.v[..., :32])) is None
+
+
+def test_masks_of_each_sequence_go_by_tiles():
+    layout = layout_of(4)
+    own = Layout(N, layout.end.expand(2, 4, N).contiguous(), layout.offset.expand(2, 4, N))
+    assert scattered(call_of(own, batch=2)) is None
 
 
 @pytest.mark.parametrize("heads", [2, 4], ids=["shared", "own"])
