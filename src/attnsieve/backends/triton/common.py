@@ -110,6 +110,15 @@ def places_of(spans: Spans) -> Places:
 
 
 @triton.jit
+def rows_of_tile(r, h, t, span, G: tl.constexpr, GP: tl.constexpr, M: tl.constexpr):
+    """Of rows r of a query tile: positions, heads, where in q and in the LSE they are, and whether they are rows of queries."""
+    _, q_start, first, _, k_len = span
+    i = t * M + r % M
+    head = h if GP == 1 else h * G + r // M
+    return i, head, q_start + i - first, (i >= first) & (i < k_len) & (r // M < G)
+
+
+@triton.jit
 def span_of(places, i_s):
     """Batch row, first query slot, first query position, first key slot and number of positions of sequence i_s."""
     batch = tl.load(places.p_batch + i_s * places.s_batch)

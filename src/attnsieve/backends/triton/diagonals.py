@@ -3,7 +3,7 @@
 Neighbouring diagonals read nearly the same keys, which the first cache keeps. There is nothing here for the matrix unit. A row goes
 on from what key tiles have summed up of the rest of its keys, and its weights stay relative to the LSE of that: one step costs a
 product and a sum for each number of K and V, and little beside. Where that does not do (a row without other keys, weights beyond
-float32, a NaN or infinity in V that others' rows must not see), the tile is computed again with an online softmax.
+float32, a NaN or infinity in V at a key that the row keeps otherwise or not at all), the tile is computed again with an online softmax.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from attnsieve.backends.call import Call
-from attnsieve.backends.triton.common import LN2, LOG2E, Places, Rows, head_base, rows_of, span_of
+from attnsieve.backends.triton.common import LN2, LOG2E, Places, Rows, head_base, rows_of, rows_of_tile, span_of
 from attnsieve.backends.triton.forward import Prefill
-from attnsieve.backends.triton.forward_tile import rows_of_tile
 from attnsieve.backends.triton.geometry import Geometry, Tiles
 from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.nonfinite import is_finite
@@ -73,6 +72,20 @@ def _keeps(p_end, i, j, lowest):
 
 
 @triton.jit
+def _edge_pair(
+    q_low, q_high, p_k, p_bias, s_bias, p_end, i, distance, lowest, D: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr
+):
+    """Of rows i, some of which a distance leads to before the text: where their keys' rows are, whether they keep them, products."""
+    j = tl.maximum(i - distance, 0)
+    keep = (i >= distance) & _keeps(p_end, i, j, lowest)
+    at = j[:, None] * D + tl.arange(0, _PART)[None, :]
+    s = _dot(q_low, q_high, p_k, at, PARTS)
+    if BIAS:
+        s += tl.load(p_bias + j * s_bias)
+    return at, keep, s
+
+
+@triton.jit
 def diagonals_kernel(
     q,
     k,
@@ -107,7 +120,7 @@ def diagonals_kernel(
     t = tl.cdiv(k_len, M) - 1 - tl.program_id(0)
     if (t + 1) * M <= first or t < 0:
         return
-    i, head, slot, row_ok = rows_of_tile(h, t, span, G, GP, M)
+    i, head, slot, row_ok = rows_of_tile(tl.arange(0, M * GP), h, t, span, G, GP, M)
     # Rows beyond the text read as its last row.
     i = tl.minimum(i, k_len - 1)
     kv_head = h // G if GP == 1 else h
@@ -155,13 +168,9 @@ def diagonals_kernel(
         total += weight
         distance = tl.load(p_offset + x + 1)
     for x in tl.range(inside, count, num_stages=1):
-        j = tl.maximum(i - distance, 0)
-        keep = (i >= distance) & _keeps(p_end, i, j, lowest)
-        s = _dot(q_low, q_high, p_k, j[:, None] * D + o_d[None, :], PARTS)
-        if bias is not None:
-            s += tl.load(p_bias + j * s_bias)
+        edge, keep, s = _edge_pair(q_low, q_high, p_k, p_bias, s_bias, p_end, i, distance, lowest, D, PARTS, bias is not None)
         weight = tl.where(keep, tl.exp2(s * scale2 - base), 0.0)
-        low, high = _add(low, high, weight, p_v, j[:, None] * D + o_d[None, :], keep[:, None], PARTS)
+        low, high = _add(low, high, weight, p_v, edge, keep[:, None], PARTS)
         total += weight
         distance = tl.load(p_offset + x + 1)
 
@@ -173,18 +182,14 @@ def diagonals_kernel(
         total = tl.where(empty, 0.0, 1.0)
         for x in tl.range(0, count, num_stages=1):
             distance = tl.load(p_offset + x)
-            j = tl.maximum(i - distance, 0)
-            keep = (i >= distance) & _keeps(p_end, i, j, lowest)
-            s = _dot(q_low, q_high, p_k, j[:, None] * D + o_d[None, :], PARTS)
-            if bias is not None:
-                s += tl.load(p_bias + j * s_bias)
+            edge, keep, s = _edge_pair(
+                q_low, q_high, p_k, p_bias, s_bias, p_end, i, distance, lowest, D, PARTS, bias is not None
+            )
             s = tl.where(keep, s * scale2, -float("inf"))
             new_peak = tl.maximum(peak, s)
             base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
             weight, fade = tl.exp2(s - base), tl.exp2(peak - base)
-            low, high = _add(
-                low * fade[:, None], high * fade[:, None], weight, p_v, j[:, None] * D + o_d[None, :], keep[:, None], PARTS
-            )
+            low, high = _add(low * fade[:, None], high * fade[:, None], weight, p_v, edge, keep[:, None], PARTS)
             total = total * fade + weight
             peak = new_peak
 
@@ -207,7 +212,7 @@ class PrefillInParts:
         self._launch = Launch(
             diagonals_kernel,
             (geometry.query_tiles, call.layout.heads, len(call.spans)),
-            parts.ends,
+            parts.rest.end[0].contiguous(),
             call.layout.corner_rows,
             parts.offsets,
             below,

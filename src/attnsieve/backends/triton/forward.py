@@ -13,8 +13,8 @@ from torch import Tensor
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton import hopper
 from attnsieve.backends.triton.columns import bias_of
-from attnsieve.backends.triton.common import Places, Rows, places_of, rows_of, span_of
-from attnsieve.backends.triton.forward_tile import forward_tile, rows_of_tile
+from attnsieve.backends.triton.common import Places, Rows, places_of, rows_of, rows_of_tile, span_of
+from attnsieve.backends.triton.forward_tile import forward_tile
 from attnsieve.backends.triton.geometry import Geometry, Tiles
 from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.outputs import clear_uncovered, new_outputs
@@ -142,7 +142,7 @@ def again_kernel(
         span = span_of(places, i_s)
         batch, _, _, _, k_len = span
         t = tl.cdiv(k_len, M) - 1 - x // H % query_tiles
-        _, head, slot, row_ok = rows_of_tile(h, t, span, G, GP, M)
+        _, head, slot, row_ok = rows_of_tile(tl.arange(0, M * GP), h, t, span, G, GP, M)
         row_ok = row_ok & (t >= 0)
         heads = H if GP == 1 else H * G
         lse = tl.load(p_lse + (batch * heads + head) * q_slots + slot, mask=row_ok, other=0.0)

@@ -16,6 +16,7 @@ from attnsieve.backends.triton.common import (
     listed_scores,
     load_rows,
     masked,
+    rows_of_tile,
     scores,
     single_list,
     tile_keep,
@@ -48,16 +49,6 @@ def _absorb(
     v_tile = load_rows(p_v, j, v.s_row, ok, DV, DVP, GUARD)
     acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * fade[:, None], input_precision=PRECISION)
     return acc, total * fade + tl.sum(weights, 1), new_peak
-
-
-@triton.jit
-def rows_of_tile(h, t, span, G: tl.constexpr, GP: tl.constexpr, M: tl.constexpr):
-    """Of the rows of a query tile: positions, heads, where in q and in the LSE they are, and whether they are rows of queries."""
-    _, q_start, first, _, k_len = span
-    r = tl.arange(0, M * GP)
-    i = t * M + r % M
-    head = h if GP == 1 else h * G + r // M
-    return i, head, q_start + i - first, (i >= first) & (i < k_len) & (r // M < G)
 
 
 @triton.jit
@@ -98,7 +89,7 @@ def forward_tile(
     o_zh = (i_s.to(tl.int64) if OWN_MASKS else tl.cast(0, tl.int64)) * H + h
     o_list = o_zh * mask.tiles + t
     r = tl.arange(0, M * GP)
-    i, head, slot, row_ok = rows_of_tile(h, t, span, G, GP, M)
+    i, head, slot, row_ok = rows_of_tile(r, h, t, span, G, GP, M)
     kv_head = h // G if GP == 1 else h
     heads = H if GP == 1 else H * G
 

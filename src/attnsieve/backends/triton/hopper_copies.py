@@ -9,11 +9,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
+from attnsieve.backends.triton import common
 from attnsieve.backends.triton.bits import in_runs
-from attnsieve.backends.triton.common import head_base, span_of
 
 # The same functions, compiled as Gluon.
-_span_of, _base, _in_runs = gluon.jit(span_of.fn), gluon.jit(head_base.fn), gluon.jit(in_runs.fn)
+_span_of, _base, _in_runs = gluon.jit(common.span_of.fn), gluon.jit(common.head_base.fn), gluon.jit(in_runs.fn)
+rows_of_tile = gluon.jit(common.rows_of_tile.fn)
 
 
 @gluon.jit
@@ -31,15 +32,6 @@ def list_of(singles, places, mask, x, tiles, total, H: gl.constexpr, OWN_MASKS: 
     """Start, length and number of whole keys of the list of tile x, of which nothing is used if there is no such tile."""
     h, t, o_list, there, span = tile_of(places, mask, gl.minimum(x, total - 1), tiles, H, OWN_MASKS, M)
     return gl.load(singles.start + o_list), gl.load(singles.count + o_list), gl.load(singles.whole + o_list)
-
-
-@gluon.jit
-def rows_of_tile(h, t, span, r, G: gl.constexpr, GP: gl.constexpr, M: gl.constexpr):
-    """Head and slot of the rows r of a tile, and whether they are rows of queries."""
-    batch, q_start, first, k_start, k_len = span
-    i = t * M + r % M
-    head = (h if GP == 1 else h * G) + r // M
-    return head, q_start + i - first, (i >= first) & (i < k_len) & (r // M < G)
 
 
 @gluon.jit
@@ -107,7 +99,7 @@ def produce(
             j, few = gl.load(p_list + o_n), gl.load(p_list + o_f)
             rest = n_chunks * N
             j_tail, few_tail = gl.load(p_list + rest + o_tail), gl.load(p_list + rest + o_tail_f)
-            head, slot, ok = rows_of_tile(h, t, span, r, G, GP, M)
+            i, head, slot, ok = rows_of_tile(r, h, t, span, G, GP, M)
             p_q = q.p + batch * q.s_batch + head.to(gl.int64) * q.s_head + slot * q.s_row
             mbarrier.wait(q_empty, (n_tiles & 1) ^ 1)
             async_copy.async_copy_global_to_shared(q_tile, p_q[:, None] + o_d[None, :], mask=ok[:, None])

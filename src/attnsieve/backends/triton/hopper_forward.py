@@ -92,10 +92,10 @@ def _store(
     sum_of_row = gl.convert_layout(gl.sum(acc, 1), rows)
     lse = gl.where(sum_of_row - sum_of_row == 0, lse, float("nan"))
     batch, q_start, first, k_start, k_len = span
-    head, slot, ok = rows_of_tile(h, t, span, r0 + gl.arange(0, R, layout=rows), G, GP, M)
+    i, head, slot, ok = rows_of_tile(r0 + gl.arange(0, R, layout=rows), h, t, span, G, GP, M)
     gl.store(p_lse + (batch * (H if GP == 1 else H * G) + head) * q_slots + slot, lse, mask=ok)
     spoilt = (ok & (lse != lse)).to(gl.int32)
-    head, slot, ok = rows_of_tile(h, t, span, r0 + gl.arange(0, R, layout=gl.SliceLayout(1, wide)), G, GP, M)
+    i, head, slot, ok = rows_of_tile(r0 + gl.arange(0, R, layout=gl.SliceLayout(1, wide)), h, t, span, G, GP, M)
     p_out = out.p + batch * out.s_batch + head.to(gl.int64) * out.s_head + slot * out.s_row
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
     gl.store(p_out[:, None] + o_d[None, :], gl.convert_layout(acc.to(out.p.dtype.element_ty), wide), mask=ok[:, None])

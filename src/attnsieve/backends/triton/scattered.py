@@ -31,12 +31,11 @@ class Scattered:
     """A layout in two parts, which share no pair.
 
     offsets: int32 [H, room], the scattered distances of each head in ascending order, beyond them and at the end one that no
-    position has. rest: the layout without them. ends: int32 [H, n], contiguous, of the rest.
+    position has. rest: the layout without them.
     """
 
     offsets: Tensor
     rest: Layout
-    ends: Tensor
 
     def below(self, positions: int) -> Tensor:
         """int32 [2, H, tiles]: for query tiles of `positions`, how many offsets lead all rows of a tile to keys, and how many its last
@@ -77,7 +76,7 @@ def _split(layout: Layout) -> Scattered | None:
     room = int(counts.max())
     sorted_ = torch.where(alone, distances, n).sort(dim=1).values[:, :room]
     rest = replace(layout, offset=layout.offset & ~alone if bool((offset & ~alone).any()) else None)
-    return Scattered(F.pad(sorted_, (0, 1), value=n).contiguous(), rest, layout.end[0].contiguous())
+    return Scattered(F.pad(sorted_, (0, 1), value=n).contiguous(), rest)
 
 
 def _below(offsets: Tensor, length: int, positions: int) -> Tensor:
