@@ -34,8 +34,9 @@ def _run(call, out, lse, spoilt):
         call.q.shape[2],
         geometry.query_tiles,
         geometry.total,
+        geometry.shape(built),
         SLOTS=8,
-        **geometry.options(built),
+        **geometry.options(),
     )
 
 

@@ -58,20 +58,18 @@ def _add_dq(
     j,
     ok,
     scale2,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
+    shape: tl.constexpr,
     GUARD: tl.constexpr,
     REST: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """dq [R, DP] += dS K over keys j with scores s, and rest [R] += rowsum(dS) with REST."""
-    v_tile = load_rows(p_v, j, v.s_row, ok, DV, DVP, GUARD)
+    v_tile = load_rows(p_v, j, v.s_row, ok, shape.DV, shape.DVP, GUARD)
     weights = tl.exp2(s * scale2 - lse2[:, None])
-    dp = tl.dot(d_tile, tl.trans(v_tile), input_precision=PRECISION)
+    dp = tl.dot(d_tile, tl.trans(v_tile), input_precision=shape.PRECISION)
     ds = weights * (dp - delta[:, None])
     if REST:
         rest += tl.sum(ds, 1)
-    return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION), rest
+    return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=shape.PRECISION), rest
 
 
 @triton.jit
@@ -92,42 +90,33 @@ def dq_kernel(
     marks,
     scale,
     q_slots,
-    H: tl.constexpr,
-    OWN_MASKS: tl.constexpr,
-    G: tl.constexpr,
-    GP: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    LISTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    shape: tl.constexpr,
     CORRECT: tl.constexpr,
 ):
     """dQ of one query tile, layout head and sequence; rows, lists and loops as in `forward_kernel`. CORRECT: delta too."""
+    M: tl.constexpr = shape.M
+    N: tl.constexpr = shape.N
+    DP: tl.constexpr = shape.DP
+    PRECISION: tl.constexpr = shape.PRECISION
     h, i_s = tl.program_id(1), tl.program_id(2)
     batch, q_start, first, k_start, k_len = span_of(places, i_s)
     t = tl.cdiv(k_len, M) - 1 - tl.program_id(0)
     if (t + 1) * M <= first or t < 0:
         return
-    o_zh = (i_s.to(tl.int64) if OWN_MASKS else tl.cast(0, tl.int64)) * H + h
+    o_zh = (i_s.to(tl.int64) if shape.OWN_MASKS else tl.cast(0, tl.int64)) * shape.H + h
     o_list = o_zh * mask.tiles + t
-    r = tl.arange(0, M * GP)
+    r = tl.arange(0, M * shape.GP)
     i = t * M + r % M
-    head = h + r * 0 if GP == 1 else h * G + r // M
-    kv_head = h // G if GP == 1 else h
-    heads = H if GP == 1 else H * G
-    row_ok = (i >= first) & (i < k_len) & (r // M < G)
+    head = h + r * 0 if shape.GP == 1 else h * shape.G + r // M
+    kv_head = h // shape.G if shape.GP == 1 else h
+    heads = shape.H if shape.GP == 1 else shape.H * shape.G
+    row_ok = (i >= first) & (i < k_len) & (r // M < shape.G)
     slot = q_start + i - first
-    o_d, o_dv = tl.arange(0, DP), tl.arange(0, DVP)
+    o_d, o_dv = tl.arange(0, DP), tl.arange(0, shape.DVP)
     p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head + slot * q.s_row
     p_d = d_out.p + batch * d_out.s_batch + head.to(tl.int64) * d_out.s_head + slot * d_out.s_row
-    q_tile = tl.load(p_q[:, None] + o_d[None, :], mask=row_ok[:, None] & (o_d < D)[None, :], other=0.0)
-    d_tile = tl.load(p_d[:, None] + o_dv[None, :], mask=row_ok[:, None] & (o_dv < DV)[None, :], other=0.0)
+    q_tile = tl.load(p_q[:, None] + o_d[None, :], mask=row_ok[:, None] & (o_d < shape.D)[None, :], other=0.0)
+    d_tile = tl.load(p_d[:, None] + o_dv[None, :], mask=row_ok[:, None] & (o_dv < shape.DV)[None, :], other=0.0)
     o_row = (batch * heads + head) * q_slots + slot
     lse = tl.load(p_lse + o_row, mask=row_ok, other=-float("inf"))
     delta = tl.load(p_delta + o_row, mask=row_ok, other=0.0)
@@ -140,8 +129,8 @@ def dq_kernel(
         p_bias = head_base(bias, batch, kv_head) + k_start * bias.s_row
         s_bias = bias.s_row
 
-    dq = tl.zeros([M * GP, DP], tl.float32)
-    rest = tl.zeros([M * GP], tl.float32)
+    dq = tl.zeros([M * shape.GP, DP], tl.float32)
+    rest = tl.zeros([M * shape.GP], tl.float32)
     scale2 = scale * LOG2E
     one = scale / scale
     cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_list)
@@ -151,44 +140,40 @@ def dq_kernel(
         n_whole = tl.load(tiles.whole + o_list)
         n_tiles = tl.load(tiles.count + o_list)
         b = tl.load(p_tiles)
-        for x in tl.range(0, n_whole, num_stages=STAGES):
+        for x in tl.range(0, n_whole, num_stages=shape.STAGES):
             j = b * N + tl.arange(0, N)
             b = tl.load(p_tiles + x + 1)
-            k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
+            k_tile = load_rows(p_k, j, k.s_row, j, shape.D, DP, False)
             s = biased(q_tile, k_tile, p_bias, s_bias, j, j, one, False, PRECISION)
-            dq, rest = _add_dq(
-                dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, DV, DVP, False, CORRECT, PRECISION
-            )
-        for x in tl.range(n_whole, n_tiles, num_stages=STAGES):
+            dq, rest = _add_dq(dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, shape, False, CORRECT)
+        for x in tl.range(n_whole, n_tiles, num_stages=shape.STAGES):
             j0 = b * N
             j = tile_keys(mask, j0, N)
             b = tl.load(p_tiles + x + 1)
             ok = j < k_len
-            keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK, True)
-            k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
+            keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, shape.LISTED, shape.BLOCK, True)
+            k_tile = load_rows(p_k, j, k.s_row, ok, shape.D, DP, True)
             s = tl.where(keep, biased(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION), -float("inf"))
-            dq, rest = _add_dq(
-                dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, ok, scale2, DV, DVP, True, CORRECT, PRECISION
-            )
+            dq, rest = _add_dq(dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, ok, scale2, shape, True, CORRECT)
 
     if singles is not None:
         p_singles, o_n, n_whole, n_singles = single_list(singles, marks, o_list, N)
         listed = tl.load(p_singles + o_n)
-        for x in tl.range(0, tl.cdiv(n_singles, N), num_stages=STAGES):
+        for x in tl.range(0, tl.cdiv(n_singles, N), num_stages=shape.STAGES):
             # Nothing is done with the next keys before the next step: it would wait for them.
             j = keys_to_read(listed, x * N + o_n, n_singles, t * M, k_len)
             listed = tl.load(p_singles + (x + 1) * N + o_n)
-            k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
+            k_tile = load_rows(p_k, j, k.s_row, j, shape.D, DP, False)
             s = biased(q_tile, k_tile, p_bias, s_bias, j, j, one, False, PRECISION)
             if x >= n_whole:
                 rows, chunk = (o_zh, o_list, i, r % M), (p_singles, x, n_whole, n_singles)
-                s = listed_scores(s, mask, marks, rows, chunk, cut, M, N, LISTED)
-            dq, rest = _add_dq(
-                dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, DV, DVP, False, CORRECT, PRECISION
-            )
+                s = listed_scores(s, mask, marks, rows, chunk, cut, M, N, shape.LISTED)
+            dq, rest = _add_dq(dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, shape, False, CORRECT)
 
     p_dq = d_q.p + batch * d_q.s_batch + head.to(tl.int64) * d_q.s_head + slot * d_q.s_row
-    tl.store(p_dq[:, None] + o_d[None, :], (dq * scale).to(d_q.p.dtype.element_ty), mask=row_ok[:, None] & (o_d < D)[None, :])
+    tl.store(
+        p_dq[:, None] + o_d[None, :], (dq * scale).to(d_q.p.dtype.element_ty), mask=row_ok[:, None] & (o_d < shape.D)[None, :]
+    )
     if CORRECT:
         if d_lse is not None:
             p_d_lse = d_lse.p + batch * d_lse.s_batch + head.to(tl.int64) * d_lse.s_head + slot * d_lse.s_row

@@ -23,35 +23,7 @@ from attnsieve.backends.triton.tuning import SELECTED
 
 
 @triton.jit
-def forward_kernel(
-    q,
-    k,
-    v,
-    bias,
-    out,
-    p_lse,
-    places,
-    mask,
-    tiles,
-    singles,
-    marks,
-    scale,
-    q_slots,
-    H: tl.constexpr,
-    OWN_MASKS: tl.constexpr,
-    G: tl.constexpr,
-    GP: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    LISTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+def forward_kernel(q, k, v, bias, out, p_lse, places, mask, tiles, singles, marks, scale, q_slots, shape: tl.constexpr):
     """q [B, Hq, Tq, D], k, v [B, Hkv, Tk, D | Dv], bias [B, Hkv, Tk] or None -> out, p_lse [B, Hq, Tq].
 
     Rows of a program: GP heads of M positions each. G query heads share a KV head; GP is 1 where each has a mask of its own.
@@ -60,41 +32,10 @@ def forward_kernel(
     span = span_of(places, i_s)
     _, _, first, _, k_len = span
     # The longest lists belong to the last tiles: start with them.
-    t = tl.cdiv(k_len, M) - 1 - tl.program_id(0)
-    if (t + 1) * M <= first or t < 0:
+    t = tl.cdiv(k_len, shape.M) - 1 - tl.program_id(0)
+    if (t + 1) * shape.M <= first or t < 0:
         return
-    forward_tile(
-        q,
-        k,
-        v,
-        bias,
-        out,
-        p_lse,
-        mask,
-        tiles,
-        singles,
-        marks,
-        scale,
-        q_slots,
-        h,
-        i_s,
-        t,
-        span,
-        H,
-        OWN_MASKS,
-        G,
-        GP,
-        M,
-        N,
-        D,
-        DP,
-        DV,
-        DVP,
-        LISTED,
-        BLOCK,
-        PRECISION,
-        STAGES,
-    )
+    forward_tile(q, k, v, bias, out, p_lse, mask, tiles, singles, marks, scale, q_slots, h, i_s, t, span, shape)
 
 
 @triton.jit
@@ -114,21 +55,8 @@ def again_kernel(
     q_slots,
     query_tiles,
     total,
+    shape: tl.constexpr,
     SLOTS: tl.constexpr,
-    H: tl.constexpr,
-    OWN_MASKS: tl.constexpr,
-    G: tl.constexpr,
-    GP: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    LISTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Computes the tiles again that have an LSE of NaN, where `spoilt`, two numbers of each program, says that there are any.
 
@@ -138,47 +66,16 @@ def again_kernel(
     if tl.max(tl.load(spoilt + o, mask=o < 2 * tl.num_programs(0), other=0), 0) == 0:
         return
     for x in range(tl.program_id(0), total, tl.num_programs(0)):
-        h, i_s = x % H, x // H // query_tiles
+        h, i_s = x % shape.H, x // shape.H // query_tiles
         span = span_of(places, i_s)
         batch, _, _, _, k_len = span
-        t = tl.cdiv(k_len, M) - 1 - x // H % query_tiles
-        _, head, slot, row_ok = rows_of_tile(tl.arange(0, M * GP), h, t, span, G, GP, M)
+        t = tl.cdiv(k_len, shape.M) - 1 - x // shape.H % query_tiles
+        _, head, slot, row_ok = rows_of_tile(tl.arange(0, shape.M * shape.GP), h, t, span, shape.G, shape.GP, shape.M)
         row_ok = row_ok & (t >= 0)
-        heads = H if GP == 1 else H * G
+        heads = shape.H if shape.GP == 1 else shape.H * shape.G
         lse = tl.load(p_lse + (batch * heads + head) * q_slots + slot, mask=row_ok, other=0.0)
         if tl.max((lse != lse).to(tl.int32), 0) == 1:
-            forward_tile(
-                q,
-                k,
-                v,
-                bias,
-                out,
-                p_lse,
-                mask,
-                None,
-                singles,
-                marks,
-                scale,
-                q_slots,
-                h,
-                i_s,
-                t,
-                span,
-                H,
-                OWN_MASKS,
-                G,
-                GP,
-                M,
-                N,
-                D,
-                DP,
-                DV,
-                DVP,
-                LISTED,
-                BLOCK,
-                PRECISION,
-                STAGES,
-            )
+            forward_tile(q, k, v, bias, out, p_lse, mask, None, singles, marks, scale, q_slots, h, i_s, t, span, shape)
 
 
 class Prefill:
@@ -187,7 +84,7 @@ class Prefill:
     def __init__(self, call: Call, tiles: Tiles) -> None:
         geometry = Geometry(call, tiles)
         built = schedule(call.layout, geometry.positions, tiles.keys)
-        options = geometry.options(built)
+        shape, options = geometry.shape(built), geometry.options()
         self._programs = hopper.programs(geometry) if _is_for_hopper(geometry, built) else 0
         if self._programs:
             # Gluon is there with the Triton that it was written for alone.
@@ -204,6 +101,7 @@ class Prefill:
                 call.q.shape[2],
                 geometry.query_tiles,
                 geometry.total,
+                shape,
                 SLOTS=triton.next_power_of_2(2 * self._programs),
                 **options,
             )
@@ -217,6 +115,7 @@ class Prefill:
                 built.marks,
                 call.scale,
                 call.q.shape[2],
+                shape,
                 **options,
             )
 

@@ -25,77 +25,36 @@ from attnsieve.backends.triton.nonfinite import is_finite, sums_of_finite
 
 
 @triton.jit
-def _absorb(
-    acc,
-    total,
-    peak,
-    s,
-    scale,
-    v,
-    p_v,
-    j,
-    ok,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    GUARD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _absorb(acc, total, peak, s, scale, v, p_v, j, ok, shape: tl.constexpr, GUARD: tl.constexpr):
     """One step of the online softmax in base 2 over scores s * scale [R, N]: acc [R, DVP], total and peak [R]."""
     new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
     # A row that has kept nothing so far has peak -inf; subtracting 0 instead keeps its weights 0, not NaN.
     base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
     weights = tl.exp2(s * scale - base[:, None])
     fade = tl.exp2(peak - base)
-    v_tile = load_rows(p_v, j, v.s_row, ok, DV, DVP, GUARD)
-    acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * fade[:, None], input_precision=PRECISION)
+    v_tile = load_rows(p_v, j, v.s_row, ok, shape.DV, shape.DVP, GUARD)
+    acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * fade[:, None], input_precision=shape.PRECISION)
     return acc, total * fade + tl.sum(weights, 1), new_peak
 
 
 @triton.jit
-def forward_tile(
-    q,
-    k,
-    v,
-    bias,
-    out,
-    p_lse,
-    mask,
-    tiles,
-    singles,
-    marks,
-    scale,
-    q_slots,
-    h,
-    i_s,
-    t,
-    span,
-    H: tl.constexpr,
-    OWN_MASKS: tl.constexpr,
-    G: tl.constexpr,
-    GP: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    LISTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+def forward_tile(q, k, v, bias, out, p_lse, mask, tiles, singles, marks, scale, q_slots, h, i_s, t, span, shape: tl.constexpr):
     """Outputs and LSE of query tile t of layout head h and sequence i_s, which lies at `span`; arguments as `forward_kernel`'s."""
+    M: tl.constexpr = shape.M
+    N: tl.constexpr = shape.N
+    DVP: tl.constexpr = shape.DVP
+    PRECISION: tl.constexpr = shape.PRECISION
     batch, _, _, k_start, k_len = span
-    o_zh = (i_s.to(tl.int64) if OWN_MASKS else tl.cast(0, tl.int64)) * H + h
+    o_zh = (i_s.to(tl.int64) if shape.OWN_MASKS else tl.cast(0, tl.int64)) * shape.H + h
     o_list = o_zh * mask.tiles + t
-    r = tl.arange(0, M * GP)
-    i, head, slot, row_ok = rows_of_tile(r, h, t, span, G, GP, M)
-    kv_head = h // G if GP == 1 else h
-    heads = H if GP == 1 else H * G
+    r = tl.arange(0, M * shape.GP)
+    i, head, slot, row_ok = rows_of_tile(r, h, t, span, shape.G, shape.GP, M)
+    kv_head = h // shape.G if shape.GP == 1 else h
+    heads = shape.H if shape.GP == 1 else shape.H * shape.G
 
-    o_d = tl.arange(0, DP)
+    o_d = tl.arange(0, shape.DP)
     p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head + slot * q.s_row
-    q_tile = tl.load(p_q[:, None] + o_d[None, :], mask=row_ok[:, None] & (o_d < D)[None, :], other=0.0)
+    q_tile = tl.load(p_q[:, None] + o_d[None, :], mask=row_ok[:, None] & (o_d < shape.D)[None, :], other=0.0)
     p_k = head_base(k, batch, kv_head) + k_start * k.s_row
     p_v = head_base(v, batch, kv_head) + k_start * v.s_row
     p_bias, s_bias = None, 0
@@ -103,9 +62,9 @@ def forward_tile(
         p_bias = head_base(bias, batch, kv_head) + k_start * bias.s_row
         s_bias = bias.s_row
 
-    acc = tl.zeros([M * GP, DVP], tl.float32)
-    total = tl.zeros([M * GP], tl.float32)
-    peak = tl.full([M * GP], -float("inf"), tl.float32)
+    acc = tl.zeros([M * shape.GP, DVP], tl.float32)
+    total = tl.zeros([M * shape.GP], tl.float32)
+    peak = tl.full([M * shape.GP], -float("inf"), tl.float32)
     scale2 = scale * LOG2E
     cut = NO_CUT if mask.cut is None else tl.load(mask.cut + o_list)
 
@@ -116,12 +75,12 @@ def forward_tile(
         n_whole = tl.load(tiles.whole + o_list)
         n_tiles = tl.load(tiles.count + o_list)
         b = tl.load(p_tiles)
-        for x in tl.range(0, n_whole, num_stages=STAGES):
+        for x in tl.range(0, n_whole, num_stages=shape.STAGES):
             j = b * N + tl.arange(0, N)
             b = tl.load(p_tiles + x + 1)
-            k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
+            k_tile = load_rows(p_k, j, k.s_row, j, shape.D, shape.DP, False)
             s = scores(q_tile, k_tile, p_bias, s_bias, j, j, False, PRECISION)
-            acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)
+            acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, shape, False)
         n_corner = n_whole
         if mask.corner is not None:
             # A program that touches the corner is one of few: it runs a loop of its own, which is not made to be fast.
@@ -130,37 +89,39 @@ def forward_tile(
                 j0 = tl.load(p_tiles + x) * N
                 j = tile_keys(mask, j0, N)
                 ok = j < k_len
-                keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, LISTED, BLOCK, True)
-                k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
+                keep = tile_keep(
+                    mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, shape.LISTED, shape.BLOCK, True
+                )
+                k_tile = load_rows(p_k, j, k.s_row, ok, shape.D, shape.DP, True)
                 s = tl.where(keep, scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION), -float("inf"))
-                acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
-        word, far = tile_words(mask, o_zh, i[:, None], b * N, cut, N, BLOCK)
-        for x in tl.range(n_corner, n_tiles, num_stages=STAGES):
+                acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, shape, True)
+        word, far = tile_words(mask, o_zh, i[:, None], b * N, cut, N, shape.BLOCK)
+        for x in tl.range(n_corner, n_tiles, num_stages=shape.STAGES):
             j0 = b * N
             j = tile_keys(mask, j0, N)
             b = tl.load(p_tiles + x + 1)
             ok = j < k_len
-            k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
+            k_tile = load_rows(p_k, j, k.s_row, ok, shape.D, shape.DP, True)
             s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION)
-            s = masked(s, word, far, mask, o_zh, i, j, j0, ok, cut, N, LISTED, BLOCK)
+            s = masked(s, word, far, mask, o_zh, i, j, j0, ok, cut, N, shape.LISTED, shape.BLOCK)
             # The entry after the last one may be any tile's: the words of a later one than these rows' are not there to be read.
-            word, far = tile_words(mask, o_zh, i[:, None], tl.minimum(b * N, t * M + M), cut, N, BLOCK)
-            acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, DV, DVP, True, PRECISION)
+            word, far = tile_words(mask, o_zh, i[:, None], tl.minimum(b * N, t * M + M), cut, N, shape.BLOCK)
+            acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, ok, shape, True)
 
     if singles is not None:
         # One loop for whole and partial chunks: lists are short, and starting a second loop costs as much as several chunks.
         p_singles, o_n, n_whole, n_singles = single_list(singles, marks, o_list, N)
         listed = tl.load(p_singles + o_n)
-        for x in tl.range(0, tl.cdiv(n_singles, N), num_stages=STAGES):
+        for x in tl.range(0, tl.cdiv(n_singles, N), num_stages=shape.STAGES):
             # Nothing is done with the next keys before the next step: it would wait for them.
             j = keys_to_read(listed, x * N + o_n, n_singles, t * M, k_len)
             listed = tl.load(p_singles + (x + 1) * N + o_n)
-            k_tile = load_rows(p_k, j, k.s_row, j, D, DP, False)
+            k_tile = load_rows(p_k, j, k.s_row, j, shape.D, shape.DP, False)
             s = scores(q_tile, k_tile, p_bias, s_bias, j, j, False, PRECISION)
             if x >= n_whole:
                 rows, chunk = (o_zh, o_list, i, r % M), (p_singles, x, n_whole, n_singles)
-                s = listed_scores(s, mask, marks, rows, chunk, cut, M, N, LISTED)
-            acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, DV, DVP, False, PRECISION)
+                s = listed_scores(s, mask, marks, rows, chunk, cut, M, N, shape.LISTED)
+            acc, total, peak = _absorb(acc, total, peak, s, scale2, v, p_v, j, j, shape, False)
 
     if is_finite(acc) == 0:
         acc = sums_of_finite(
@@ -182,14 +143,7 @@ def forward_tile(
             k_len,
             cut,
             scale,
-            N,
-            D,
-            DP,
-            DV,
-            DVP,
-            LISTED,
-            BLOCK,
-            PRECISION,
+            shape,
             min(N, 32),
         )
     # A total of NaN is a NaN in K or q, not an empty row.
@@ -198,5 +152,5 @@ def forward_tile(
     lse = tl.where(empty, -float("inf"), (peak + tl.log2(total)) * LN2)
     o_dv = tl.arange(0, DVP)
     p_out = out.p + batch * out.s_batch + head.to(tl.int64) * out.s_head + slot * out.s_row
-    tl.store(p_out[:, None] + o_dv[None, :], acc.to(out.p.dtype.element_ty), mask=row_ok[:, None] & (o_dv < DV)[None, :])
+    tl.store(p_out[:, None] + o_dv[None, :], acc.to(out.p.dtype.element_ty), mask=row_ok[:, None] & (o_dv < shape.DV)[None, :])
     tl.store(p_lse + (batch * heads + head) * q_slots + slot, lse, mask=row_ok)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,29 @@ class Tiles:
     warps: int
     stages: int
     registers: int | None = None
+
+
+class Shape(NamedTuple):
+    """What kernels that go through the lists of a schedule are specialised on: H layout heads, of each sequence (OWN_MASKS) or of all;
+    G query heads of a KV head; rows of a program, GP heads of M positions each; N keys of a tile; widths of keys and values, padded
+    too; which keys may be in lists and the side of whole blocks, see `Schedule`; how many tiles of keys are in flight.
+    (Kernels take it as one constant. Before a number goes into a list, and a word to a function, they make it one of its own.)
+    """
+
+    H: Any
+    OWN_MASKS: Any
+    G: Any
+    GP: Any
+    M: Any
+    N: Any
+    D: Any
+    DP: Any
+    DV: Any
+    DVP: Any
+    PRECISION: Any
+    LISTED: Any
+    BLOCK: Any
+    STAGES: Any
 
 
 @dataclass(frozen=True)
@@ -81,11 +104,13 @@ class Geometry:
             "PRECISION": "ieee" if call.q.dtype == torch.float32 else "tf32",
         }
 
-    def options(self, built: Schedule) -> dict[str, Any]:
-        """`constants`, and what kernels that go through the lists of a schedule are launched with besides."""
-        tiles = self.tiles
-        of_schedule = {"LISTED": built.listed, "BLOCK": built.block, "STAGES": tiles.stages}
-        return {**self.constants(), **of_schedule, "num_warps": tiles.warps, "maxnreg": tiles.registers}
+    def shape(self, built: Schedule) -> Shape:
+        """`constants`, and what kernels that go through the lists of a schedule are specialised on besides."""
+        return Shape(**self.constants(), LISTED=built.listed, BLOCK=built.block, STAGES=self.tiles.stages)
+
+    def options(self) -> dict[str, Any]:
+        """How to compile."""
+        return {"num_warps": self.tiles.warps, "maxnreg": self.tiles.registers}
 
 
 def padded_value(v_width: int) -> int:

@@ -76,8 +76,9 @@ def query_gradient(
         built.marks,
         call.scale,
         call.q.shape[2],
-        **geometry.options(built),
+        geometry.shape(built),
         CORRECT=call.key_bias is not None,
+        **geometry.options(),
     )
     return d_q
 
@@ -119,8 +120,9 @@ def _add_tiles(geometry: Geometry, built: Schedule, common: tuple[object, ...]) 
         tiles_by_key(call.layout, built),
         call.scale,
         call.k.shape[2],
-        _deterministic(),
-        **geometry.options(built),
+        geometry.shape(built),
+        OWN_SUMS=_deterministic(),
+        **geometry.options(),
     )
 
 
@@ -134,8 +136,9 @@ def _add_singles(geometry: Geometry, built: Schedule, common: tuple[object, ...]
         lists,
         call.scale,
         call.k.shape[2],
-        rows,
-        **geometry.options(built),
+        geometry.shape(built),
+        ROWS=rows,
+        **geometry.options(),
     )
 
 

@@ -21,15 +21,13 @@ def is_finite(sums):
 
 
 @triton.jit
-def _absorb_finite(
-    acc, spoilt, s, base, scale, keep, v, p_v, j, ok, DV: tl.constexpr, DVP: tl.constexpr, PRECISION: tl.constexpr
-):
+def _absorb_finite(acc, spoilt, s, base, scale, keep, v, p_v, j, ok, shape: tl.constexpr):
     """acc [R, DVP] += weights of the finite values at keys j, and spoilt [R]: whether a row keeps a key with others."""
-    v_tile = load_rows(p_v, j, v.s_row, ok, DV, DVP, True)
+    v_tile = load_rows(p_v, j, v.s_row, ok, shape.DV, shape.DVP, True)
     finite = v_tile.to(tl.float32) - v_tile.to(tl.float32) == 0
     bad = tl.min(finite.to(tl.int32), 1) == 0
     weights = tl.where(keep, tl.exp2(s * scale - base[:, None]), 0.0).to(v_tile.dtype)
-    acc = tl.dot(weights, tl.where(finite, v_tile, 0.0).to(v_tile.dtype), acc, input_precision=PRECISION)
+    acc = tl.dot(weights, tl.where(finite, v_tile, 0.0).to(v_tile.dtype), acc, input_precision=shape.PRECISION)
     return acc, tl.maximum(spoilt, tl.max((keep & bad[None, :]).to(tl.int32), 1))
 
 
@@ -53,17 +51,13 @@ def sums_of_finite(
     k_len,
     cut,
     scale,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    LISTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    shape: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """Sums [R, DVP] of the weighted finite values, NaN in rows that keep a key with others. STEP keys at a time: less code."""
+    N: tl.constexpr = shape.N
+    DVP: tl.constexpr = shape.DVP
+    PRECISION: tl.constexpr = shape.PRECISION
     base = tl.where(peak == -float("inf"), 0.0, peak)
     acc = tl.zeros([q_tile.shape[0], DVP], tl.float32)
     spoilt = tl.zeros([q_tile.shape[0]], tl.int32)
@@ -73,12 +67,12 @@ def sums_of_finite(
             j0 = tl.load(p_tiles + x // (N // STEP)) * N + x % (N // STEP) * STEP
             j = j0 + tl.arange(0, STEP)
             ok = j < k_len
-            keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, STEP, LISTED, BLOCK, False)
-            k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
-            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION)
-            acc, spoilt = _absorb_finite(
-                acc, spoilt, s, base, scale * LOG2E, keep & ok[None, :], v, p_v, j, ok, DV, DVP, PRECISION
+            keep = tile_keep(
+                mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, STEP, shape.LISTED, shape.BLOCK, False
             )
+            k_tile = load_rows(p_k, j, k.s_row, ok, shape.D, shape.DP, True)
+            s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION)
+            acc, spoilt = _absorb_finite(acc, spoilt, s, base, scale * LOG2E, keep & ok[None, :], v, p_v, j, ok, shape)
     if singles is not None:
         p_singles = singles.items + tl.load(singles.start + o_list)
         n_singles = tl.load(singles.count + o_list)
@@ -86,10 +80,8 @@ def sums_of_finite(
             o_x = x + tl.arange(0, STEP)
             j = tl.load(p_singles + o_x, mask=o_x < n_singles, other=0)
             ok = (o_x < n_singles) & (j < k_len)
-            keep = list_keep(mask, o_zh, i[:, None], j[None, :], j[None, :], cut, ok[None, :], LISTED)
-            k_tile = load_rows(p_k, j, k.s_row, ok, D, DP, True)
+            keep = list_keep(mask, o_zh, i[:, None], j[None, :], j[None, :], cut, ok[None, :], shape.LISTED)
+            k_tile = load_rows(p_k, j, k.s_row, ok, shape.D, shape.DP, True)
             s = scores(q_tile, k_tile, p_bias, s_bias, j, ok, True, PRECISION)
-            acc, spoilt = _absorb_finite(
-                acc, spoilt, s, base, scale * LOG2E, keep & ok[None, :], v, p_v, j, ok, DV, DVP, PRECISION
-            )
+            acc, spoilt = _absorb_finite(acc, spoilt, s, base, scale * LOG2E, keep & ok[None, :], v, p_v, j, ok, shape)
     return tl.where((spoilt != 0)[:, None], float("nan"), acc)
