@@ -22,6 +22,7 @@ from attnsieve.backends.triton.common import (
     keys_to_read,
     listed_scores,
     load_rows,
+    rows_of_tile,
     single_list,
     span_of,
     tile_keep,
@@ -99,19 +100,17 @@ def dq_kernel(
     DP: tl.constexpr = shape.DP
     PRECISION: tl.constexpr = shape.PRECISION
     h, i_s = tl.program_id(1), tl.program_id(2)
-    batch, q_start, first, k_start, k_len = span_of(places, i_s)
+    span = span_of(places, i_s)
+    batch, _, first, k_start, k_len = span
     t = tl.cdiv(k_len, M) - 1 - tl.program_id(0)
     if (t + 1) * M <= first or t < 0:
         return
     o_zh = (i_s.to(tl.int64) if shape.OWN_MASKS else tl.cast(0, tl.int64)) * shape.H + h
     o_list = o_zh * mask.tiles + t
     r = tl.arange(0, M * shape.GP)
-    i = t * M + r % M
-    head = h + r * 0 if shape.GP == 1 else h * shape.G + r // M
+    i, head, slot, row_ok = rows_of_tile(r, h, t, span, shape.G, shape.GP, M)
     kv_head = h // shape.G if shape.GP == 1 else h
     heads = shape.H if shape.GP == 1 else shape.H * shape.G
-    row_ok = (i >= first) & (i < k_len) & (r // M < shape.G)
-    slot = q_start + i - first
     o_d, o_dv = tl.arange(0, DP), tl.arange(0, shape.DVP)
     p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head + slot * q.s_row
     p_d = d_out.p + batch * d_out.s_batch + head.to(tl.int64) * d_out.s_head + slot * d_out.s_row
