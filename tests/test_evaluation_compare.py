@@ -174,10 +174,11 @@ def test_the_model_is_left_as_it_was():
         assert torch.equal(model()(ids).logits, before)
 
 
-def test_a_length_beyond_the_context_is_warned_about(caplog):
-    make = lambda: evaluate(model(), tokenizer(), {}, [short_kv()], [5000], 1, progress=False)  # noqa: E731
-    make()
-    assert "beyond the 4096 tokens" in caplog.text
+def test_texts_beyond_the_models_positions_are_refused():
+    with pytest.raises(UserError, match="4097 tokens are more than the model's 4096 positions"):
+        run({}, lengths=(120, 4097))
+    with pytest.raises(UserError, match="4097 tokens are more than the model's 4096 positions"):
+        layer_fidelity(model(), plan("window(5)"), [5] * 4097)
 
 
 def test_fidelity_rows():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +21,7 @@ from attnsieve.evaluation.rows import Row, append_rows, read_rows
 from attnsieve.evaluation.statistics import paired_p_value, standard_error
 from attnsieve.evaluation.tasks.base import Task
 from attnsieve.evaluation.weights import weights_digest
-from attnsieve.hf import longest_text
+from attnsieve.hf import check_positions
 from attnsieve.patterns import dense
 from attnsieve.plan import Plan
 
@@ -31,8 +30,6 @@ DENSE = "dense"
 REMEMBERED = 4
 # One item's measures by name.
 Measures = dict[str, float]
-
-logger = logging.getLogger("attnsieve")
 
 
 class Cell(NamedTuple):
@@ -61,12 +58,12 @@ def evaluate(
     plans: by the name that rows will carry; "dense" is always run and cannot be a name. out: a JSON-lines file that rows are
     added to as they come; runs whose rows it holds already are read from it instead of repeated.
 
-    Raises UserError for plans of another model, items that a task cannot make, a sparse plan under which nothing ran sparse,
-    rows in `out` of a model of this name with other weights, and NaN or infinite results.
+    Raises UserError for plans of another model, lengths beyond the model's positions, items that a task cannot make, a sparse plan
+    under which nothing ran sparse, rows in `out` of a model of this name with other weights, and NaN or infinite results.
     """
     require(items > 0 and all(length > 0 for length in lengths), f"expected positive items and lengths, got {items}, {lengths}")
     require(DENSE not in plans, f"{DENSE!r} is always measured and cannot be the name of a plan: rename it")
-    _warn_beyond_context(model, lengths)
+    check_positions(model, max(lengths, default=0))
     runs = Runs(model, tokenizer, out, progress=progress)
     return [row for task in tasks for length in lengths for row in runs.cell(Cell(task, length, items, seed), plans)]
 
@@ -211,13 +208,6 @@ def summary(values: Sequence[float], dense_values: Sequence[float] | None) -> di
         "paired_stderr": standard_error(differences),
         "p_value": paired_p_value(differences),
     }
-
-
-def _warn_beyond_context(model: Any, lengths: Sequence[int]) -> None:
-    context = longest_text(model)
-    beyond = [length for length in lengths if context is not None and length > context]
-    if beyond:
-        logger.warning("lengths %s are beyond the %d tokens that this model was made for", beyond, context)
 
 
 def _dtype_name(model: Any) -> str:

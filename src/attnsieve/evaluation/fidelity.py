@@ -13,7 +13,7 @@ from attnsieve.errors import require
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.hf.dense import own_attention, why_layer_dense
 from attnsieve.hf.effect import attended, effect
-from attnsieve.hf.geometry import AttentionLayer, fingerprint
+from attnsieve.hf.geometry import AttentionLayer, check_positions, fingerprint
 from attnsieve.hf.interface import LayerCall, LayerState, observing
 from attnsieve.hf.locate import SpanMemo, locate
 from attnsieve.layout import Layout, compile_layout
@@ -43,11 +43,12 @@ def layer_fidelity(
 
     Every layer sees the q, k and v of the dense model, so errors do not add up. last: retained mass and error are those of the
     last rows alone, such as a question's; the density stays that of the text. O(n) memory beyond the pass itself: the
-    retained mass of a row is exp(LSE of the kept keys - LSE of all keys). Raises UserError for a plan made for another model
-    and for a model that has a handle.
+    retained mass of a row is exp(LSE of the kept keys - LSE of all keys). Raises UserError for a plan made for another model,
+    a text beyond the model's positions, and a model that has a handle.
     """
     require(len(ids) > 0, "layer_fidelity needs at least one token")
     last = len(ids) if last is None else last
+    check_positions(model, len(ids))
     require(0 < last <= len(ids), f"last must be from 1 to the text's {len(ids)} tokens, got {last}")
     mark = fingerprint(model)
     plan.check(mark)
