@@ -21,8 +21,8 @@ from random import Random
 from typing import Any
 
 import torch
+from claims import add_sharing_options
 from experiment import Rows, several
-from pareto import shard
 
 from attnsieve import Plan, UserError
 from attnsieve.evaluation import evaluate, make_task
@@ -104,8 +104,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shard", type=shard, default=(0, 1), help="i/k: this process is number i of k, from 0")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this time")
+    add_sharing_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="rows go to OUT with the shard's number in its name")
     return parser.parse_args()
 

@@ -1,9 +1,23 @@
 """Work shared by processes on one host: each piece is claimed in a folder, by one process at a time, until it is finished."""
 
 import os
+from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
 FINISHED = "finished"
+
+
+def add_sharing_options(parser: ArgumentParser) -> None:
+    """Which part of the work a process begins with, and for how long it begins more."""
+    parser.add_argument("--shard", type=_shard, default=(0, 1), help="i/k: this process is number i of k, from 0")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this time")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, count = (int(part) for part in text.split("/"))
+    if not 0 <= number < count:
+        raise ArgumentTypeError(f"expected i/k with i from 0 to k - 1, got {text}")
+    return number, count
 
 
 class Board:

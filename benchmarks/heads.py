@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from claims import Board
-from pareto import join, shard
+from claims import Board, add_sharing_options
+from pareto import join
 from pareto_tasks import task_of
 
 from attnsieve import Plan
@@ -60,8 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=3, help="layers whose heads are tried one by one")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shard", type=shard, default=(0, 1))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this time")
+    add_sharing_options(parser)
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 

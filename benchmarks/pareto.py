@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from claims import Board
+from claims import Board, add_sharing_options
 from pareto_plans import GROUPS, Shelf, Workshop, railed, summary
 from pareto_tasks import kept, task_of
 
@@ -63,8 +63,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=2, help="texts of each kind to calibrate on")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shard", type=shard, default=(0, 1), help="i/k: this process is number i of k, from 0")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this time")
+    add_sharing_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     found = parser.parse_args(given)
     found.items = found.items * len(found.lengths) if len(found.items) == 1 else found.items
@@ -79,13 +78,6 @@ def whole_numbers(text: str) -> list[int]:
 
 def names(text: str) -> list[str]:
     return text.split(",")
-
-
-def shard(text: str) -> tuple[int, int]:
-    number, count = (int(part) for part in text.split("/"))
-    if not 0 <= number < count:
-        raise argparse.ArgumentTypeError(f"expected i/k with i from 0 to k - 1, got {text}")
-    return number, count
 
 
 def rotated(things: list[Any], share: float) -> list[Any]:

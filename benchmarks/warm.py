@@ -17,7 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from pareto import plans_with_rails, shard
+from claims import add_sharing_options
+from pareto import plans_with_rails
 from pareto_plans import GROUPS, Workshop
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -66,8 +67,7 @@ BATCHES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shard", type=shard, default=(0, 1), help="i/k: this process is number i of k, from 0")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this time")
+    add_sharing_options(parser)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shrink", type=int, default=1, help="divide lengths and documents by this: to try it on a CPU")
     arguments = parser.parse_args()

@@ -14,14 +14,14 @@ import time
 from functools import cached_property
 from pathlib import Path
 
-from pareto import Worker, parse, shard, work
+from claims import add_sharing_options
+from pareto import Worker, parse, work
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", type=Path)
-    parser.add_argument("--shard", type=shard, default=(0, 1), help="i/k: this process is number i of k, from 0")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this time")
+    add_sharing_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     arguments = parser.parse_args()
     stop = time.monotonic() + arguments.seconds
