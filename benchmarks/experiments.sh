@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # DMA beside other attention layers: language models, needles, a conversion, associative recall.
 #
-#   python benchmarks/language.py prepare --tokens runs/tokens
+#   python benchmarks/language.py prepare --tokens runs/tokens --characters 110e6
 #   benchmarks/experiments.sh OUT runs/tokens smollm2-135m [SECONDS]
 #
-# Jobs in the order of what they tell, those with rows in results/ last: first the long ones, side by side so that none waits for
-# another, then two at a time on each GPU (GPUS, all by default). One that needs more seconds than are left is not begun, and all end
+# Jobs in the order of what they tell, those with rows in results/ last, four at a time on each GPU (GPUS, all by default). One that needs more seconds than are left is not begun, and all end
 # after SECONDS (570). Rows are added to OUT/*.jsonl as they are measured, those that are there already are not measured again: call
 # it again to go on, or with OUT = benchmarks/results to add to those. Output goes to OUT/experiments.log. Tables and figures are made
 # later, on any machine, with --minutes 0:
@@ -69,29 +68,30 @@ queue() { # JOBS at a time on each GPU
 
 export -f left measure language large conversion recall run
 {
+    # Every second one of the first is for the second GPU where there are two: the long ones together, as they end together.
     queue 4 << JOBS
-500 large dma-window 1
-500 large mha 1
-500 large swa 1
-350 conversion 512 300
-JOBS
-    queue 2 << JOBS
-100 recall 2048x128 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
-120 recall 512x256x4 nsa --seeds 1
-70 recall 256x256,256x128 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
+120 recall 1024x256 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
+500 large nsa 1
+120 recall 2048x256 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
+400 large gqa 1
+100 recall 2048x32 mha,dma,dma-window,swa --seeds 1
+400 large mla 1
 60 recall 1024x32 mha,dma,dma-window,swa --seeds 1
+400 large mqa 1
+70 recall 256x256,256x128 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
 150 language swa 2
 150 language dma-window 3
 100 recall 512x256x4 dma,dma-window --rates 7e-4 --seeds 1
-100 recall 1024x256 mha,dma-window,swa --rates 7e-4 --seeds 1
-100 recall 2048x32 mha,dma-window,swa --seeds 1
-300 large gqa 1
-300 large mla 1
-300 large mqa 1
 60 recall 512x64 mha,dma-window --no-convolution
+100 recall 2048x128 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
+120 recall 512x256x4 nsa --seeds 1
 300 language dma-all 1 1600 -long
 400 conversion 256 1000
+350 conversion 512 300
 450 language nsa 1
+500 large dma-window 1
+500 large mha 1
+500 large swa 1
 250 language mqa,gqa,mla,mha 1
 400 language dma-window,mha,swa 1 1600 -long
 60 recall 512x64+noise mha,dma,dma-window,swa --seeds 1
