@@ -285,7 +285,7 @@ def test_stability_is_drawn_and_told():
     assert_labels_are_readable(figure)
     np.testing.assert_array_equal(figure.axes[1].images[0].get_array(), found.worst())
     found.retained[:, :, 1], found.density[:] = 1.0, 0.2
-    text = stability_text(found, floor=0.95)
+    text = stability_text(found)
     assert "can serve 4 of 12 heads" in text
     (line,) = [line for line in text.splitlines() if line.startswith("|     1 |")]
     assert "4/4" in line

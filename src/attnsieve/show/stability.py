@@ -12,15 +12,18 @@ from attnsieve.show.tables import markdown, percent
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Of every other document's attention, what a head's mask keeps where it is called fixed.
+FLOOR = 0.9
 
-def stability_text(found: Stability, floor: float = 0.9) -> str:
+
+def stability_text(found: Stability) -> str:
     """What it says in a few lines, then one line per layer with the heads that a fixed mask cannot serve."""
-    fixed = found.fixed(floor)
+    fixed = found.fixed(FLOOR)
     head = [
         f"stability of masks from {len(found.names)} documents, each by itself, tried on one another at {found.length} tokens: "
         + ", ".join(found.names),
         f"a fixed mask can serve {int(fixed.sum())} of {fixed.numel()} heads: each document's mask keeps at least "
-        f"{percent(floor)} % of every other's attention and leaves out half of the pairs",
+        f"{percent(FLOOR)} % of every other's attention and leaves out half of the pairs",
     ]
     header = [
         "layer",
@@ -46,17 +49,17 @@ def stability_text(found: Stability, floor: float = 0.9) -> str:
     return "\n".join(head) + "\n\n" + markdown(header, rows, left=[6])
 
 
-def stability_summary(found: Stability, floor: float = 0.9) -> dict[str, Any]:
+def stability_summary(found: Stability) -> dict[str, Any]:
     """The same for programs: per layer and head."""
     return {
         "names": list(found.names),
         "length": found.length,
         "layers": list(found.fingerprint.indices),
-        "floor": floor,
+        "floor": FLOOR,
         "overlap": found.mean_overlap().tolist(),
         "own": found.own().tolist(),
         "worst": found.worst().tolist(),
-        "fixed": found.fixed(floor).tolist(),
+        "fixed": found.fixed(FLOOR).tolist(),
     }
 
 
