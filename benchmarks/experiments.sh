@@ -4,10 +4,10 @@
 #   python benchmarks/language.py prepare --tokens runs/tokens --characters 110e6
 #   benchmarks/experiments.sh OUT runs/tokens smollm2-135m [SECONDS]
 #
-# Jobs in the order of what they tell, those with rows in results/ last, four at a time on each GPU (GPUS, all by default). One that needs more seconds than are left is not begun, and all end
-# after SECONDS (570). Rows are added to OUT/*.jsonl as they are measured, those that are there already are not measured again: call
-# it again to go on, or with OUT = benchmarks/results to add to those. Output goes to OUT/experiments.log. Tables and figures are made
-# later, on any machine, with --minutes 0:
+# Jobs in the order of what they tell, those with rows in results/ last, four at a time on each GPU (GPUS, all by default). One that
+# needs more seconds than are left is not begun, and all end after SECONDS (570). Rows are added to OUT/*.jsonl as they are measured,
+# those that are there already are not measured again: call it again to go on, or with OUT = benchmarks/results to add to those. Output
+# goes to OUT/experiments.log. Tables and figures are made later, on any machine, with --minutes 0:
 #
 #   python benchmarks/mqar.py --minutes 0 --out OUT/mqar.jsonl
 #
