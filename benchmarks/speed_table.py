@@ -1,4 +1,4 @@
-"""The tables of speed in docs/RESULTS.md: one attention layer of 32/8 heads of width 128, and time to first token.
+"""The tables of speed in docs/RESULTS.md: one attention layer of 32/8 heads of width 128, FlexAttention, and time to first token.
 
 python benchmarks/speed_table.py benchmarks/results/kernels.jsonl benchmarks/results/dma.jsonl
 """
@@ -14,6 +14,7 @@ from attnsieve.show import markdown, percent
 Rows = dict[tuple[Any, ...], dict[str, Any]]
 LAYER = {"batch": 1, "q_heads": 32, "kv_heads": 8, "head_dim": 128}
 K = 1024
+FLEX, OURS = ("flex-triton", "flex-flash"), ("triton", "fa4")
 # DMA's own call, which selects keys each time.
 DMA = "dynamic_mask_attention"
 # What a line is called; operation, mask and backend of its rows, and their numbers of keys.
@@ -24,12 +25,23 @@ LINES = (
     ("the same by `triton`", "prefill", "C", "triton", (128,)),
     ("prefill, half of all columns, random per head (`fa4`)", "prefill", "columns-50", "fa4", (8,)),
     ("prefill, clusters and bands of diagonals (`triton`)", "prefill", "B", "triton", (128,)),
+    ("prefill, scattered diagonals and columns (`triton`)", "prefill", "A", "triton", (8, 32, 128)),
     ("prefill, DMA with 1024 keys a row", "prefill", "dma-1024", DMA, (32, 128)),
     ("forward and backward, DMA with 2048 keys", "forward_backward", "dma-2048", DMA, (32, 128)),
     ("decode, 10 % of the keys, one mask per KV group", "decode", "columns-10+", "triton", (128,)),
     ("decode, 10 % of the keys, a mask per query head", "decode", "columns-10", "triton", (128,)),
 )
 LAYER_HEADER = ("what", "tokens", "density", "dense", "ours", "with building", "speed-up", "of the ideal")
+# Masks that FlexAttention was timed on, and their numbers of keys.
+FLEX_LINES = (
+    ("10 % of 128 x 128 blocks", "blocks-10", (8, 32, 128)),
+    ("25 %", "blocks-25", (32,)),
+    ("50 %", "blocks-50", (32,)),
+    ("1000 columns per head, a window of 1024", "C", (8, 32, 128)),
+    ("clusters and bands of diagonals", "B", (32,)),
+    ("scattered diagonals and columns", "A", (32,)),
+)
+FLEX_HEADER = ("prefill", "tokens", "Flex, Triton", "Flex, FLASH", "ours", "dense")
 MODEL, PATTERN = "llama-3.1-8b", "sink(4) | window(1024)"
 MODEL_HEADER = ("tokens", "density", "SDPA", "ours", "ours, first prompt of its length")
 
@@ -56,7 +68,21 @@ def layer_lines(rows: Rows) -> list[list[str]]:
             times = ["" if one is None else written(one["ms_p50"], "ms") for one in (alone, built)]
             numbers = [f"{percent(row['density'])} %", written(row["baseline_ms_p50"], "ms"), *times]
             ideal = short(f"{speedup * row['density']:.2f}")
-            lines.append(["" if place else name, f"{length}K", *numbers, f"{speedup:.2g}", ideal])
+            lines.append(["" if place else name, f"{length}K", *numbers, short(f"{speedup:.2g}"), ideal])
+    return lines
+
+
+def flex_lines(rows: Rows) -> list[list[str]]:
+    """Attention alone; ours by the faster of its backends."""
+    lines = []
+    for name, mask, lengths in FLEX_LINES:
+        for place, length in enumerate(lengths):
+            timed = {backend: rows.get(("prefill", mask, backend, length * K, False)) for backend in FLEX + OURS}
+            flex = [row and row["ms_p50"] for row in (timed[backend] for backend in FLEX)]
+            fastest = min((row for row in (timed[backend] for backend in OURS) if row), key=lambda row: row["ms_p50"])
+            times = [*flex, fastest["ms_p50"], fastest["baseline_ms_p50"]]
+            shown = ["not served" if ms is None else written(ms, "ms") for ms in times]
+            lines.append(["" if place else name, f"{length}K", *shown])
     return lines
 
 
@@ -90,6 +116,8 @@ def main() -> None:
     files = parser.parse_args().rows
     rows = read(files)
     print(markdown(LAYER_HEADER, layer_lines(newest(rows))))
+    print()
+    print(markdown(FLEX_HEADER, flex_lines(newest(rows))))
     print(f"\n{MODEL}, random weights, {PATTERN} in all layers:\n")
     print(markdown(MODEL_HEADER, model_lines([row for row in rows if row["mask"] in ("dense()", PATTERN)])))
 

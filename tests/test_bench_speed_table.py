@@ -37,6 +37,16 @@ def test_the_order_of_files_does_not_matter_and_dma_counts_with_its_selection(ta
         table.layer_lines(table.newest(rows()))
 
 
+def test_ours_stands_beside_flexattention_by_its_faster_backend(table):
+    found = table.newest(rows())
+    lines = table.flex_lines(found)
+    assert len(lines) == sum(len(lengths) for *_, lengths in table.FLEX_LINES)
+    assert [line[3] for line in lines if line[0].startswith("scattered")] == ["not served"]
+    columns = found["prefill", "C", "fa4", 8192, False]["ms_p50"]
+    assert columns < found["prefill", "C", "triton", 8192, False]["ms_p50"]
+    assert table.written(columns, "ms") in next(line for line in lines if line[0].startswith("1000"))
+
+
 def test_numbers_have_three_digits(table):
     assert [table.written(ms, "ms") for ms in (203.8, 23.68, 0.0429, 1.0)] == ["204 ms", "23.7 ms", ".0429 ms", "1 ms"]
 

@@ -57,6 +57,7 @@ def test_patterns(pattern):
         (64, 8, torch.bfloat16),
         (80, 4, torch.float16),
         (128, 7, torch.bfloat16),
+        (256, 1, torch.bfloat16),
     ],
     ids=str,
 )

@@ -26,7 +26,7 @@ _GIGA = 1e9
 _AT_ZERO, _PER_WIDTH = 0.2, 0.8 / 128
 _QUERY_TILE = 128
 # What a pair of a diagonal costs where the heads of a KV group share it, who read its key together.
-_SHARED = 0.45
+_SHARED = 0.8
 
 
 def phase(call: Call) -> str:
