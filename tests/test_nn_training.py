@@ -119,6 +119,23 @@ def test_bfloat16_with_checkpointing_and_accumulation(attention, text, tmp_path)
     assert ("A/mean" in log[0]) == (attention == "dma")
 
 
+@pytest.mark.parametrize(("log_every", "told"), [(1, "step 2: grad_norm is nan"), (100, "step 3: .* holds NaN")])
+def test_training_that_diverges_ends_and_saves_nothing_of_it(log_every, told, text, tmp_path):
+    model = fresh(attention="gqa")  # DMA's scores are looked at in every step, on a CPU
+    passes = []
+
+    def spoil(grad):
+        passes.append(grad)
+        return grad * torch.nan if len(passes) == 2 else grad
+
+    model.lm_head.weight.register_hook(spoil)
+    with pytest.raises(UserError, match=told) as error:
+        train(model, characters(), text, tmp_path, settings(log_every=log_every, save_every=3))
+    assert "lower learning rate" in str(error.value)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_weight_decay_spares_vectors(text, tmp_path):
     model = fresh()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
@@ -77,8 +78,8 @@ def train(
     the settings, the model's configuration and a digest of the text's beginning. Text that runs out is read again.
 
     Raises UserError for text shorter than a block, blocks longer than the model's positions, a folder that already holds a
-    run or a model (or no run, to resume), and a resumed run whose settings,
-    configuration or text differ.
+    run or a model (or no run, to resume), a resumed run whose settings, configuration or text differ, and a loss, gradient or
+    weight that is not finite: what is seen when a row is logged or weights are to be saved, so that no checkpoint holds any.
     """
     most = getattr(model.config, "max_position_embeddings", settings.length)
     require(
@@ -162,6 +163,7 @@ def _arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
         max_grad_norm=1.0,
         bf16=settings.precision == "bfloat16",
         logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,  # it would show the mean of earlier losses instead
         save_steps=settings.save_every,
         save_total_limit=2,
         seed=settings.seed,
@@ -181,12 +183,15 @@ class _MonitoredTrainer(Trainer):
     def watch(self, monitor: SelectionMonitor) -> None:
         self.monitor = monitor
         self.add_callback(_WatchLoggedSteps(monitor))
+        self.add_callback(_RefuseToSaveNaN())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices only: decay would pull A and the residual scales to 0."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for name in ("loss", "grad_norm"):
+            _require_finite(torch.as_tensor(logs.get(name, 0.0)), f"{name} is {logs.get(name)}", self.args, self.state)
         if self.monitor is not None and "loss" in logs:
             logs.update(self.monitor.take())
         super().log(logs, *args, **kwargs)
@@ -203,6 +208,22 @@ class _WatchLoggedSteps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.monitor.active = False
+
+
+class _RefuseToSaveNaN(TrainerCallback):
+    """A step can spoil the weights between two that are logged."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if control.should_save:
+            for name, parameter in model.named_parameters():
+                values = parameter.detach()
+                here = values.to_local() if isinstance(values, DTensor) else values
+                _require_finite(here, f"{name} holds NaN or infinities", args, state)
+
+
+def _require_finite(values: Tensor, told: str, args: Any, state: Any) -> None:
+    advice = f"take a lower learning rate (it was {args.learning_rate:g}) or more warmup"
+    require(bool(values.isfinite().all()), f"training has diverged by step {state.global_step}: {told}; {advice}")
 
 
 class _Progress(TrainerCallback):
