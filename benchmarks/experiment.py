@@ -98,7 +98,10 @@ class Training:
         self.graph = self._captured() if graph and gpu else None
 
     def step(self) -> None:
-        """One optimizer step."""
+        """One optimizer step; nothing on a CPU once the loss is not finite, as its DMA layers refuse NaN."""
+        if self.stream is None and not math.isfinite(self.last):
+            self.done += 1
+            return
         rising, falling = (self.done + 1) / (0.02 * self.steps + 1), (self.steps - self.done) / (self.falling * self.steps)
         with torch.cuda.stream(self.stream):
             self.rate.fill_(self.peak * min(1.0, rising, falling))
@@ -107,6 +110,12 @@ class Training:
             else:
                 self.graph.replay()
         self.done += 1
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last loss or a parameter is NaN or infinite. Waits for the device."""
+        with torch.cuda.stream(self.stream):
+            return not all(bool(numbers.isfinite().all()) for numbers in (self.last, *self.model.parameters()))
 
     def read(self, number: Tensor) -> float:
         """A number that the loss function or `last` (the last loss) holds. Waits for the device."""
@@ -220,6 +229,7 @@ def draw(
             place = methods.index(method)
             points = list(zip(*sorted(points), strict=True))
             style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 4}
+            style["linestyle"] = "-" if place < len(COLOURS) else ":"  # colours come again
             panel.errorbar(*points, **style, linewidth=1.2, capsize=2, label=method)
     for first in grid[:, 0]:
         first.set_ylabel(y, fontsize=9)

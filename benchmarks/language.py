@@ -165,17 +165,20 @@ def train(arguments: argparse.Namespace, rows: Rows) -> None:
             if rows.find(key | {"finished": True}) is None and budget.left > 0:
                 language = Language(new_model(layer, arguments, vocabulary, seed), text, steps, seed, arguments)
                 numbers = run(language, layer, budget)
-                if numbers is not None:
-                    numbers["text"] = json.loads((arguments.tokens / SOURCES).read_text(encoding="utf-8"))
-                    losses = held_out_losses(language.model, held_out, arguments.length, arguments.windows)
-                    row = rows.add(key, numbers | measured(losses), device)
-                    models = arguments.models or arguments.out.with_suffix("")
-                    language.model.save_pretrained(models / f"{layer}-{seed}")
-                    print(f"{layer:10} seed {seed}: {row['nll']:.4f} nats, {row['seconds']} s", flush=True)
+                numbers["text"] = json.loads((arguments.tokens / SOURCES).read_text(encoding="utf-8"))
+                if "diverged" in numbers:
+                    rows.add(key, numbers, device)
+                    print(f"{layer:10} seed {seed}: diverged after {len(numbers['curve'])} looks at its loss", flush=True)
+                    continue
+                losses = held_out_losses(language.model, held_out, arguments.length, arguments.windows)
+                row = rows.add(key, numbers | measured(losses), device)
+                models = arguments.models or arguments.out.with_suffix("")
+                language.model.save_pretrained(models / f"{layer}-{seed}")
+                print(f"{layer:10} seed {seed}: {row['nll']:.4f} nats, {row['seconds']} s", flush=True)
 
 
-def run(language: Language, layer: str, budget: Budget) -> dict[str, Any] | None:
-    """Train to the end, or until the budget is spent: then not `finished`. None for a loss that is not finite."""
+def run(language: Language, layer: str, budget: Budget) -> dict[str, Any]:
+    """Train to the end, or until the budget is spent: then not `finished`. A model with NaN is done, and `diverged`."""
     training, device = language.training, language.text.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -185,20 +188,23 @@ def run(language: Language, layer: str, budget: Budget) -> dict[str, Any] | None
             training.step()
             bar.update()
             if training.done % max(1, training.steps // LOOKS) == 0:
-                curve.append(round(training.read(training.last), 4))
-                if not math.isfinite(curve[-1]):
-                    print(f"{layer}: loss {curve[-1]} at step {training.done}: no row")
-                    return None
+                loss = training.read(training.last)
+                if not math.isfinite(loss):
+                    break
+                curve.append(round(loss, 4))
                 if budget.left < 0:
                     break
     training.read(training.last)  # the device may be steps behind
     seconds = time.monotonic() - start
     config, model = language.model.config, language.model
     numbers = {"parameters": sum(p.numel() for p in model.parameters()), "intermediate": config.intermediate_size}
-    numbers |= {"finished": training.done == training.steps, "curve": curve}
+    diverged = training.diverged
+    numbers |= {"finished": training.done == training.steps or diverged, "curve": curve}
     numbers |= {"trained_tokens": training.done * language.batch * language.length}
     numbers |= {"seconds": round(seconds, 2), "peak_bytes": peak_bytes(device), "cuda_graph": training.graph is not None}
-    if config.attention == "dma":
+    if diverged:
+        numbers["diverged"] = True
+    elif config.attention == "dma":
         numbers["A"] = [[round(a, 4) for a in layer.self_attn.A.tolist()] for layer in model.model.layers]
     return numbers
 

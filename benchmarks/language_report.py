@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ LOOKS = 20  # at the loss in training
 def report(path: Path, rows: list[dict[str, Any]]) -> None:
     """A line per layer; held-out loss by position of those that trained to the end; loss in training at equal steps."""
     found: dict[str, list[dict[str, Any]]] = {}
-    notes = notes_of(latest(rows))
-    rows = comparable(latest(rows))
+    diverged = [f"{row['layer']} seed {row['seed']}" for row in rows if row.get("diverged")]
+    rows = latest([row for row in rows if not row.get("diverged")])
+    if not rows:
+        return
+    notes = notes_of(rows) + (f" Weights became NaN, left out: {', '.join(diverged)}." if diverged else "")
+    rows = comparable(rows)
     for row in rows:
         found.setdefault(row["layer"], []).append(row)
     compared = min(len(row["curve"]) for row in rows) - 1  # the last look that all models had
@@ -59,10 +64,10 @@ def looked(row: dict[str, Any], look: int) -> float:
 
 def notes_of(rows: list[dict[str, Any]]) -> str:
     notes = f"{rows[0]['length']} tokens a sequence, w = {rows[0]['keep']}, losses in nats per token. Mean and standard error"
-    notes += (
-        f" over seeds: {len({row['seed'] for row in comparable(rows)})}. Models of a seed train on the same batches, compare"
-    )
-    notes += " them at equal steps."
+    seeds = Counter(row["layer"] for row in comparable(rows))
+    more = ", ".join(f"{layer} {count}" for layer, count in seeds.items() if count > 1)
+    notes += f" over seeds ({more}; the others one)." if more else " over seeds: 1."
+    notes += " Models of a seed train on the same batches, compare them at equal steps."
     cut = (row for row in rows if not row["finished"])
     told = [f"{row['layer']} seed {row['seed']} after {row['trained_tokens'] // row['batch'] // row['length']}" for row in cut]
     if told:

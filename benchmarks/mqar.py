@@ -76,9 +76,11 @@ class Recall:
         self.training = Training(self.model, self._loss, cell.steps, cell.rate, cell.seed, **options)
 
     def ends(self) -> bool:
-        """Whether all steps are done, or the training rows with all pairs are answered (looked at now and then)."""
+        """Whether all steps are done, or (looked at now and then) the training rows with all pairs answered, or out of reach."""
         done = self.training.done
-        return done >= self.cell.steps or (done % CHECK_EVERY == 0 and self.training.read(self.right) > SOLVED)
+        if done >= self.cell.steps:
+            return True
+        return done % CHECK_EVERY == 0 and (self.training.read(self.right) > SOLVED or self.training.diverged)
 
     @torch.no_grad()
     def test(self, examples: int) -> dict[str, tuple[float, float]]:
@@ -130,25 +132,29 @@ def train_all(cells: Iterable[Cell], device: torch.device, arguments: argparse.N
                     bar.update()
             for one in [one for one in active if one.ends()]:
                 active.remove(one)
-                yield one.cell, _numbers(one, arguments.test_examples)
+                yield one.cell, _numbers(one, arguments.test_examples, finished=True)
     for one in active:
-        yield one.cell, _numbers(one, arguments.test_examples) | {"finished": False}
+        yield one.cell, _numbers(one, arguments.test_examples, finished=False)
 
 
-def _numbers(one: Recall, examples: int) -> dict[str, Any]:
+def _numbers(one: Recall, examples: int, *, finished: bool) -> dict[str, Any]:
+    """Of a row. A model with NaN answers nothing and is done: `diverged`, without what JSON cannot hold."""
     torch.cuda.synchronize() if one.device.type == "cuda" else None
     seconds = time.monotonic() - one.start
-    found = one.test(examples)
+    diverged = one.training.diverged
+    found = dict.fromkeys(map(str, one.cell.pairs), (0.0, 0.0)) if diverged else one.test(examples)
     numbers: dict[str, Any] = {"accuracy": {pairs: value for pairs, (value, _) in found.items()}}
     numbers["stderr"] = {pairs: error for pairs, (_, error) in found.items()}
     numbers |= {
-        "finished": True,
+        "finished": finished or diverged,  # what is not finite needs no more steps
         "trained_steps": one.training.done,
         "seconds": round(seconds, 2),
         "cuda_graph": one.training.graph is not None,
     }
     numbers |= {"parameters": sum(parameter.numel() for parameter in one.model.parameters())}
-    if one.cell.layer.startswith("dma"):
+    if diverged:
+        numbers["diverged"] = True
+    elif one.cell.layer.startswith("dma"):
         numbers["A"] = [layer.self_attn.A.tolist() for layer in one.model.decoder.model.layers]
     return numbers
 
@@ -156,6 +162,7 @@ def _numbers(one: Recall, examples: int) -> dict[str, Any]:
 def told(cell: Cell, numbers: dict[str, Any]) -> str:
     """One line."""
     run = f"{numbers['trained_steps']} steps, {numbers['seconds']} s{'' if numbers['finished'] else ', out of time'}"
+    run += ", diverged" if "diverged" in numbers else ""
     accuracy = ", ".join(f"{pairs}: {value:.3f}" for pairs, value in numbers["accuracy"].items())
     shape = f"{named(asdict(cell))}, w {cell.keep}, lr {cell.rate:g}, seed {cell.seed}"
     return f"{cell.layer:10} {shape}: accuracy by pairs {accuracy} ({run})"

@@ -37,7 +37,7 @@ def report(path: Path, rows: list[dict[str, Any]]) -> None:
         for pairs in pairs_of([*done.values(), *begun.values()]):
             cells = [written_cell(done.get(name, {}), begun.get(name, {}), pairs) for name in methods]
             body += [[shape, str(pairs), *cells]] if set(cells) != {"-"} else []
-    publish(path, "Associative recall", ["model", "pairs", *methods], body, NOTES + told_cut(rows))
+    publish(path, "Associative recall", ["model", "pairs", *methods], body, NOTES + told_cut(rows) + told_diverged(rows))
     panels, marks = panels_of({shape: found for shape, found in ended.items() if "no convolution" not in shape} or ended)
     if panels:  # none where all layers keep all keys
         draw(path, panels, "pairs (dashed: w)", "accuracy", marks=marks)
@@ -86,6 +86,12 @@ def told_cut(rows: list[dict[str, Any]]) -> str:
         if cut
         else ""
     )
+
+
+def told_diverged(rows: list[dict[str, Any]]) -> str:
+    """Which models ended in NaN."""
+    told = "; ".join(f"{method(row)} at {named(row)}, seed {row['seed']}" for row in rows if row.get("diverged"))
+    return f" Weights became NaN, counted as not learned: {told}." if told else ""
 
 
 def named(row: dict[str, Any]) -> str:

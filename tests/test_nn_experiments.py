@@ -67,6 +67,46 @@ def test_recall(command, tmp_path, capsys):
     assert "0.01, seed" in capsys.readouterr().out
 
 
+def test_recall_of_a_model_that_becomes_nan(command, tmp_path, monkeypatch, capsys):
+    recall = importlib.import_module("mqar").Recall
+    loss = recall._loss
+    broken = lambda one, random: loss(one, random) * (float("nan") if one.cell.layer == "dma" else 1)  # noqa: E731
+    monkeypatch.setattr(recall, "_loss", broken)
+    out = tmp_path / "mqar.jsonl"
+    options = ["--steps", 3, "--batch", 4, "--vocabulary", 64, "--test-examples", 4, "--rates", 0.01, "--device", "cpu"]
+    options += ["--shapes", "32x16", "--parts", 2, "--layers", "dma,mha,dma-window", "--out", out]
+    command("mqar", *options)
+    rows = rows_of(out)
+    assert [(row["layer"], row.get("diverged"), "A" in row) for row in rows] == [
+        ("dma", True, False),
+        ("mha", None, False),
+        ("dma-window", None, True),
+    ]
+    assert set(rows[0]["accuracy"].values()) == {0.0}
+    assert importlib.import_module("mqar_report").written_cell({0: rows[0]["accuracy"]}, {}, 8) == "not learned"
+    assert "NaN, counted as not learned: dma, w = n/2 at 32 tokens, d 16, seed 0." in out.with_suffix(".md").read_text()
+    assert "diverged" in capsys.readouterr().out
+    command("mqar", *options)
+    assert rows_of(out) == rows
+
+
+def test_a_model_that_became_nan_is_done_when_the_time_is_over():
+    module = importlib.import_module("mqar")
+    cell = importlib.import_module("mqar_cells").Cell("dma", 16, 16, 1, 8, False, True, 0.01, 0, 500, 4, 64)
+    one = module.Recall(cell, torch.device("cpu"), graph=False)
+    assert module._numbers(one, 4, finished=False)["finished"] is False
+    one.training.step()
+    assert not one.training.diverged
+    one.training.done = module.CHECK_EVERY
+    assert not one.ends()
+    with torch.no_grad():
+        one.model.decoder.model.layers[0].self_attn.A.fill_(torch.nan)
+    assert one.ends()
+    numbers = module._numbers(one, 4, finished=False)
+    assert numbers["finished"]
+    assert numbers["diverged"]
+
+
 def test_recall_of_models_that_did_not_learn_or_did_not_end():
     module = importlib.import_module("mqar_report")
     right, guess = {"8": 0.9, "2": 1.0}, {"8": 0.125, "2": 0.5}
@@ -126,6 +166,29 @@ def test_language_models(command, tmp_path, monkeypatch):
     out.write_text("".join(json.dumps(row | {"finished": row["layer"] != "dma"}) + "\n" for row in rows))
     command("language", "train", *tokens, *sizes, *options)
     assert [row["layer"] for row in rows_of(out)[4:]] == ["dma"]
+
+
+def test_language_models_that_become_nan(command, tmp_path, monkeypatch):
+    language, source = importlib.import_module("language"), importlib.import_module("language_text")
+    monkeypatch.setattr(source, "documents", lambda: iter([("letters", "several words to learn ")] * 400))
+    tokens, out = ["--tokens", tmp_path / "tokens"], tmp_path / "language.jsonl"
+    command("language", "prepare", *tokens, "--vocabulary", 280)
+    losses = language.token_losses
+
+    def broken(model, ids):
+        return losses(model, ids) * (float("nan") if model.config.attention == "dma" and model.training else 1)
+
+    monkeypatch.setattr(language, "token_losses", broken)
+    options = ["--hidden", 32, "--intermediate", 64, "--depth", 1, "--heads", 2, "--length", 32, "--keep", 8, "--batch", 4]
+    options += ["--device", "cpu", "--windows", 2, "--steps", 39, "--out", out]
+    command("language", "train", *tokens, *options, "--layers", "dma")
+    assert not out.with_suffix(".md").exists()
+    command("language", "train", *tokens, *options, "--layers", "dma,mha")
+    rows = rows_of(out)
+    assert [(row["layer"], row.get("diverged"), row["finished"]) for row in rows] == [("dma", True, True), ("mha", None, True)]
+    assert rows[0]["curve"] == []
+    assert [folder.name for folder in out.with_suffix("").iterdir()] == ["mha-0"]
+    assert "NaN, left out: dma seed 0." in out.with_suffix(".md").read_text()
 
 
 def tokens_and_models(folder: Path, layers: tuple[str, ...]) -> None:
