@@ -68,6 +68,18 @@ def test_models_and_other_artefacts_are_not_replaced(saved, tmp_path):
         assert [(path.name, path.read_text()) for path in (tmp_path / name).iterdir()] == [(name, content)]
 
 
+def test_a_readme_of_somebody_elses_is_not_replaced(saved, tmp_path):
+    made, folder = saved
+    (tmp_path / "README.md").write_text("# My project")
+    with pytest.raises(UserError, match=r"holds a README.md, which this"):
+        made.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# My project"
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    made.save_pretrained(folder)
+    assert load(made, folder) == made
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_pipes_are_refused_without_waiting_for_a_writer(saved, name):
     made, folder = saved

@@ -17,6 +17,7 @@ from attnsieve.artefact.strict import CONFIG, TENSORS, Expected, check_header, d
 from attnsieve.errors import UserError, require
 
 CARD = "README.md"
+CARD_HEAD = "---\nlibrary_name: attnsieve\n"
 
 
 class Artefact(ModelHubMixin):
@@ -67,8 +68,8 @@ class Artefact(ModelHubMixin):
 
         A reader that comes between two replacements finds a digest that does not match, never a mixture. The mixin's own
         method is not used because it deletes the old config.json first; its `push_to_hub` passes config and
-        model_card_kwargs, which have no meaning here. Raises UserError where nothing can be written, and where a model or an
-        artefact of another kind would be replaced.
+        model_card_kwargs, which have no meaning here. Raises UserError where nothing can be written, and where a model, an
+        artefact of another kind or a README.md of somebody else's would be replaced.
         """
         require(not config and not model_card_kwargs, "config and model_card_kwargs do not apply: config.json is the artefact")
         target = Path(save_directory)
@@ -84,14 +85,21 @@ class Artefact(ModelHubMixin):
 
     @classmethod
     def check_target(cls, folder: Path) -> None:
-        """Raise UserError where `folder` holds a model, whose files have the same names, or an artefact of another kind."""
-        config, tensors = folder / CONFIG, folder / TENSORS
+        """Raise UserError where `folder` holds a model, whose files have the same names, an artefact of another kind, or a README.md of
+        somebody else's."""
+        config, tensors, card = folder / CONFIG, folder / TENSORS, folder / CARD
         if config.exists() or tensors.exists():
             kind = read_config(config).get("kind") if config.is_file() else None
             held = f"{kind!r:.80}" if kind else "a model"
             require(
                 kind == f"attnsieve {cls.kind}",
                 f"{folder} holds {held}, which this {cls.kind} would replace: choose another directory",
+            )
+        elif card.exists():
+            # A save that was cut short leaves its card alone.
+            require(
+                card.is_file() and card.read_bytes().startswith(CARD_HEAD.encode()),
+                f"{folder} holds a {CARD}, which this {cls.kind} would replace: choose another directory",
             )
 
     def _write(self, folder: Path) -> None:
@@ -141,7 +149,7 @@ class Artefact(ModelHubMixin):
 
     def card(self) -> str:
         """The model card, README.md."""
-        head = f"---\nlibrary_name: attnsieve\ntags: [attnsieve, {self.kind}]\n---\n"
+        head = f"{CARD_HEAD}tags: [attnsieve, {self.kind}]\n---\n"
         return f"{head}\n# attnsieve {self.kind}\n\n```\n{self}\n```\n"
 
 
