@@ -128,6 +128,11 @@ def test_activations_are_those_of_the_model():
         ([{"text": "a"}], "needs input_ids"),
         ([{"input_ids": [3, 4, 5], "attention_mask": [1, 0, 1]}], "inside a text"),
         ([{"input_ids": [3], "position_ids": [0]}], "position_ids"),
+        (tokens(9).tolist(), "got the number .*: put the text in a list"),
+        (tokens(9).numpy(), "got the number .*: put the text in a list"),
+        ({"input_ids": tokens(9)}, "got one dict: put it in a list"),
+        ("once upon", "got one str: put it in a list"),
+        ([{"input_ids": tokens(9), "attention_mask": torch.ones(8)}], r"attention_mask \(8,\) does not fit input_ids \(9,\)"),
     ],
 )
 def test_unreadable_texts_are_refused_before_any_computation(batches, message):
@@ -135,6 +140,14 @@ def test_unreadable_texts_are_refused_before_any_computation(batches, message):
     model.model.register_forward_pre_hook(lambda module, args: pytest.fail("the model ran"))
     with pytest.raises(UserError, match=message):
         profile(model, batches, pcl=9, lengths=(), **QUIET)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"pcl": 8.5}, {"pcl": "8"}, {"lengths": 16}, {"lengths": (16.0,)}, {"lengths": "16"}], ids=str
+)
+def test_sizes_that_are_no_whole_numbers_are_refused(sizes):
+    with pytest.raises(UserError, match="pcl is a whole number"):
+        profile(tiny("llama"), [tokens(40)], **({"pcl": 8, "lengths": (16,)} | sizes), **QUIET)
 
 
 def test_documents_keep_their_batches():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def profile(
     and if the sums cannot fit in memory; during it for NaN or infinite scores, naming the layer.
     """
     mark = fingerprint(model)
+    _refuse_sizes(pcl, lengths)
     _refuse_layers(attention_layers(model))
     groups = documents_of(batches, text_config(model).vocab_size)
     wanted = ([pcl] if maps else []) + list(lengths)
@@ -83,6 +85,13 @@ class Recorder:
             return own_attention(call)
 
         return state
+
+
+def _refuse_sizes(pcl: int, lengths: Sequence[int]) -> None:
+    whole = isinstance(pcl, Integral) and isinstance(lengths, Sequence) and all(isinstance(n, Integral) for n in lengths)
+    require(
+        whole, f"pcl is a whole number, lengths a sequence of such, as in pcl=512, lengths=(2048,); got {pcl!r} and {lengths!r}"
+    )
 
 
 def _refuse_layers(layers: list[AttentionLayer]) -> None:

@@ -21,6 +21,10 @@ def documents_of(batches: Iterable[Batch], vocabulary: int) -> list[list[Tensor]
 
     Raises UserError for no text at all, an empty text, padding inside a text, ids outside the vocabulary, or other types.
     """
+    require(
+        not isinstance(batches, str | Mapping),
+        f"texts come as a list of batches, got one {type(batches).__name__}: put it in a list, tokenized",
+    )
     groups = [[_check(text, number, vocabulary) for text in _texts(batch)] for number, batch in enumerate(batches)]
     require(any(groups), "there is no text to profile: give batches of token ids")
     return groups
@@ -51,7 +55,11 @@ def _texts(batch: Batch) -> list[Tensor]:
         require("input_ids" in batch, f"a batch needs input_ids, got the keys {sorted(batch)}")
         require(not unknown, f"profile takes input_ids and attention_mask, not {sorted(unknown)}; give each document by itself")
         return _unpadded(_tensor(batch["input_ids"]), batch.get("attention_mask"))
-    if not isinstance(batch, Tensor) and len(batch) > 0 and not isinstance(batch[0], int):
+    require(
+        not isinstance(batch, int | np.integer),
+        f"a text is a list of token ids, got the number {batch}: put the text in a list",
+    )
+    if isinstance(batch, Sequence) and len(batch) > 0 and not isinstance(batch[0], int | np.integer):
         return [_tensor(text) for text in batch]
     return _unpadded(_tensor(batch), None)
 
@@ -61,7 +69,9 @@ def _unpadded(ids: Tensor, mask: Any) -> list[Tensor]:
     require(rows.ndim == 2, f"token ids must be [tokens] or [batch, tokens], got shape {tuple(ids.shape)}")
     if mask is None:
         return list(rows)
-    kept = _tensor(mask).reshape(rows.shape).bool()
+    kept = torch.as_tensor(mask).cpu()
+    require(kept.numel() == rows.numel(), f"attention_mask {tuple(kept.shape)} does not fit input_ids {tuple(ids.shape)}")
+    kept = kept.reshape(rows.shape).bool()
     return [_inside(row, keep) for row, keep in zip(rows, kept, strict=True)]
 
 
