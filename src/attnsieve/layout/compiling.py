@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import gcd
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -31,11 +32,15 @@ def compile_layout(
     """The layout of one layer from one static pattern per head, for positions 0 .. length - 1; with `window`, of the patterns'
     pairs with i - j < window alone (a model's own sliding window).
 
-    Raises UserError for an empty list, a length below 1, a pattern that chooses keys from the input, and within a window for
-    patterns that keep whole blocks.
+    Raises UserError for an empty list, what is no Pattern, a length or a window that is no whole number from 1, a pattern that chooses
+    keys from the input, and within a window for patterns that keep whole blocks.
     """
+    good = isinstance(patterns, Sequence) and all(isinstance(pattern, Pattern) for pattern in patterns)
+    require(good, f"compile_layout takes a list with a Pattern per head, got {patterns!r:.80}: use Pattern.parse for text")
     require(len(patterns) > 0, "compile_layout needs one pattern per head, got none")
-    require(0 < length < FOREVER, f"a layout's length must be positive, got {length}")
+    for name, number in (("length", length), ("window", 1 if window is None else window)):
+        good = isinstance(number, Integral) and 0 < number < FOREVER
+        require(good, f"a layout's {name} must be a whole number from 1 to {FOREVER - 1}, got {number!r}")
     chosen = [str(pattern) for pattern in patterns if pattern.dynamic]
     require(not chosen, f"compile_layout takes static patterns; {chosen[:1]} chooses its keys from the input")
     unique = {pattern: _head(pattern, length, window or length) for pattern in dict.fromkeys(patterns)}

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from attnsieve.errors import UserError, require
-from attnsieve.patterns.base import Atom
+from attnsieve.patterns.base import FOREVER, Atom
 
 
 class CallAtom(Atom):
@@ -49,9 +49,8 @@ class CallAtom(Atom):
 
     def _check_count(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        require(
-            type(value) is int and value >= least, f"{self.name}'s {name} must be a whole number from {least}, got {value!r}"
-        )
+        good = type(value) is int and least <= value < FOREVER
+        require(good, f"{self.name}'s {name} must be a whole number from {least} to {FOREVER - 1}, got {value!r}")
 
 
 @dataclass(frozen=True, repr=False)

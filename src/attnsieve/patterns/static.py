@@ -21,7 +21,8 @@ def _positions(values: tuple[Any, ...], name: str) -> tuple[int, ...]:
 
 
 def _at_least(value: Any, least: int, name: str) -> None:
-    require(type(value) is int and least <= value < FOREVER, f"{name} must be a whole number from {least}, got {value!r}")
+    good = type(value) is int and least <= value < FOREVER
+    require(good, f"{name} must be a whole number from {least} to {FOREVER - 1}, got {value!r}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -208,7 +209,7 @@ class RandomBlocks(Atom):
 
     def blocks(self, n: int) -> BlockRows:
         rows = [_random_row(self.count, self.seed, row) for row in range(-(-n // self.block))]
-        index = torch.full((len(rows), self.count), -1)
+        index = torch.full((len(rows), min(self.count, len(rows))), -1)
         for row, chosen in enumerate(rows):
             index[row, : len(chosen)] = torch.tensor(chosen)
         return BlockRows(self.block, torch.tensor([len(chosen) for chosen in rows]), index)

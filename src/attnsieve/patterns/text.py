@@ -152,7 +152,8 @@ ATOMS: dict[str, Callable[..., Pattern]] = {maker.__name__: maker for maker in (
 
 def parse_pattern(text: str, corners: Mapping[str, np.ndarray]) -> Pattern:
     """See `Pattern.parse`."""
-    require(isinstance(text, str) and len(text) <= MAX_TEXT, f"a pattern's text has at most {MAX_TEXT} characters")
+    require(isinstance(text, str), f"a pattern is parsed from text such as 'sink(4) | window(256)', got {text!r:.80}")
+    require(len(text) <= MAX_TEXT, f"a pattern's text has at most {MAX_TEXT} characters, got {len(text)}")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
