@@ -97,7 +97,9 @@ def told_diverged(rows: list[dict[str, Any]]) -> str:
 def named(row: dict[str, Any]) -> str:
     """ "512 tokens, d 128, 4 heads, noise": all that a model is compared within."""
     name = f"{row['length']} tokens, d {row['width']}" + (f", {row['heads']} heads" if row["heads"] > 1 else "")
-    return name + (", noise" if row["noise"] else "") + ("" if row["convolution"] else ", no convolution")
+    return (
+        name + (", noise" if row["noise"] else "") + ("" if row["convolution"] else f", no convolution, {row['steps']} steps")
+    )
 
 
 def method(row: dict[str, Any]) -> str:
