@@ -76,6 +76,7 @@ export -f left measure language large conversion recall run
 400 recall 2048x256 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
 860 large nsa 2
 400 recall 2048x256 dma,dma-window,swa --rates 3.5e-4 --seeds 1
+400 recall 256x256,512x256,1024x256 dma,dma-window --rates 3.5e-4 --seeds 1
 500 large gqa 2
 500 large dma-window 2
 500 large mha 2
