@@ -162,8 +162,12 @@ def test_bad_requests():
     training = copy.deepcopy(model()).train()
     with pytest.raises(UserError, match="eval"):
         evaluate(training, tokenizer(), {}, [short_kv()], [100], 1, progress=False)
+
+
+def test_a_plan_of_another_model_is_refused_before_dense_attention_runs(monkeypatch):
+    monkeypatch.setattr(Runs, "cell", lambda *_: pytest.fail("the model ran"))
     with pytest.raises(UserError, match="another model"):
-        run({"other": Plan.uniform(fingerprint(model(layers=1)), "window(8)")})
+        run({"own": plan("window(8)"), "other": Plan.uniform(fingerprint(model(layers=1)), "window(8)")})
 
 
 def test_the_model_is_left_as_it_was():

@@ -225,6 +225,8 @@ def test_other_things_are_refused():
     plan = sparse(model)
     with pytest.raises(UserError, match="expected a transformers model, got Linear"):
         apply(nn.Linear(2, 2), plan)
+    with pytest.raises(UserError, match=r"takes a Plan, got 'window\(3\)'"):
+        apply(model, "window(3)")
     with pytest.raises(UserError, match="unknown backend 'cuda'; choose from auto, reference"):
         apply(model, plan, backend="cuda")
     encoder = tr.BertModel(tr.BertConfig(**(SIZES | {"pad_token_id": 0}), num_attention_heads=4))

@@ -21,7 +21,7 @@ from attnsieve.evaluation.rows import Row, append_rows, read_rows
 from attnsieve.evaluation.statistics import paired_p_value, standard_error
 from attnsieve.evaluation.tasks.base import Task
 from attnsieve.evaluation.weights import weights_digest
-from attnsieve.hf import check_positions
+from attnsieve.hf import check_positions, fingerprint
 from attnsieve.patterns import dense
 from attnsieve.plan import Plan
 
@@ -64,6 +64,10 @@ def evaluate(
     require(items > 0 and all(length > 0 for length in lengths), f"expected positive items and lengths, got {items}, {lengths}")
     require(DENSE not in plans, f"{DENSE!r} is always measured and cannot be the name of a plan: rename it")
     check_positions(model, max(lengths, default=0))
+    mark = fingerprint(model)
+    for plan in plans.values():
+        # Here already: dense attention, which comes first, can take hours.
+        plan.check(mark)
     runs = Runs(model, tokenizer, out, progress=progress)
     return [row for task in tasks for length in lengths for row in runs.cell(Cell(task, length, items, seed), plans)]
 

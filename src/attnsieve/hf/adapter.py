@@ -54,7 +54,12 @@ def apply(model: PreTrainedModel, plan: Plan, *, backend: str = "auto", strict: 
     require(
         not (strict and backend == FASTEST), 'strict forbids dense attention, which backend "fastest" may choose: use "auto"'
     )
-    plan.check(fingerprint(model))
+    mark = fingerprint(model)
+    require(
+        isinstance(plan, Plan),
+        f"apply takes a Plan, got {plan!r:.80}: Plan.uniform(fingerprint(model), pattern) makes one of a pattern",
+    )
+    plan.check(mark)
     if strict:
         _refuse_dense_layers(attention_layers(model), plan)
     layouts, memo = LayoutCache(), SpanMemo()
