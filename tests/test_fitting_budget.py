@@ -126,6 +126,19 @@ def test_bad_budgets_are_refused():
         fit_budget(found)
     with pytest.raises(UserError, match="share"):
         fit_budget(found, density=1.0, share="all")
+    for options, message in (
+        ({"density": "0.5"}, "density must be a number"),
+        ({"density": 1.0, "dense_layers": 1.0}, "dense_layers must be a whole number"),
+        ({"density": 1.0, "dense_decode": "no"}, "dense_decode must be True or False"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit_budget(found, **options)
+
+
+@pytest.mark.parametrize("given", ["measured/book", None, [3]], ids=str)
+def test_other_things_than_measurements_are_refused(given):
+    with pytest.raises(UserError, match="fit_budget takes measurements"):
+        fit_budget(given, density=0.5)
 
 
 def test_the_usual_candidates_keep_sinks_and_the_newest_keys():

@@ -246,6 +246,12 @@ def test_profiles_that_do_not_fit_together_are_refused():
             fit(others)
 
 
+@pytest.mark.parametrize("given", ["profiles/book", None, [3]], ids=str)
+def test_other_things_than_profiles_are_refused(given):
+    with pytest.raises(UserError, match="fit takes profiles"):
+        fit(given)
+
+
 def test_maps_alone_serve_the_paper_but_not_a_floor():
     profile = profile_of(random_whole(n=12), 12)
     assert fit(profile, preset="paper").provenance["measured_at"] == 12

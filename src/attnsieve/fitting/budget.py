@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -50,11 +51,20 @@ def fit_budget(
     """
     name, budget = _only_budget(density=density, mass=mass, max_error=max_error)
     require(share in ("none", "kv"), f'share must be "none" or "kv", got {share!r}')
-    measurements = [measurement] if isinstance(measurement, Measurement) else list(measurement)
+    measurements = list(measurement) if isinstance(measurement, Iterable) else [measurement]
+    strange = [one for one in measurements if not isinstance(one, Measurement)]
+    require(
+        not strange,
+        f"fit_budget takes measurements, got {strange[:1]!r:.80}: load them by Measurement.from_pretrained; of profiles fit",
+    )
     measurement = _worst([with_last_rows(one, last_rows) for one in measurements] if last_rows else measurements)
     model = measurement.fingerprint
     _check_sharing(measurement, share)
-    require(0 <= dense_layers <= model.layers, f"dense_layers must be from 0 to {model.layers}, got {dense_layers!r}")
+    require(
+        type(dense_layers) is int and 0 <= dense_layers <= model.layers,
+        f"dense_layers must be a whole number from 0 to {model.layers}, got {dense_layers!r}",
+    )
+    require(isinstance(dense_decode, bool), f"dense_decode must be True or False, got {dense_decode!r}")
     if dense_decode:
         measurement = with_dense_decode(measurement)
     if dense_layers:
@@ -70,7 +80,8 @@ def _only_budget(**budgets: float | None) -> tuple[str, float]:
     given = {name: value for name, value in budgets.items() if value is not None}
     require(len(given) == 1, f"give exactly one of density, mass and max_error, got {sorted(given) or 'none'}")
     name, budget = next(iter(given.items()))
-    require(0 < budget <= 1, f"{name} must be above 0 and at most 1, got {budget!r}")
+    good = isinstance(budget, Real) and 0 < budget <= 1
+    require(good, f"{name} must be a number above 0 and at most 1, got {budget!r}")
     return name, budget
 
 

@@ -35,7 +35,7 @@ def default_candidates(
     all: 64 are the most faithful for a density, and then a choice computes as many products as dense attention's scores.
     share="kv": the query heads of a KV group choose together.
 
-    Raises UserError where the guard rails alone are no shorter than half the length.
+    Raises UserError for texts shorter than twice `local`, and for numbers below 1 where a rule needs one.
     """
     require(sinks >= 1 and local >= 1, f"guard rails keep at least one sink and one local key, got {sinks} and {local}")
     require(

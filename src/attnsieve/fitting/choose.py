@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +36,12 @@ def fit(profile: Profile | Sequence[Profile], *, preset: str = "robust", **overr
     beyond the capture length, and if a head would keep no key in any row.
     """
     settings = resolve(preset, overrides)
-    profiles = [profile] if isinstance(profile, Profile) else list(profile)
+    profiles = list(profile) if isinstance(profile, Iterable) else [profile]
+    strange = [one for one in profiles if not isinstance(one, Profile)]
+    require(
+        not strange,
+        f"fit takes profiles, got {strange[:1]!r:.80}: load them by Profile.from_pretrained; of measurements fit_budget",
+    )
     pcl = capture_length(profiles, settings)
     model, first = profiles[0].fingerprint, settings.dense_layers
     require(first <= model.layers, f"dense_layers must be from 0 to {model.layers}, got {first}")
