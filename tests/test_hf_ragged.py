@@ -233,6 +233,10 @@ class TestRefusals:
             Plan.uniform(fingerprint(self.model), rule),
         )
 
+    @pytest.mark.parametrize("room", [0, -1, 9.5, "8K", 2**31])
+    def test_no_whole_number_of_tokens(self, room):
+        self.refused("a cache has room for a whole number of tokens", lambda handle: handle.cache(room))
+
     def test_longer_texts_than_room(self):
         self.refused(
             "made for 10 tokens, these would be 11", lambda handle: self.model(tokens(1, 11), past_key_values=handle.cache(10))

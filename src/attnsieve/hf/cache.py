@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from attnsieve.errors import UserError, require
 from attnsieve.hf.geometry import attending_configs, kv_heads
 from attnsieve.hf.ragged import Indices, RaggedLayer, Seat
 from attnsieve.hf.report import CacheReport, LayerMemory
+from attnsieve.patterns import FOREVER
 
 
 class SparseCache(Cache):  # type: ignore[misc]
@@ -27,7 +29,12 @@ class SparseCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, config: PreTrainedConfig, seats: Sequence[Seat], max_length: int) -> None:
-        """Raises UserError if no layer can drop keys, with the reasons, and for models whose layers share keys."""
+        """Raises UserError if no layer can drop keys, with the reasons, for models whose layers share keys, and for a
+        `max_length` that is no whole number from 1."""
+        require(
+            isinstance(max_length, Integral) and 0 < max_length < FOREVER,
+            f"a cache has room for a whole number of tokens, 1 to {FOREVER - 1}, got max_length={max_length!r}",
+        )
         require(
             not getattr(config, "num_kv_shared_layers", 0),
             "layers of this model read keys of other layers, whose plan is another: use transformers' own cache",
