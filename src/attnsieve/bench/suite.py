@@ -64,7 +64,7 @@ class Suite:
 
     def _check(self) -> None:
         known = ("auto", *BACKENDS, *kernels.FLEX)
-        require(self.op in OPS, f"unknown operation {self.op!r}; choose from {', '.join(OPS)}")
+        require(self.op in OPS, f"unknown operation {self.op!r}; choose from {', '.join((*OPS, 'ttft'))}")
         for backend in self.backends:
             require(backend in known, f"unknown backend {backend!r}; choose from {', '.join(known)}")
         for baseline in self.baselines:

@@ -99,6 +99,7 @@ def _within_budget(sources: list[str], settings: dict[str, Any]) -> Plan:
     from attnsieve.fitting import fit_budget
     from attnsieve.profiling import Measurement
 
+    _refuse_kind(sources, "profile", "budgets need what attnsieve measure saves")
     return fit_budget([Measurement.from_pretrained(source) for source in sources], **settings)
 
 
@@ -106,11 +107,15 @@ def _by_preset(sources: list[str], preset: str, overrides: dict[str, Any]) -> Pl
     from attnsieve.fitting import fit as choose
     from attnsieve.profiling import Profile
 
+    _refuse_kind(sources, "measurement", "give a budget, one of --density, --mass and --max-error")
+    return choose([Profile.from_pretrained(source) for source in sources], preset=preset, **overrides)
+
+
+def _refuse_kind(sources: list[str], kind: str, remedy: str) -> None:
     for source in sources:
         config = Path(source) / CONFIG
-        measured = config.is_file() and read_config(config).get("kind") == "attnsieve measurement"
-        require(not measured, f"{source} is a measurement: give a budget, one of --density, --mass and --max-error")
-    return choose([Profile.from_pretrained(source) for source in sources], preset=preset, **overrides)
+        other = config.is_file() and read_config(config).get("kind") == f"attnsieve {kind}"
+        require(not other, f"{source} is a {kind}: {remedy}")
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -43,6 +43,10 @@ def run(
 
     text = read_prompt(prompt, prompt_file)
     wanted = options.read_plan(plan, pattern) if plan is not None or pattern is not None else None
+    require(
+        wanted is not None or (backend == "auto" and not strict),
+        "--backend and --strict are for attention under a plan: add --plan or --pattern",
+    )
     network, tokenizer = options.load(model, device, dtype)
     chosen = None if wanted is None else options.plan_for(wanted, fingerprint(network))
     ids = prompt_ids(tokenizer, text, chat)

@@ -147,8 +147,9 @@ def find(paths: list[Path], preset: str) -> Found:
 def _load(path: Path) -> tuple[str, Any]:
     if path.suffix == ".jsonl":
         return "rows", _read_rows(path)
-    require(path.is_dir(), f"{path} is not there: give the directory of a saved plan or profile, or a .jsonl file of rows")
-    kind = str(read_config(path / CONFIG).get("kind"))
+    wrong = f"{path} is no directory" if path.exists() else f"{path} is not there"
+    require(path.is_dir(), f"{wrong}: give the directory of a saved plan or profile, or a .jsonl file of rows")
+    kind = str(read_config(path / CONFIG).get("kind", "a model"))
     for known in (Plan, Profile, Measurement):
         if kind == f"attnsieve {known.kind}":
             return known.kind, known.from_pretrained(path)
