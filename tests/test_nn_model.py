@@ -228,6 +228,10 @@ def test_what_cannot_be_honoured_is_refused():
         ({"attention": "mha", "num_key_value_heads": 2}, "KV heads"),
         ({"attention": "swa"}, "sliding_window"),
         ({"attention": "nsa", "nsa_stride": 7}, "nsa_stride"),
+        ({"attention": "nsa", "nsa_stride": 0}, "nsa_stride must be at least 1"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers must be at least 1"),
     ],
 )
 def test_bad_configurations_are_refused(changes, word):

@@ -30,6 +30,18 @@ _NORMS_PLAN = {
     "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
 }
 _SCORES_PLAN = {"layers.*.self_attn.dt_proj": "rowwise", "layers.*.self_attn.A": "colwise"}
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "mla_kv_rank",
+    "nsa_block",
+    "nsa_stride",
+    "nsa_selected_block",
+)
 ATTENTIONS = ("dma", "mha", "mqa", "gqa", "swa", "mla", "nsa")
 
 
@@ -43,7 +55,7 @@ class DmaConfig(PreTrainedConfig):
     tokens and blocks, as in arXiv 2502.11089). "mha" and "mqa" fix `num_key_value_heads`. qk_norm: RMSNorm of q and k per
     head. attention_backend: see `attnsieve.attend`.
 
-    Raises UserError for combinations that no layer could honour.
+    Raises UserError for sizes below 1 and for combinations that no layer could honour.
     """
 
     model_type = "dma"
@@ -92,6 +104,7 @@ class DmaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         require(self.attention in ATTENTIONS, f"attention must be one of {', '.join(ATTENTIONS)}, got {self.attention!r}")
+        self._check_sizes()
         self._fix_heads()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
@@ -129,6 +142,11 @@ class DmaConfig(PreTrainedConfig):
     def rule(self) -> SelectionRule:
         """What a row of a "dma" layer keeps."""
         return SelectionRule(self.keep_window_size, self.window, self.sinks, self.union)
+
+    def _check_sizes(self) -> None:
+        for name in _SIZES:
+            size = getattr(self, name)
+            require(size is None or size >= 1, f"{name} must be at least 1, got {size}")
 
     def _fix_heads(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
