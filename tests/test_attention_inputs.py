@@ -32,6 +32,11 @@ def inputs(**change):
         ("key_bias on meta", {"key_bias": torch.zeros(2, 2, 8, device="meta")}),
         ("compiled for 6", {"length": 6}),
         ("does not fit", {"spans": Spans.of([(0, 0, 8, 2, 8)])}),
+        ("share query slot 4 of batch row 1", {"spans": Spans.of([(1, 4, 4, 4, 4), (0, 0, 8, 0, 8), (1, 0, 5, 0, 5)])}),
+        ("must be floating, got torch.bool", {"key_bias": torch.zeros(2, 2, 8, dtype=torch.bool)}),
+        ("must be floating, got torch.complex64", {"key_bias": torch.zeros(2, 2, 8, dtype=torch.complex64)}),
+        ("must be tensors, got Tensor, Tensor, Tensor, float", {"key_bias": 1.0}),
+        ("spans must be Spans, got list", {"spans": [(0, 0, 8, 0, 8)]}),
         ("unknown backend", {"backend": "fastest"}),
         ("at least one", {"q": (2, 0, 8, 16)}),
         ("at least one wide", {"q": (2, 4, 8, 0), "k": (2, 2, 8, 0)}),
@@ -48,10 +53,23 @@ def test_refuses_mixed_dtypes():
         attend(**(call | {"k": call["k"].half()}))
 
 
-def test_refuses_whole_numbers():
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_refuses_other_dtypes(dtype):
     call = inputs()
     with pytest.raises(UserError, match="not floating"):
-        attend(**(call | {name: call[name].long() for name in "qkv"}))
+        attend(**(call | {name: call[name].to(dtype) for name in "qkv"}))
+
+
+def test_refuses_other_things():
+    call = inputs()
+    with pytest.raises(UserError, match="must be tensors, got ndarray, Tensor, Tensor"):
+        attend(**(call | {"q": call["q"].numpy()}))
+    for given in (window(3), [window(3)] * 4, None):
+        with pytest.raises(UserError, match="layout must be a Layout"):
+            attend(**(call | {"layout": given}))
+    for rows in ([(0, 1, 2)], [tuple(range(10))]):
+        with pytest.raises(UserError, match="spans are rows of"):
+            Spans.of(rows)
 
 
 @pytest.mark.parametrize("backend", ["reference", "portable", "dense", pytest.param("triton", marks=needs_interpreter)])

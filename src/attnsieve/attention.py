@@ -28,6 +28,7 @@ BACKENDS = {
 # Who "auto" compares on each kind of device: the first that can serve is taken where nothing was measured, portable if none can.
 _ON_GPU: tuple[str, ...] = ("triton", "fa4", "dense")
 _ON_CPU: tuple[str, ...] = ("portable", "dense")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def attend(
@@ -44,19 +45,24 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax over the kept keys of (q k^T * scale + key_bias), times v; exact per (query, key) pair of `layout`.
 
-    q [B, Hq, Tq, D]; k [B, Hkv, Tk, D]; v [B, Hkv, Tk, Dv]; key_bias [B, Hkv, Tk] or None. Query head h reads KV head
-    h // (Hq // Hkv). The layout has Hq heads, or Hkv when the heads of a group share a mask. `spans` says where the
-    sequences are; by default every batch row is one, its queries the last Tq of Tk positions. `scale`, finite in float32,
-    defaults to 1 / sqrt(D). Returns out [B, Hq, Tq, Dv] in q's dtype and, with `return_lse`, the LSE [B, Hq, Tq] in float32 (float64
-    for float64 inputs; -inf for rows that keep no key, whose output is 0). Differentiable in q, k, v and key_bias; gradients
-    repeat bit for bit under torch.use_deterministic_algorithms(True). One operation under torch.compile.
+    q [B, Hq, Tq, D]; k [B, Hkv, Tk, D]; v [B, Hkv, Tk, Dv], of one dtype: float16, bfloat16, float32 or float64; key_bias
+    [B, Hkv, Tk], floating, or None. Query head h reads KV head h // (Hq // Hkv). The layout has Hq heads, or Hkv when the heads of a
+    group share a mask. `spans` says where the sequences are; by default every batch row is one, its queries the last Tq of Tk
+    positions. `scale`, finite in float32, defaults to 1 / sqrt(D). Returns out [B, Hq, Tq, Dv] in q's dtype and, with `return_lse`, the
+    LSE [B, Hq, Tq] in float32 (float64 for float64 inputs; -inf for rows that keep no key, whose output is 0). Differentiable in q, k,
+    v and key_bias; gradients repeat bit for bit under torch.use_deterministic_algorithms(True). One operation under torch.compile.
 
     NaN and infinities in k or v reach the rows that keep their key and no others, except by the backends "fa4" and "dense", and
     in gradients. A key_bias of -inf removes its key.
 
     `backend` is "auto" (see `choose_backend`) or a name in `BACKENDS`; a named backend that cannot serve raises UserError with the
     reason. Every backend computes exactly the kept pairs: "dense" serves layouts that keep all of them, no others.
+
+    Raises UserError for what does not fit together, before anything is computed.
     """
+    problem = _problem_of_types((q, k, v) if key_bias is None else (q, k, v, key_bias), layout, spans)
+    if problem is not None:
+        raise UserError(problem)
     if torch.compiler.is_compiling():
         spans = Spans.full(q.shape[0], q.shape[2], k.shape[2], q.device) if spans is None else spans
         out, lse = _in_graph(backend, _call(q, k, v, layout, spans, scale, key_bias))
@@ -162,6 +168,17 @@ def _check(call: Call) -> None:
         require(k.shape[2] <= call.layout.length, f"K has {k.shape[2]} slots, the layout is compiled for {call.layout.length}")
 
 
+def _problem_of_types(tensors: tuple[object, ...], layout: object, spans: object) -> str | None:
+    """Which argument of `attend` is something else."""
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return f"q, k, v and key_bias must be tensors, got {', '.join(type(tensor).__name__ for tensor in tensors)}"
+    if not isinstance(layout, Layout):
+        return f"layout must be a Layout, got {type(layout).__name__}: compile_layout makes one of patterns"
+    if not (spans is None or isinstance(spans, Spans)):
+        return f"spans must be Spans, got {type(spans).__name__}: Spans.of makes them of rows"
+    return None
+
+
 def _problem_of_shapes(call: Call) -> str | None:
     """What is wrong with q, k and v. Messages are made where they are needed: they take longer than the checks."""
     q, k, v = call.q, call.k, call.v
@@ -184,8 +201,8 @@ def _problem_of_shapes(call: Call) -> str | None:
 def _problem_of_parts(call: Call) -> str | None:
     """What of dtypes, devices, layout, spans and bias does not fit the rest."""
     q, k, v, layout = call.q, call.k, call.v, call.layout
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        return f"dtypes differ or are not floating: {q.dtype}, {k.dtype}, {v.dtype}"
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES):
+        return f"dtypes differ or are not floating (float16, bfloat16, float32, float64): {q.dtype}, {k.dtype}, {v.dtype}"
     if not q.device == k.device == v.device:
         return f"devices differ: {q.device}, {k.device}, {v.device}"
     if layout.heads not in (q.shape[1], k.shape[1]):
@@ -196,6 +213,8 @@ def _problem_of_parts(call: Call) -> str | None:
         return f"the layout is on {layout.device}, q on {q.device}: use layout.to(q.device)"
     if call.key_bias is not None and call.key_bias.shape != k.shape[:3]:
         return f"key_bias must have shape {tuple(k.shape[:3])}, got {tuple(call.key_bias.shape)}"
+    if call.key_bias is not None and not call.key_bias.is_floating_point():
+        return f"key_bias is added to scores and must be floating, got {call.key_bias.dtype}: -inf removes a key"
     if call.key_bias is not None and call.key_bias.device != q.device:
         return f"devices differ: q is on {q.device}, key_bias on {call.key_bias.device}"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ class Spans:
     """One entry per sequence; int64 [S] tensors on one device.
 
     Sequence s lives in batch row `batch[s]`, in key slots [k_start, k_start + k_len) and query slots
-    [q_start, q_start + q_len); its queries are the last `q_len` of its `k_len` positions. Slots in no span are padding.
+    [q_start, q_start + q_len); its queries are the last `q_len` of its `k_len` positions. Slots in no span are padding, no query
+    slot is in two.
     Values on a GPU are not read back by kernels, so building spans there costs no synchronisation. `whole` is what the host
     knows without reading: every one of `batch` rows is one sequence, with (batch, queries, keys) of this size.
     """
@@ -31,7 +33,10 @@ class Spans:
 
     @classmethod
     def of(cls, rows: Sequence[tuple[int, int, int, int, int]], device: torch.device | str = "cpu") -> Spans:
-        """From (batch, q_start, q_len, k_start, k_len) rows."""
+        """From (batch, q_start, q_len, k_start, k_len) rows. Raises UserError for rows of other lengths."""
+        require(
+            all(len(row) == 5 for row in rows), f"spans are rows of batch, q_start, q_len, k_start, k_len, got {rows!r:.80}"
+        )
         table = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 5)
         batch, q_start, q_len, k_start, k_len = table.unbind(1)
         return cls(batch, q_start, q_len, k_start, k_len)
@@ -78,8 +83,9 @@ class Spans:
         return [(b, q0, nq, k0, nk) for b, q0, nq, k0, nk in table.tolist()]
 
     def check(self, batch: int, q_slots: int, k_slots: int, capacity: int) -> None:
-        """Raise UserError unless every span lies inside the tensors and the layout. Reads the device."""
-        for b, q0, nq, k0, nk in self.rows():
+        """Raise UserError unless every span lies inside the tensors and the layout, and no two share a query. Reads the device."""
+        rows = self.rows()
+        for b, q0, nq, k0, nk in rows:
             inside = 0 <= b < batch and 0 <= q0 <= q0 + nq <= q_slots and 0 <= k0 <= k0 + nk <= k_slots
             require(
                 inside and nq <= nk,
@@ -88,4 +94,9 @@ class Spans:
             )
             require(
                 nk <= capacity, f"a sequence has {nk} positions, the layout is compiled for {capacity}: compile a longer one"
+            )
+        asked = sorted((b, q0, q0 + nq) for b, q0, nq, _, _ in rows if nq)
+        for (b, _, stop), (other, start, _) in pairwise(asked):
+            require(
+                b != other or stop <= start, f"two spans share query slot {start} of batch row {b}: a query is of one sequence"
             )
