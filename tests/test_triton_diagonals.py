@@ -262,7 +262,7 @@ def test_predictions_count_pairs_of_diagonals():
     assert amounts is not None
     assert unit is not None
     # The heads of a KV group share them.
-    assert amounts.pop("diagonal") == pytest.approx(0.45 * pairs * (0.2 + 0.8 / 2) / 1e9)
+    assert amounts.pop("diagonal") == pytest.approx(0.8 * pairs * (0.2 + 0.8 / 2) / 1e9)
     assert amounts == unit
 
 
