@@ -135,6 +135,18 @@ def test_bad_budgets_are_refused():
             fit_budget(found, **options)
 
 
+def test_what_cannot_be_measured_is_refused():
+    text = torch.randint(2, VOCAB, (20,))
+    with pytest.raises(UserError, match="put it in a list"):
+        measure(tiny(), [text], "window(4)", progress=False)
+    with pytest.raises(UserError, match="parsed from text"):
+        measure(tiny(), [text], [3], progress=False)
+    broken = tiny()
+    broken.model.layers[1].self_attn.v_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(UserError, match="layer 1 has NaN or infinite attention"):
+        measure(broken, [text], ["window(4)"], progress=False)
+
+
 @pytest.mark.parametrize("given", ["measured/book", None, [3]], ids=str)
 def test_other_things_than_measurements_are_refused(given):
     with pytest.raises(UserError, match="fit_budget takes measurements"):

@@ -21,7 +21,7 @@ CARD_HEAD = "---\nlibrary_name: attnsieve\n"
 
 
 class Artefact(ModelHubMixin):
-    """Base of Profile and Plan: how they are saved, loaded and pushed.
+    """Base of Profile, Plan and Measurement: how they are saved, loaded and pushed.
 
     A subclass names its `kind` and its `format_version` and implements the four methods below. The inherited
     `push_to_hub(repo_id)` uploads what `save_pretrained` writes.

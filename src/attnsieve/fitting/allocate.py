@@ -35,8 +35,8 @@ def within_density(density: Tensor, error: Tensor, budget: float) -> Allocation:
     least = float(density.amin(0).mean())
     require(
         least <= budget * (1 + 1e-9),
-        f"no choice of candidates has a density of {budget:g}; the least they reach is {least:.4g}: raise the budget or add "
-        "cheaper candidates",
+        f"no choice of candidates has a density of {budget:g}; the least they reach is {least:.4g}: raise the budget, add "
+        "cheaper candidates, or do with fewer guard rails",
     )
     choice, bound = _priced(density, error, budget * density.shape[1])
     return _result(density, error, _refine(density, error, choice, budget * density.shape[1]), bound)

@@ -38,11 +38,13 @@ def measure(
     activations are undisturbed: every layer sees dense inputs. In layers with sliding windows candidates and dense() are cut to
     them. dense() is added to the candidates if it is not among them.
 
-    Raises UserError for models with attention that cannot run sparse, for candidates with captured bits, for empty texts, and
-    for texts longer than the model's positions.
+    Raises UserError for models with attention that cannot run sparse, for candidates with captured bits, for empty texts, for
+    texts longer than the model's positions, and for NaN or infinite attention, naming the layer.
     """
     mark = fingerprint(model)
-    patterns = list(dict.fromkeys(Pattern.parse(c) if isinstance(c, str) else c for c in [*candidates, dense()]))
+    one = isinstance(candidates, str | Pattern)
+    require(not one, f"candidates come as a list, got the pattern {str(candidates)!r:.80} alone: put it in a list")
+    patterns = list(dict.fromkeys(c if isinstance(c, Pattern) else Pattern.parse(c) for c in [*candidates, dense()]))
     for layer in attention_layers(model):
         reason = why_layer_dense(layer, patterns)
         if reason is not None:
@@ -84,6 +86,10 @@ class Recorder:
             require(not isinstance(place, str), f"layer {layer.index} cannot be measured ({place})")
             window = layer.binding_window
             whole = attended(call, self._layout(call, dense(), window), self._backend)
+            require(
+                all(bool(part.isfinite().all()) for part in whole),
+                f"layer {layer.index} has NaN or infinite attention: check the weights, or measure in float32 or bfloat16",
+            )
             for c, pattern in enumerate(self._patterns):
                 seen = effect(call, self._layout(call, pattern, window), whole, self._backend)
                 cell = self.row, c, self._mark.row(layer.index)

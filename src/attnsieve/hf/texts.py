@@ -26,7 +26,7 @@ def documents_of(batches: Iterable[Batch], vocabulary: int) -> list[list[Tensor]
         f"texts come as a list of batches, got one {type(batches).__name__}: put it in a list, tokenized",
     )
     groups = [[_check(text, number, vocabulary) for text in _texts(batch)] for number, batch in enumerate(batches)]
-    require(any(groups), "there is no text to profile: give batches of token ids")
+    require(any(groups), "there is no text: give batches of token ids")
     return groups
 
 
