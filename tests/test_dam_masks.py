@@ -215,6 +215,7 @@ def test_relative_mask_does_not_tighten_with_length():
         uniform /= uniform.sum(-1, keepdim=True)
         assert torch.equal(relative(uniform, kappa=0.999), torch.ones(size, size).tril().bool())
         assert not relative(uniform, kappa=1.001).any()
+        assert torch.equal(relative(uniform, kappa=0), torch.ones(size, size).tril().bool())
 
 
 def test_forced_cells_are_added_and_counted():

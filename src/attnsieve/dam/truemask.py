@@ -37,9 +37,9 @@ def mass(maps: Tensor, *, share: float) -> Tensor:
 def relative(maps: Tensor, *, kappa: float) -> Tensor:
     """M[i, j] = 1 iff Abar[i, j] >= kappa / (i + 1): kappa times what uniform attention would give the cell.
 
-    Raises UserError unless kappa > 0.
+    At 0 every cell is kept. Raises UserError for less.
     """
-    require(kappa > 0, f"kappa must be positive, got {kappa}")
+    require(kappa >= 0, f"kappa must be at least 0, got {kappa}")
     rows = torch.arange(1, maps.shape[-1] + 1, device=maps.device, dtype=maps.dtype)
     return (maps * rows[:, None] >= kappa).tril()
 
