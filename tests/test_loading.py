@@ -14,12 +14,12 @@ from attnsieve.hf.loading import load_model, packaged_gguf
 
 
 def byte_tokens() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes, one merge, and two special tokens."""
+    """GPT-2's printable stand-ins for the 256 bytes, two merges, and two special tokens."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     stand_ins = {byte: chr(byte) for byte in plain}
     others = [byte for byte in range(256) if byte not in stand_ins]
     stand_ins |= {byte: chr(256 + place) for place, byte in enumerate(others)}
-    return [stand_ins[byte] for byte in range(256)] + ["ab", "<|start|>", "<|end|>"]
+    return [stand_ins[byte] for byte in range(256)] + ["ab", "abc", "<|start|>", "<|end|>"]
 
 
 @pytest.fixture
@@ -40,10 +40,11 @@ def tiny_gguf(tmp_path: Path) -> Path:
     tokens = byte_tokens()
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * 257 + [3, 3])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(257)
-    writer.add_eos_token_id(258)
+    writer.add_token_types([1] * 258 + [3, 3])
+    # Two: transformers 5.16 reads a list of one as its only entry.
+    writer.add_token_merges(["a b", "ab c"])
+    writer.add_bos_token_id(258)
+    writer.add_eos_token_id(259)
     random = np.random.default_rng(0)
 
     def tensor(name: str, *shape: int) -> None:

@@ -133,7 +133,8 @@ def _convert(gguf: Path, target: Path) -> None:
     # The weights are plain floats by now, but save_pretrained refuses while the model still calls itself quantised.
     model.hf_quantizer = None
     model.is_quantized = False
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):  # not in transformers 5.16
+        del model.config.quantization_config
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
