@@ -46,7 +46,7 @@ FAMILIES: dict[str, Callable[..., Task]] = {"lv-eval": lv_eval_task, "longbench"
 def make_task(name: str, *, text: Source = None, data: Source = None) -> Task:
     """The task `name`: one of `TASKS`, "lv-eval:SET_LEVEL", "longbench:SET" or "lm-eval:TASK".
 
-    text: "synthetic" (the default), "bible", "essays" (the default for needles) or a text file. data: LongEval's
+    text: "synthetic" (the default), "bible", "python-docs", "essays" (the default for needles) or a text file. data: LongEval's
     conversations.jsonl, the folder or hub id of LV-Eval or LongBench, or a folder of lm-eval tasks of your own. Raises
     UserError for unknown names and sources.
     """
