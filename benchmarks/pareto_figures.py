@@ -95,8 +95,10 @@ def curves(rows: Sequence[Row], shown: Sequence[str], metric: str) -> Any:
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
     place = {name: number for number, name in enumerate(shown)}
-    drawn = [row for row in rows if family(row.plan) in place or (row.plan == "dense" and metric != "answer_kl")]
-    drawn.sort(key=lambda row: place.get(family(row.plan), -1))
+    sparse = [row for row in rows if family(row.plan) in place]
+    cells = {(row.task, row.length) for row in sparse}
+    dense = [row for row in rows if row.plan == "dense" and (row.task, row.length) in cells and metric != "answer_kl"]
+    drawn = [*dense, *sorted(sparse, key=lambda row: place[family(row.plan)])]
     figure = result_figure([asdict(row) for row in drawn], metric)
     for axes in figure.axes:
         axes.set_xlim(left=LEAST_DENSITY)
