@@ -78,7 +78,7 @@ def main() -> None:
     for row in rows:
         runs.setdefault((row.plan, row.task, row.length), {})[row.metric] = row
     places = list(product(arguments.tasks, arguments.lengths))
-    print(table(runs, places), kept_target(runs, places), above(runs, places), sep="\n\n")
+    print(table(runs, places), kept_target(runs, places), above(runs, places), trailing(runs, places), sep="\n\n")
 
 
 def table(runs: dict[tuple[str, str, int], Run], places: list[tuple[str, int]]) -> str:
@@ -139,19 +139,52 @@ def above(runs: dict[tuple[str, str, int], Run], places: list[tuple[str, int]]) 
     runs with fewer pairs than all of ours."""
     cells = []
     for rails, place in product((False, True), places):
-        there = [run for (plan, *rest), run in runs.items() if (*rest,) == place and plan != "dense" and not cached(run)]
-        ours = [run for run in there if camp_of(run) in ((False, False), (False, rails)) and not preset(run)]
-        published = [run for run in there if camp_of(run) == (True, rails)]
+        ours, published = sides([run for run in runs_of(runs, place) if not cached(run)], rails)
         label = f"{NAMES.get(place[0], place[0])} {place[1] // 1024}K{', rails' * rails}"
         cells.append([label, *(farthest(published, ours, *metric) for metric in BETTER.items())])
     return markdown(["cell", *BETTER], cells, left=(0, 1, 2, 3))
 
 
+def trailing(runs: dict[tuple[str, str, int], Run], places: list[tuple[str, int]]) -> str:
+    """Published runs of all cells by KL beside the best of ours with no more pairs; those of caches count where their prompts are
+    sparse."""
+    cells = []
+    for rails in (False, True):
+        leads, fewer = [], 0
+        for place in places:
+            ours, published = sides([run for run in runs_of(runs, place) if density_of(run) < 1], rails)
+            for run in published:
+                best = best_with_no_more(ours, run, "answer_kl", -1)
+                fewer += best is None
+                leads += [] if best is None else [lead(run["answer_kl"], best["answer_kl"], -1)]
+        trail = [-errors for errors in leads if errors < 0]
+        errors = f"{min(trail):.1f} to {max(trail):.1f}" if trail else "-"
+        cells.append(["with rails" if rails else "without", str(len(leads)), str(len(trail)), errors, str(fewer)])
+    return markdown(["published, by KL", "runs", "trail ours", "by standard errors", "fewer pairs than ours"], cells, left=(0,))
+
+
+def runs_of(runs: dict[tuple[str, str, int], Run], place: tuple[str, int]) -> list[Run]:
+    """All sparse runs of a cell."""
+    return [run for (plan, *rest), run in runs.items() if (*rest,) == place and plan != "dense"]
+
+
+def sides(there: list[Run], rails: bool) -> tuple[list[Run], list[Run]]:
+    """Ours without presets, with rails only where `rails`; and published ones with or without."""
+    ours = [run for run in there if camp_of(run) in ((False, False), (False, rails)) and not preset(run)]
+    return ours, [run for run in there if camp_of(run) == (True, rails)]
+
+
+def best_with_no_more(ours: list[Run], run: Run, metric: str, better: int) -> Run | None:
+    """The best of ours with no more pairs than `run`."""
+    fewer = [own for own in ours if density_of(own) <= density_of(run)]
+    return max(fewer, key=lambda own: better * own[metric].value, default=None)
+
+
 def farthest(published: list[Run], ours: list[Run], metric: str, better: int) -> str:
     found = []
     for run in published:
-        if fewer := [own for own in ours if density_of(own) <= density_of(run)]:
-            best = max(fewer, key=lambda own: better * own[metric].value)
+        best = best_with_no_more(ours, run, metric, better)
+        if best is not None:
             found.append((lead(run[metric], best[metric], better), run, best))
     if not found:
         return "-"

@@ -264,6 +264,10 @@ def test_the_summary_says_who_holds_and_who_is_above(script, capsys):
     assert len(cells["budget 20 %, with rails"]) == 5
     assert cells["budget-prompt-0.2"][:3] == ["3", "3", "3"]
     assert cells["kv 4K, rails"][0].startswith("-")
+    runs, trail, _, fewer = cells["without"]
+    # Of kv alone, where all that keep as many pairs as one of ours trail it.
+    assert int(runs) == int(trail) > 50
+    assert int(fewer) > 0
 
 
 def test_coverage_lists_what_was_measured_of_every_family(script, capsys):
