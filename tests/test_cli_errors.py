@@ -61,6 +61,11 @@ def work(tmp_path_factory):
         (["show", "{}/rows.jsonl"], "rows.jsonl is not there"),
         (["eval", "{}/model"], "say what to measure"),
         (["eval", "{}/model", "--pattern", "dense()", "--tasks", "kvv"], "did you mean kv?"),
+        (["eval", "{}/model", "--pattern", "dense()", "--tasks", "kv", "--data", "x"], "none of the tasks kv reads it"),
+        (
+            ["eval", "{}/model", "--pattern", "dense()", "--tasks", "kv,longbench:trec", "--text", "bible"],
+            "none of the tasks kv, longbench:trec reads it: leave it out, or add one of perplexity",
+        ),
         (["eval", "{}/model", "--pattern", "dense()", "--lengths", "-5"], "got '-5'"),
         (["eval", "{}/model", "--pattern", "dense()", "--lengths", "8"], "use a longer length"),
         (["eval", "{}/model", "--pattern", "dense()", "--lengths", "64,1K"], "1024 tokens are more than the model's 512"),

@@ -9,7 +9,7 @@ import pytest
 from attnsieve import Plan, UserError
 from attnsieve.evaluation.rehearsal import rehearsal
 from attnsieve.evaluation.scoring import AnswerScore
-from attnsieve.evaluation.tasks import TASKS, make_task, questions
+from attnsieve.evaluation.tasks import TASKS, make_task, make_tasks, questions
 from attnsieve.evaluation.tasks import aligned as aligned_module
 from attnsieve.evaluation.tasks.aligned import aligned
 from attnsieve.evaluation.tasks.language import buckets
@@ -278,6 +278,15 @@ def test_buckets_double():
 def test_unknown_tasks_are_named(name, hint):
     with pytest.raises(UserError, match=hint):
         make_task(name)
+
+
+def test_an_option_goes_to_the_tasks_that_read_it_and_is_refused_where_none_does(tmp_path):
+    (tmp_path / "book.txt").write_text("Once upon a time. " * 99)
+    one, other = make_tasks(["kv", "perplexity"], text=tmp_path / "book.txt")
+    assert (one.name, other.name, other.variant[:5]) == ("kv", "perplexity", "book@")
+    for name, option in (("kv", "data"), ("needle-single-1", "text"), ("fidelity", "data"), ("longbench:trec", "text")):
+        with pytest.raises(UserError, match=f"{option} 'x' was given, but none of the tasks {name} reads it"):
+            make_task(name, **{option: "x"})
 
 
 @pytest.mark.parametrize("name", ["needle-single-1", "needle-single-2", "passkey"])

@@ -259,7 +259,7 @@ def test_all_commands_serve_hybrids(tmp_path):
         ["show", tmp_path / "plan", tmp_path / "profile", "--heads", "3:1", "--out", tmp_path / "figures"],
         ["show", tmp_path / "budget", "--html", tmp_path / "report.html", "--heads", "3:1"],
         ["run", model, "--plan", tmp_path / "budget", "--prompt", "hello", "--max-new-tokens", 5],
-        ["eval", model, "--tasks", "kv,fidelity", "--plan", tmp_path / "budget", "--data", text, "--lengths", 128, *two, *rows],
+        ["eval", model, "--tasks", "kv,fidelity", "--plan", tmp_path / "budget", "--text", text, "--lengths", 128, *two, *rows],
     ]
     for command in commands:
         done = attnsieve(*command)

@@ -31,7 +31,7 @@ def evaluate(
         typer.Option(help="Text for perplexity, fidelity and needles: a file, synthetic, python-docs, bible, essays."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Folder, file or hub id of the data sets of LongEval, LongBench, LV-Eval.")
+        str | None, typer.Option(help="Folder, file or hub id of the data sets of LongEval, LongBench, LV-Eval, lm-eval.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Add rows to this .jsonl file; runs that it holds already are not repeated.")
@@ -46,13 +46,13 @@ def evaluate(
     Example: attnsieve eval smollm2-135m --plan plans/book --tasks kv,fidelity --lengths 1024,2048 --out rows.jsonl
     """
     from attnsieve.evaluation import evaluate as measure
-    from attnsieve.evaluation import make_task
+    from attnsieve.evaluation import make_tasks
     from attnsieve.hf import check_positions, fingerprint
     from attnsieve.show import result_table
 
     wanted = named_plans(plan or [], pattern or [])
     measured = options.lengths_of(lengths)
-    chosen = [make_task(name, text=text, data=data) for name in options.parts_of(tasks)]
+    chosen = make_tasks(options.parts_of(tasks), text=text, data=data)
     options.rows_file(out)
     network, tokenizer = options.load(model, device, dtype)
     check_positions(network, max(measured))
