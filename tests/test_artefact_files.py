@@ -53,6 +53,16 @@ def test_where_nothing_can_be_written_is_a_user_error(saved):
         made.save_pretrained(folder, push_to_hub=True)
 
 
+@pytest.mark.parametrize("given", ["", None, 3])
+def test_what_is_no_path_is_refused(saved, monkeypatch, given):
+    made, folder = saved
+    monkeypatch.chdir(folder)
+    for act in (made.save_pretrained, type(made).from_pretrained):
+        with pytest.raises(UserError, match="expected the path of a directory"):
+            act(given)
+    assert type(made).from_pretrained(".") == made
+
+
 @pytest.mark.timeout(60)
 def test_models_and_other_artefacts_are_not_replaced(saved, tmp_path):
     made, folder = saved

@@ -85,7 +85,7 @@ def work(tmp_path_factory):
         (["run", "{}/model", "--prompt", " ", "--pattern", "dense()"], "the prompt is empty"),
         (["run", "{}/model", "--prompt", "a\udcffb", "--pattern", "dense()"], "the prompt is not UTF-8"),
         (["run", "{}/model", "--prompt", "a", "--pattern", ""], "cannot read pattern ''"),
-        (["run", "{}/model", "--prompt", "a", "--plan", ""], "expected a directory with config.json"),
+        (["run", "{}/model", "--prompt", "a", "--plan", ""], "expected the path of a directory"),
         (["run", "{}/model", "--pattern", "dense()"], "--prompt TEXT or --prompt-file FILE"),
         (["run", "{}/model", "--prompt", "a", "--strict"], "--backend and --strict are for attention under a plan"),
         (["run", "{}/model", "--prompt", "a", "--backend", "dense"], "--backend and --strict are for attention under a plan"),

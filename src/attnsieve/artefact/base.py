@@ -72,7 +72,7 @@ class Artefact(ModelHubMixin):
         artefact of another kind or a README.md of somebody else's would be replaced.
         """
         require(not config and not model_card_kwargs, "config and model_card_kwargs do not apply: config.json is the artefact")
-        target = Path(save_directory)
+        target = _path(save_directory)
         self.check_target(target)
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ class Artefact(ModelHubMixin):
         Raises UserError for anything but a complete, unchanged artefact of this kind and a known version. The mixin's own
         method is not used because it reads config.json leniently and passes its contents on as arguments.
         """
-        folder = Path(source)
+        folder = _path(source)
         if not folder.is_dir():
             options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
             folder = _download(str(source), **options)
@@ -151,6 +151,15 @@ class Artefact(ModelHubMixin):
         """The model card, README.md."""
         head = f"{CARD_HEAD}tags: [attnsieve, {self.kind}]\n---\n"
         return f"{head}\n# attnsieve {self.kind}\n\n```\n{self}\n```\n"
+
+
+def _path(given: Any) -> Path:
+    """`given` as a path. The empty string would be the current folder."""
+    good = isinstance(given, str | os.PathLike) and os.fspath(given) != ""
+    require(
+        good, f"expected the path of a directory, or a hub id to load from, got {given!r:.80}: for the current folder give '.'"
+    )
+    return Path(given)
 
 
 def _download(repo: str, **options: Any) -> Path:
