@@ -50,6 +50,7 @@ def work(tmp_path_factory):
             ["measure", "{}/model", "--data", "a", "--candidates", "dense()", "--rows", "64", "--out", "{}/x"],
             "write them into yours",
         ),
+        (["measure", "{}/model", "--data", "synthetic", "--rows", "65", "--out", "{}/x"], "at most its block of 64, got 65"),
         (["show", "{}/nowhere"], "is not there: give the directory"),
         (["show", "{}/text.txt"], "text.txt is no directory: give the directory"),
         (["show", "{}/model"], "holds 'a model', expected a saved plan, profile or measurement"),

@@ -23,6 +23,13 @@ def test_numbers_beyond_positions_are_refused(text):
         Pattern.parse(text.format(FOREVER))
 
 
+@pytest.mark.parametrize("name", ["probed_keys", "probed_blocks"])
+def test_no_more_rows_of_a_block_are_probed_than_it_has(name):
+    Pattern.parse(f"{name}(block=64, rows=64)")
+    with pytest.raises(UserError, match="at most its block of 64, got 65: give fewer rows or a larger block"):
+        Pattern.parse(f"{name}(block=64, rows=65)")
+
+
 def test_more_random_blocks_than_there_are_take_the_room_of_all():
     blocks = random_blocks(FOREVER - 1, block=2).atoms[0].blocks(6)
     assert blocks.index.shape == (3, 3)

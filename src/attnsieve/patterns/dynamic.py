@@ -118,6 +118,10 @@ class ProbedBlocks(DynamicAtom):
     fractions = ("mass",)
     counts = ("block", "rows")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_probe(self)
+
 
 @dataclass(frozen=True, repr=False)
 class ProbedKeys(DynamicAtom):
@@ -129,6 +133,18 @@ class ProbedKeys(DynamicAtom):
     name = "probed_keys"
     fractions = ("mass",)
     counts = ("block", "rows")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_probe(self)
+
+
+def _check_probe(atom: ProbedBlocks | ProbedKeys) -> None:
+    require(
+        atom.rows <= atom.block,
+        f"{atom.name}'s rows are queries of one block, at most its block of {atom.block}, got {atom.rows}: give fewer rows or a "
+        "larger block",
+    )
 
 
 @dataclass(frozen=True, repr=False)
