@@ -169,6 +169,14 @@ def test_a_directory_without_a_model(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "./notes.txt", "weights.safetensors"])
+def test_a_file_that_is_no_model_is_no_hub_id(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text("no model")
+    with pytest.raises(UserError, match=r"is a file that holds no model: expected a model directory, a \.gguf file"):
+        load_model(name)
+
+
 def test_missing_gguf(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_model(tmp_path / "absent.gguf")

@@ -98,6 +98,10 @@ def _source(name_or_path: str | Path, cache: Path) -> tuple[str | Path, bool]:
     if path.is_dir():
         require((path / "config.json").is_file(), f"{path} has no config.json: expected a transformers model directory")
         return path, True
+    require(
+        not path.exists(),
+        f"{path} is a file that holds no model: expected a model directory, a .gguf file, a hub id or {SMOLLM2}",
+    )
     looks_local = path.is_absolute() or str(name_or_path).startswith((".", "~"))
     require(not looks_local, f"no such directory: {path}; expected a model directory, a .gguf file, a hub id or {SMOLLM2}")
     return str(name_or_path), False
