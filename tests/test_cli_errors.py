@@ -19,6 +19,10 @@ def work(tmp_path_factory):
     ("arguments", "message"),
     [
         (["profile", "{}/nowhere", "--data", "synthetic", "--out", "{}/x"], "no such directory"),
+        (
+            ["profile", "{}/nowhere", "--data", "synthetic", "--lengths", "512,2K", "--out", "{}/x"],
+            "exceed the capture length --pcl",
+        ),
         (["profile", "{}/model", "--data", "{}/nothing.txt", "--out", "{}/x"], "expected a path or one of: synthetic"),
         (["profile", "{}/model", "--data", "{}/empty.txt", "--out", "{}/x"], "is empty"),
         (

@@ -43,6 +43,9 @@ def profile(
     from attnsieve.profiling import Profile
 
     probed = options.lengths_of(lengths)
+    require(
+        min(probed) > pcl, f"--lengths must exceed the capture length --pcl {pcl}, got {lengths}: raise them, or lower --pcl"
+    )
     options.new_folder(out, Profile)
     require(len(data) <= documents, f"{len(data)} texts for {documents} documents: raise --documents")
     sources = [text_source(name) for name in data]
