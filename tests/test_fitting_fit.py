@@ -240,7 +240,10 @@ def test_profiles_that_do_not_fit_together_are_refused():
         ([], "at least one profile"),
         ([one, profile_of(random_whole(), 13)], r"got \(12, 48\) and \(13, 48\)"),
         ([one, profile_of(random_whole(n=49), 12)], r"got \(12, 48\) and \(12, 49\)"),
-        ([one, profile_of(random_whole(heads=5), 12)], "heads: made for 6, the model has 5"),
+        (
+            [one, profile_of(random_whole(heads=5), 12)],
+            r"profile 1 and profile 2 were made for different models \(heads: 6 and 5; kv_heads: 6 and 5\): give those of one model",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             fit(others)

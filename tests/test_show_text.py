@@ -85,7 +85,7 @@ def test_what_cannot_be_shown_is_refused(call, message):
 
 def test_a_profile_and_a_plan_of_different_models_are_not_drawn_together():
     other = Plan.uniform(Fingerprint("llama", 2, 3, 1, 32, "0" * 16), "window(4)")
-    with pytest.raises(UserError, match="head_dim: made for 32, the model has 16"):
+    with pytest.raises(UserError, match=r"the plan and the profile were made for different models \(head_dim: 32 and 16\)"):
         head_view(0, 0, plan=other, profile=first_key_profile())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from attnsieve.errors import UserError, require
+from attnsieve.errors import require
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,28 @@ class Fingerprint:
         together = last - first == self.layers - 1
         return f"layers {first} to {last}" if together else f"layers {', '.join(map(str, self.indices))}"
 
+    def check(self, model: Fingerprint) -> None:
+        """Raise UserError that lists every field in which the artefact (self) differs from `model`."""
+        differences = [f"{name}: made for {mine}, the model has {theirs}" for name, mine, theirs in self._differences(model)]
+        require(
+            not differences, f"this artefact was made for another model ({'; '.join(differences)}): profile and fit this model"
+        )
+
+    def check_same(self, other: Fingerprint, mine: str, theirs: str) -> None:
+        """Raise UserError that lists every difference unless two artefacts are of one model. `mine` and `theirs` name them, as in
+        "the plan" and "the profile"."""
+        differences = [f"{name}: {one} and {two}" for name, one, two in self._differences(other)]
+        require(
+            not differences,
+            f"{mine} and {theirs} were made for different models ({'; '.join(differences)}): give those of one model",
+        )
+
+    def _differences(self, other: Fingerprint) -> list[tuple[str, Any, Any]]:
+        """Name, own value and the other's of every field that differs."""
+        hybrid = not (isinstance(self.indices, range) and isinstance(other.indices, range))
+        mine, theirs = self._told(hybrid), other._told(hybrid)
+        return [(name, mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]]
+
     def _told(self, hybrid: bool) -> dict[str, Any]:
         """The fields by name. How many layers have attention says little of hybrids, so it is told which."""
         data = asdict(self)
@@ -84,15 +106,3 @@ class Fingerprint:
             del data["layers"]
             data["layers with attention"] = self.listed().removeprefix("layers ")
         return data
-
-    def check(self, model: Fingerprint) -> None:
-        """Raise UserError that lists every field in which the artefact (self) differs from `model`."""
-        hybrid = not (isinstance(self.indices, range) and isinstance(model.indices, range))
-        mine, theirs = self._told(hybrid), model._told(hybrid)
-        differences = [
-            f"{name}: made for {mine[name]}, the model has {theirs[name]}" for name in mine if mine[name] != theirs[name]
-        ]
-        if differences:
-            raise UserError(
-                "this artefact was made for another model (" + "; ".join(differences) + "): profile and fit this model"
-            )

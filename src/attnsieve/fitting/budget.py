@@ -102,8 +102,8 @@ def _worst(measurements: Sequence[Measurement]) -> Measurement:
     first = measurements[0]
     if len(measurements) == 1:
         return first
-    for other in measurements[1:]:
-        first.fingerprint.check(other.fingerprint)
+    for number, other in enumerate(measurements[1:], 2):
+        first.fingerprint.check_same(other.fingerprint, "measurement 1", f"measurement {number}")
         require(
             other.candidates == first.candidates,
             "measurements must agree in candidates: measure every kind of text with the same ones, or the usual ones at one length",

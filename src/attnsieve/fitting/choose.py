@@ -103,8 +103,8 @@ def capture_length(profiles: list[Profile], settings: Settings) -> int:
     """The rows of the maps that a fit uses. Raises UserError unless the profiles can be fitted together."""
     require(bool(profiles), "fit needs at least one profile")
     first = profiles[0]
-    for other in profiles:
-        first.check(other.fingerprint)
+    for number, other in enumerate(profiles, 1):
+        first.fingerprint.check_same(other.fingerprint, "profile 1", f"profile {number}")
         if other.maps is None:
             raise UserError("this profile has no maps, which fitting starts from: profile again with maps=True")
         require(

@@ -83,7 +83,7 @@ def plan_by_length(measurement: Measurement, plan: Plan) -> Tensor:
 
     Raises UserError for a plan of another model or with rules that were not measured.
     """
-    plan.fingerprint.check(measurement.fingerprint)
+    plan.fingerprint.check_same(measurement.fingerprint, "the plan", "the measurement")
     rules = [[str(rule) for rule in row] for row in plan.patterns]
     unknown = {rule for row in rules for rule in row} - set(measurement.candidates)
     require(

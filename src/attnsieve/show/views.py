@@ -99,7 +99,7 @@ def spread_heads(model: Fingerprint, count: int = 4) -> list[tuple[int, int]]:
 def model_of(profile: Profile | None, plan: Plan | None) -> Fingerprint:
     """The model of both. Raises UserError where they differ."""
     if profile is not None and plan is not None:
-        plan.fingerprint.check(profile.fingerprint)
+        plan.fingerprint.check_same(profile.fingerprint, "the plan", "the profile")
     known = profile or plan
     assert known is not None, "a head is drawn from a profile, a plan, or both"
     return known.fingerprint
