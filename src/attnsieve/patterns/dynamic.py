@@ -76,9 +76,9 @@ class VerticalSlash(DynamicAtom):
     `strided` adds that many rows spread over the call to the probe (MInference's pattern with a mass instead of counts).
     """
 
-    mass: float = 0.95
-    probe: int = 64
-    strided: int = 0
+    mass: float
+    probe: int
+    strided: int
     name = "vertical_slash"
     fractions = ("mass",)
     counts = ("probe",)
@@ -90,10 +90,10 @@ class DamOnline(DynamicAtom):
     """DAM on this input: amplify the probe's attention (Box-Cox), threshold at `tau`, keep columns and offsets whose share of
     kept probe cells reaches `mu` (arXiv 2506.11104, eq. 2-6 on a probe instead of a data set)."""
 
-    tau: float = 0.3
-    mu: float = 0.8
-    probe: int = 16
-    strided: int = 0
+    tau: float
+    mu: float
+    probe: int
+    strided: int
     name = "dam_online"
     fractions = ("mu",)
     counts = ("probe",)
@@ -111,9 +111,9 @@ class DamOnline(DynamicAtom):
 class ProbedBlocks(DynamicAtom):
     """Per block of queries, the fewest key blocks that hold `mass` of the exact attention of `rows` of its queries."""
 
-    mass: float = 0.95
-    block: int = 64
-    rows: int = 4
+    mass: float
+    block: int
+    rows: int
     name = "probed_blocks"
     fractions = ("mass",)
     counts = ("block", "rows")
@@ -127,9 +127,9 @@ class ProbedBlocks(DynamicAtom):
 class ProbedKeys(DynamicAtom):
     """Per block of queries, the fewest single keys that hold `mass` of the exact attention of `rows` of its queries."""
 
-    mass: float = 0.9
-    block: int = 64
-    rows: int = 8
+    mass: float
+    block: int
+    rows: int
     name = "probed_keys"
     fractions = ("mass",)
     counts = ("block", "rows")
@@ -151,9 +151,9 @@ def _check_probe(atom: ProbedBlocks | ProbedKeys) -> None:
 class AntidiagonalBlocks(DynamicAtom):
     """Per block of queries, the fewest key blocks that hold `mass` of antidiagonal scores at `stride` (XAttention)."""
 
-    mass: float = 0.9
-    block: int = 64
-    stride: int = 8
+    mass: float
+    block: int
+    stride: int
     name = "antidiagonal_blocks"
     fractions = ("mass",)
     counts = ("block", "stride")
@@ -169,8 +169,8 @@ class AntidiagonalBlocks(DynamicAtom):
 class PooledBlocks(DynamicAtom):
     """Per block of queries, key blocks whose pooled weight is at least `ratio` of the largest (FlashPrefill's rule, no sort)."""
 
-    ratio: float = 0.05
-    block: int = 64
+    ratio: float
+    block: int
     name = "pooled_blocks"
     fractions = ("ratio",)
     counts = ("block",)
@@ -181,7 +181,7 @@ class TopBlocks(DynamicAtom):
     """Per block of queries, the `count` key blocks with the largest pooled scores."""
 
     count: int
-    block: int = 64
+    block: int
     name = "top_blocks"
     positional = ("count",)
     counts = ("count", "block")
@@ -196,7 +196,7 @@ class HeavyHitters(DynamicAtom):
 
     count: int
     recent: int
-    block: int = 64
+    block: int
     name = "heavy_hitters"
     positional = ("count", "recent")
     counts = ("count", "recent", "block")
@@ -209,8 +209,8 @@ class VotedKeys(DynamicAtom):
     """
 
     count: int
-    probe: int = 32
-    pool: int = 7
+    probe: int
+    pool: int
     name = "voted_keys"
     positional = ("count",)
     counts = ("count", "probe", "pool")
@@ -229,7 +229,7 @@ class LastQueries(CallAtom):
     """
 
     count: int
-    block: int = 64
+    block: int
     name = "last_queries"
     positional = ("count",)
     counts = ("count", "block")

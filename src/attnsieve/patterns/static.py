@@ -190,7 +190,7 @@ class RandomBlocks(Atom):
 
     count: int
     block: int
-    seed: int = 0
+    seed: int
     name = "random_blocks"
 
     def __post_init__(self) -> None:
