@@ -1,5 +1,7 @@
 """attend refuses what does not fit together, with a sentence that says what was given; on every device alike."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -70,6 +72,17 @@ def test_refuses_other_things():
     for rows in ([(0, 1, 2)], [tuple(range(10))]):
         with pytest.raises(UserError, match="spans are rows of"):
             Spans.of(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32], ids=str)
+@pytest.mark.parametrize("name", ["batch", "q_start", "k_len"])
+def test_refuses_spans_that_are_not_int64(name, dtype):
+    spans = Spans.full(2, 8, 8)
+    spans = replace(spans, **{name: getattr(spans, name).to(dtype)})
+    with pytest.raises(UserError, match=f"spans are int64 tensors of one entry per sequence on one device, got .*{dtype}"):
+        attend(**inputs(), spans=spans)
+    with pytest.raises(UserError, match="spans are int64 tensors"):
+        attend(**inputs(), spans=Spans(*[[0, 0]] * 5))
 
 
 @pytest.mark.parametrize("backend", ["reference", "portable", "dense", pytest.param("triton", marks=needs_interpreter)])

@@ -164,7 +164,9 @@ def _check(call: Call) -> None:
     q, k = call.q, call.k
     if not q.is_cuda:
         call.spans.check(q.shape[0], q.shape[2], k.shape[2], call.layout.length)
-    elif not torch.compiler.is_compiling():
+        return
+    call.spans.check_vectors()
+    if not torch.compiler.is_compiling():
         require(k.shape[2] <= call.layout.length, f"K has {k.shape[2]} slots, the layout is compiled for {call.layout.length}")
 
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from attnsieve.errors import require
+from attnsieve.errors import UserError, require
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +71,12 @@ class Spans:
 
     @cached_property
     def _plain(self) -> bool:
-        vectors, device = (self.batch, self.q_start, self.q_len, self.k_start, self.k_len), self.batch.device
-        return all(x.dtype == torch.int64 and x.device == device and x.shape == self.batch.shape for x in vectors)
+        device = self.batch.device
+        return all(x.dtype == torch.int64 and x.device == device and x.shape == self.batch.shape for x in self._vectors)
+
+    @property
+    def _vectors(self) -> tuple[Tensor, ...]:
+        return self.batch, self.q_start, self.q_len, self.k_start, self.k_len
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -82,8 +86,19 @@ class Spans:
         table = torch.stack([self.batch, self.q_start, self.q_len, self.k_start, self.k_len], dim=1)
         return [(b, q0, nq, k0, nk) for b, q0, nq, k0, nk in table.tolist()]
 
+    def check_vectors(self) -> None:
+        """Raise UserError unless the vectors are int64 [S] on one device. Kernels compute addresses in their dtype. Reads no
+        device."""
+        tensors = all(isinstance(vector, Tensor) for vector in self._vectors)
+        if not (tensors and self._plain):
+            found = [f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in self._vectors] if tensors else self._vectors
+            raise UserError(
+                f"spans are int64 tensors of one entry per sequence on one device, got {found!r:.300}: Spans.of makes them of rows"
+            )
+
     def check(self, batch: int, q_slots: int, k_slots: int, capacity: int) -> None:
         """Raise UserError unless every span lies inside the tensors and the layout, and no two share a query. Reads the device."""
+        self.check_vectors()
         rows = self.rows()
         for b, q0, nq, k0, nk in rows:
             inside = 0 <= b < batch and 0 <= q0 <= q0 + nq <= q_slots and 0 <= k0 <= k0 + nk <= k_slots
