@@ -132,6 +132,11 @@ def test_activations_are_those_of_the_model():
         (tokens(9).numpy(), "got the number .*: put the text in a list"),
         ({"input_ids": tokens(9)}, "got one dict: put it in a list"),
         ("once upon", "got one str: put it in a list"),
+        (
+            [{"input_ids": [3, 4], "attention_mask": ["yes", "no"]}],
+            "cannot read attention_mask from list .*; expected 1 for tokens",
+        ),
+        ([{"input_ids": [[3, 4], [5, 6]], "attention_mask": [[1, 1], [1]]}], "cannot read attention_mask"),
         ([{"input_ids": tokens(9), "attention_mask": torch.ones(8)}], r"attention_mask \(8,\) does not fit input_ids \(9,\)"),
     ],
 )

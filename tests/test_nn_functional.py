@@ -123,6 +123,20 @@ def test_vector_of_the_bias_gradient(backend):
     assert abs(float(grad.sum())) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"v": None}, r"v must be a tensor \[batch, KV heads, tokens, width\], got NoneType"),
+        ({"dt_weight": None}, r"dt_weight must have shape .*, got NoneType"),
+        ({"dt_bias": 1.0}, r"dt_bias must have shape \(2,\) .*, got float"),
+    ],
+)
+def test_scores_are_made_of_tensors(changes, message):
+    given = make() | changes
+    with pytest.raises(UserError, match=message):
+        key_scores(given["v"], given["dt_weight"], given["dt_bias"], given["A"])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_key_never_admitted_gets_no_gradient(backend):
     inputs = make(n=40)

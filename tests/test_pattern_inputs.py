@@ -45,6 +45,12 @@ def test_a_layout_is_made_of_patterns(given):
         compile_layout(given, 8)
 
 
+@pytest.mark.parametrize("device", ["foo", None, "cuda:x"])
+def test_a_layout_is_made_for_a_device(device):
+    with pytest.raises(UserError, match=r"unknown device .*: give a torch.device or its name, such as cpu or cuda:0"):
+        compile_layout([window(4)], 8, device)
+
+
 @pytest.mark.parametrize("number", [0, -3, 2.5, "8", FOREVER])
 def test_a_layout_has_whole_numbers_of_positions(number):
     with pytest.raises(UserError, match="length must be a whole number from 1"):

@@ -55,6 +55,14 @@ def test_a_head_with_empty_late_rows_is_the_methods_own_affair():
     assert Plan(MODEL, grid(captured())).row(0)[0] == captured()
 
 
+def test_a_plan_is_made_for_a_fingerprint():
+    for make in (lambda: Plan.uniform(torch.nn.Linear(2, 2), dense()), lambda: Plan(None, grid(dense()))):
+        with pytest.raises(
+            UserError, match=r"made for a Fingerprint, got (Linear|NoneType): attnsieve.hf.fingerprint\(model\)"
+        ):
+            make()
+
+
 def test_another_model_is_refused_with_every_difference():
     plan = Plan.uniform(MODEL, dense())
     plan.check(MODEL)

@@ -41,6 +41,7 @@ class Plan(Artefact):
     kind: ClassVar[str] = "plan"
 
     def __post_init__(self) -> None:
+        _check_fingerprint(self.fingerprint)
         object.__setattr__(self, "patterns", tuple(tuple(row) for row in self.patterns))
         object.__setattr__(self, "provenance", plain_json(self.provenance, "a plan's provenance"))
         layers, heads = self.fingerprint.layers, self.fingerprint.heads
@@ -65,6 +66,7 @@ class Plan(Artefact):
     @classmethod
     def uniform(cls, fingerprint: Fingerprint, pattern: Pattern | str) -> Self:
         """The same pattern, given as such or as text, for every head."""
+        _check_fingerprint(fingerprint)
         rule = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
         rows = ((rule,) * fingerprint.heads,) * fingerprint.layers
         return cls(fingerprint, rows, {"method": "uniform"})
@@ -167,6 +169,11 @@ def _silent(pattern: Pattern) -> bool:
     """Whether a pattern keeps nothing in any row, of prompts or of decode steps."""
     atoms = [atom for atom in pattern if not isinstance(atom, Captured) or atom.bits.any()]
     return any(all(isinstance(atom, others) for atom in atoms) for others in (DenseDecode, (DensePrefill, LastQueries)))
+
+
+def _check_fingerprint(given: object) -> None:
+    good = isinstance(given, Fingerprint)
+    require(good, f"a plan is made for a Fingerprint, got {type(given).__name__}: attnsieve.hf.fingerprint(model) is a model's")
 
 
 def _check_share(name: str, share: Tensor | None, shape: tuple[int, int]) -> None:

@@ -69,7 +69,13 @@ def _unpadded(ids: Tensor, mask: Any) -> list[Tensor]:
     require(rows.ndim == 2, f"token ids must be [tokens] or [batch, tokens], got shape {tuple(ids.shape)}")
     if mask is None:
         return list(rows)
-    kept = torch.as_tensor(mask).cpu()
+    try:
+        kept = torch.as_tensor(mask).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(
+            f"cannot read attention_mask from {type(mask).__name__} {mask!r:.80}; expected 1 for tokens and 0 for padding, as many "
+            "as input_ids"
+        ) from None
     require(kept.numel() == rows.numel(), f"attention_mask {tuple(kept.shape)} does not fit input_ids {tuple(ids.shape)}")
     kept = kept.reshape(rows.shape).bool()
     return [_inside(row, keep) for row, keep in zip(rows, kept, strict=True)]

@@ -11,7 +11,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from attnsieve.errors import require
+from attnsieve.errors import UserError, require
 from attnsieve.layout.counting import corner_parts
 from attnsieve.layout.vectors import Blocks, Layout
 from attnsieve.patterns import FOREVER, BlockRows, Pattern
@@ -33,7 +33,7 @@ def compile_layout(
     pairs with i - j < window alone (a model's own sliding window).
 
     Raises UserError for an empty list, what is no Pattern, a length or a window that is no whole number from 1, a pattern that chooses
-    keys from the input, and within a window for patterns that keep whole blocks.
+    keys from the input, what is no device, and within a window for patterns that keep whole blocks.
     """
     good = isinstance(patterns, Sequence) and all(isinstance(pattern, Pattern) for pattern in patterns)
     require(good, f"compile_layout takes a list with a Pattern per head, got {patterns!r:.80}: use Pattern.parse for text")
@@ -43,6 +43,7 @@ def compile_layout(
         require(good, f"a layout's {name} must be a whole number from 1 to {FOREVER - 1}, got {number!r}")
     chosen = [str(pattern) for pattern in patterns if pattern.dynamic]
     require(not chosen, f"compile_layout takes static patterns; {chosen[:1]} chooses its keys from the input")
+    target = _device(device)
     unique = {pattern: _head(pattern, length, window or length) for pattern in dict.fromkeys(patterns)}
     heads = [unique[pattern] for pattern in patterns]
     corner, corner_rows = _stack_corners(patterns, length, window or length)
@@ -55,7 +56,14 @@ def compile_layout(
         _stack_blocks([head.blocks for head in heads], length),
         windows=all(_one_window(head.end) for head in unique.values()),
     )
-    return layout.to(device)
+    return layout.to(target)
+
+
+def _device(given: torch.device | str) -> torch.device:
+    try:
+        return torch.device(given)
+    except (RuntimeError, TypeError):
+        raise UserError(f"unknown device {given!r:.80}: give a torch.device or its name, such as cpu or cuda:0") from None
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,8 @@ def _three_parts(matrix: Tensor) -> Tensor:
 
 
 def _check(v: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, a: Tensor) -> None:
-    require(v.ndim == 4, f"v must be [batch, KV heads, tokens, width], got {tuple(v.shape)}")
+    good = isinstance(v, Tensor) and v.ndim == 4
+    require(good, f"v must be a tensor [batch, KV heads, tokens, width], got {_told(v)}")
     processes = dt_weight.device_mesh.size() if isinstance(dt_weight, DTensor) else 1
     heads, width = v.shape[1] * processes, v.shape[3]
     for name, tensor, shape in (
@@ -104,10 +105,14 @@ def _check(v: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, a: Tensor) -> N
         ("dt_bias", dt_bias, (heads,)),
         ("A", a, (heads,)),
     ):
-        good = tensor is None or tuple(tensor.shape) == shape
-        require(
-            good, f"{name} must have shape {shape} for v {tuple(v.shape)}, got {tensor is not None and tuple(tensor.shape)}"
-        )
+        absent = name == "dt_bias" and tensor is None
+        good = absent or (isinstance(tensor, Tensor) and tuple(tensor.shape) == shape)
+        require(good, f"{name} must have shape {shape} for v {tuple(v.shape)}, got {_told(tensor)}")
+
+
+def _told(given: object) -> str:
+    """The shape of a tensor, the type of anything else."""
+    return str(tuple(given.shape)) if isinstance(given, Tensor) else type(given).__name__
 
 
 def _check_bias(delta: Tensor, sigma: Tensor) -> None:
