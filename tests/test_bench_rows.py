@@ -3,6 +3,7 @@
 import json
 import subprocess
 from dataclasses import replace
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from attnsieve.bench.rows import Dense, Row, write
 from attnsieve.bench.shapes import SHAPES, shape_of
 from attnsieve.bench.suite import Skipped, Suite
 from attnsieve.cli.app import app
+from attnsieve.cli.bench import bench
 from attnsieve.environment import command
 from attnsieve.fingerprint import Fingerprint
+from attnsieve.hf.random_model import CONFIGS
 from attnsieve.patterns import Pattern, columns, sink, window
 from attnsieve.plan import Plan
 from tests.interpreter import needs_interpreter
@@ -191,6 +194,13 @@ def test_bad_suites_are_refused_before_anything_is_measured(change, named):
 def test_whole_models_refuse_unknown_masks_before_anything_is_measured():
     with pytest.raises(UserError, match="unknown mask 'nonsense'"):
         next(ttft.rows(ttft.Setting("tiny", [32], ["window(9)", "nonsense"], dtype=torch.float32, device="cpu")))
+
+
+def test_the_help_says_which_shapes_there_are_whole_models_of():
+    told = get_type_hints(bench, include_extras=True)["shapes"].__metadata__[0].help
+    both, kernels_alone = (set(names.split(", ")) for names in told.removesuffix(".").split("; except for ttft also "))
+    assert both == SHAPES.keys() & CONFIGS.keys()
+    assert kernels_alone == SHAPES.keys() - CONFIGS.keys()
 
 
 def test_masks_by_text_and_from_plans(tmp_path):

@@ -28,7 +28,8 @@ def bench(
     op: Annotated[str, typer.Argument(help="prefill, decode, forward_backward, layout, select or ttft.")],
     masks: Masks = "blocks-10",
     shapes: Annotated[
-        str, typer.Option(help="llama-3.1-8b, llama-3.2-1b, qwen3-32b, smollm2-135m and others.")
+        str,
+        typer.Option(help="llama-3.1-8b, llama-3.2-1b, llama-3.2-3b; except for ttft also qwen3-32b, 70b-layer, smollm2-135m."),
     ] = "llama-3.1-8b",
     lengths: Annotated[str, typer.Option(help="Keys, such as 8K,32K.")] = "8K",
     backends: Annotated[str, typer.Option(help="auto, triton, fa4, portable, flex-triton and others.")] = "auto",
