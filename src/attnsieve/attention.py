@@ -164,9 +164,8 @@ def _check(call: Call) -> None:
     q, k = call.q, call.k
     if not q.is_cuda:
         call.spans.check(q.shape[0], q.shape[2], k.shape[2], call.layout.length)
-        return
-    call.spans.check_vectors()
-    if not torch.compiler.is_compiling():
+    elif not torch.compiler.is_compiling():
+        call.spans.check_vectors()
         require(k.shape[2] <= call.layout.length, f"K has {k.shape[2]} slots, the layout is compiled for {call.layout.length}")
 
 
