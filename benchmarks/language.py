@@ -46,9 +46,9 @@ PROBE_STEPS = 6
 def configuration(layer: str, arguments: argparse.Namespace, vocabulary: int) -> DmaConfig:
     """A configuration whose MLP is as wide as it takes to have the parameters of the "mha" model."""
     wanted = parameters(raw_configuration("mha", arguments, vocabulary, arguments.intermediate))
-    least = parameters(raw_configuration(layer, arguments, vocabulary, 0))
     per_channel = 3 * arguments.hidden * arguments.depth
-    return raw_configuration(layer, arguments, vocabulary, max(8, 8 * round((wanted - least) / per_channel / 8)))
+    without = parameters(raw_configuration(layer, arguments, vocabulary, 8)) - 8 * per_channel
+    return raw_configuration(layer, arguments, vocabulary, max(8, 8 * round((wanted - without) / per_channel / 8)))
 
 
 def raw_configuration(layer: str, arguments: argparse.Namespace, vocabulary: int, intermediate: int) -> DmaConfig:
