@@ -2,9 +2,7 @@
 
 import contextlib
 import copy
-import gc
 import pickle
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -18,6 +16,7 @@ from attnsieve.backends.call import Call
 from attnsieve.patterns import columns, diagonals, sink, window
 from attnsieve.testing import assert_within_budget
 from tests.interpreter import needs_interpreter
+from tests.lifetimes import assert_nothing_outlives
 
 BACKENDS = ["portable", pytest.param("triton", marks=needs_interpreter)]
 ROW = [sink(2) | window(9), columns(0, 7, 30) | window(5), diagonals(0, 1, 12), window(20)]
@@ -127,16 +126,13 @@ def test_kinds_are_bounded():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("q_len", [40, 1])
 def test_nothing_outlives_its_layout(backend, q_len):
-    layout = compile_layout(ROW, 64)
-    for _ in range(3):
-        attend(*inputs(q_len), layout, backend=backend)
-    gone = weakref.ref(layout.end)
-    gc.disable()
-    try:
-        del layout
-        assert gone() is None
-    finally:
-        gc.enable()
+    def layout_used():
+        layout = compile_layout(ROW, 64)
+        for _ in range(3):
+            attend(*inputs(q_len), layout, backend=backend)
+        return layout
+
+    assert_nothing_outlives(layout_used)
 
 
 def test_spans_of_whole_batches_are_made_once():

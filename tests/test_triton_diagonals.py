@@ -1,7 +1,5 @@
 """Scattered diagonals: which they are, and prefill pair by pair, interpreted, against the float64 oracle."""
 
-import gc
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -15,6 +13,7 @@ from attnsieve.patterns import FOREVER, diagonals, window
 from attnsieve.testing import assert_within_budget
 from tests.gpu_compiler import compiled
 from tests.interpreter import needs_interpreter
+from tests.lifetimes import assert_nothing_outlives
 
 scattered = pytest.importorskip("attnsieve.backends.triton.scattered", exc_type=ImportError).scattered
 pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")]
@@ -208,15 +207,12 @@ def test_sums_alone_beyond_float32(score, last_values):
 
 
 def test_nothing_outlives_its_layout():
-    layout = layout_of(1)
-    backend.run(call_of(layout, kv_heads=1, q_len=20))
-    gone = weakref.ref(layout.end)
-    gc.disable()
-    try:
-        del layout
-        assert gone() is None
-    finally:
-        gc.enable()
+    def layout_used():
+        layout = layout_of(1)
+        backend.run(call_of(layout, kv_heads=1, q_len=20))
+        return layout
+
+    assert_nothing_outlives(layout_used)
 
 
 @pytest.mark.parametrize(

@@ -69,13 +69,7 @@ def _unpadded(ids: Tensor, mask: Any) -> list[Tensor]:
     require(rows.ndim == 2, f"token ids must be [tokens] or [batch, tokens], got shape {tuple(ids.shape)}")
     if mask is None:
         return list(rows)
-    try:
-        kept = torch.as_tensor(mask).cpu()
-    except (TypeError, ValueError, RuntimeError):
-        raise UserError(
-            f"cannot read attention_mask from {type(mask).__name__} {mask!r:.80}; expected 1 for tokens and 0 for padding, as many "
-            "as input_ids"
-        ) from None
+    kept = _read("attention_mask", mask, "expected 1 for tokens and 0 for padding, as many as input_ids")
     require(kept.numel() == rows.numel(), f"attention_mask {tuple(kept.shape)} does not fit input_ids {tuple(ids.shape)}")
     kept = kept.reshape(rows.shape).bool()
     return [_inside(row, keep) for row, keep in zip(rows, kept, strict=True)]
@@ -91,13 +85,15 @@ def _inside(row: Tensor, keep: Tensor) -> Tensor:
     return row[first : last + 1]
 
 
-def _tensor(values: Any) -> Tensor:
+def _read(what: str, values: Any, remedy: str) -> Tensor:
     try:
-        tensor = torch.as_tensor(values).cpu()
+        return torch.as_tensor(values).cpu()
     except (TypeError, ValueError, RuntimeError):
-        raise UserError(
-            f"cannot read token ids from {type(values).__name__}; tokenize the text first and give its input_ids"
-        ) from None
+        raise UserError(f"cannot read {what} from {type(values).__name__} {values!r:.80}; {remedy}") from None
+
+
+def _tensor(values: Any) -> Tensor:
+    tensor = _read("token ids", values, "tokenize the text first and give its input_ids")
     # An empty list becomes a float tensor; that it is empty is said elsewhere.
     whole = not (tensor.is_floating_point() or tensor.is_complex())
     require(whole or tensor.numel() == 0, f"token ids must be whole numbers, got {tensor.dtype}")

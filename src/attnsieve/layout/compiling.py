@@ -35,8 +35,11 @@ def compile_layout(
     Raises UserError for an empty list, what is no Pattern, a length or a window that is no whole number from 1, a pattern that chooses
     keys from the input, what is no device, and within a window for patterns that keep whole blocks.
     """
-    good = isinstance(patterns, Sequence) and all(isinstance(pattern, Pattern) for pattern in patterns)
-    require(good, f"compile_layout takes a list with a Pattern per head, got {patterns!r:.80}: use Pattern.parse for text")
+    if not (isinstance(patterns, Sequence) and all(isinstance(pattern, Pattern) for pattern in patterns)):
+        # Said only where it is needed: patterns of many columns are long texts.
+        raise UserError(
+            f"compile_layout takes a list with a Pattern per head, got {patterns!r:.80}: use Pattern.parse for text"
+        )
     require(len(patterns) > 0, "compile_layout needs one pattern per head, got none")
     for name, number in (("length", length), ("window", 1 if window is None else window)):
         good = isinstance(number, Integral) and 0 < number < FOREVER
