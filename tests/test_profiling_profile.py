@@ -69,11 +69,6 @@ def test_what_cannot_be_a_profile_is_refused(arguments, message):
         Profile(**(good | arguments))
 
 
-def test_another_model_is_refused():
-    with pytest.raises(UserError, match="heads: made for 3, the model has 6"):
-        Profile(MODEL, 4, MAPS, SEEN).check(Fingerprint("toy", 2, 6, 1, 16, "0123456789abcdef"))
-
-
 def test_memory_estimates():
     llama = Fingerprint("llama", 28, 24, 8, 128, "0" * 16)
     assert estimate_memory(llama, 512, ()) == 28 * 24 * 512 * 512 * 4

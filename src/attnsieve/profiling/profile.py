@@ -61,10 +61,6 @@ class Profile(Artefact):
         for statistics in self.long:
             _check_long(statistics, self.pcl, (*heads, statistics.length))
 
-    def check(self, fingerprint: Fingerprint) -> None:
-        """Raise UserError that lists the differences unless the profile is of the model of `fingerprint`."""
-        self.fingerprint.check(fingerprint)
-
     def __str__(self) -> str:
         model = self.fingerprint
         lines = [f"profile of {model.model_type}: {model.layers} layers x {model.heads} heads, capture length {self.pcl}"]
