@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from health import Health
 from torch import Tensor, nn
 
 from attnsieve.device import device_name
@@ -83,6 +84,7 @@ class Training:
         device = next(model.parameters()).device
         self.falling = falling
         self.model, self.loss, self.steps, self.peak, self.done = model, loss, steps, rate, 0
+        self.health = Health(model)
         self.random = torch.Generator(device).manual_seed(seed)
         self.rate = torch.zeros((), device=device)
         self.last = torch.zeros((), device=device)
@@ -98,8 +100,8 @@ class Training:
         self.graph = self._captured() if graph and gpu else None
 
     def step(self) -> None:
-        """One optimizer step; nothing on a CPU once the loss is not finite, as its DMA layers refuse NaN."""
-        if self.stream is None and not math.isfinite(self.last):
+        """One optimizer step; nothing on a CPU once numbers are not finite, as its DMA layers refuse NaN."""
+        if self.stream is None and self.diverged:
             self.done += 1
             return
         rising, falling = (self.done + 1) / (0.02 * self.steps + 1), (self.steps - self.done) / (self.falling * self.steps)
@@ -117,6 +119,11 @@ class Training:
         with torch.cuda.stream(self.stream):
             return not all(bool(numbers.isfinite().all()) for numbers in (self.last, *self.model.parameters()))
 
+    def look(self) -> None:
+        """Write down what the row will tell of this step. Waits for the device."""
+        with torch.cuda.stream(self.stream):
+            self.health.look()
+
     def read(self, number: Tensor) -> float:
         """A number that the loss function or `last` (the last loss) holds. Waits for the device."""
         with torch.cuda.stream(self.stream):
@@ -126,7 +133,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(self.random)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.health.clip(loss)
         self.optimizer.step()
         self.last.copy_(loss.detach())
 
@@ -135,6 +142,7 @@ class Training:
             for _ in range(3):  # compiles kernels, makes the optimizer's state; the learning rate is 0
                 self._update()
         torch.cuda.synchronize()
+        self.health.restart()
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.random)
         with torch.cuda.graph(graph, stream=self.stream):

@@ -188,6 +188,7 @@ def run(language: Language, layer: str, budget: Budget) -> dict[str, Any]:
             training.step()
             bar.update()
             if training.done % max(1, training.steps // LOOKS) == 0:
+                training.look()
                 loss = training.read(training.last)
                 if not math.isfinite(loss):
                     break
@@ -202,9 +203,8 @@ def run(language: Language, layer: str, budget: Budget) -> dict[str, Any]:
     numbers |= {"finished": training.done == training.steps or diverged, "curve": curve}
     numbers |= {"trained_tokens": training.done * language.batch * language.length}
     numbers |= {"seconds": round(seconds, 2), "peak_bytes": peak_bytes(device), "cuda_graph": training.graph is not None}
-    if diverged:
-        numbers["diverged"] = True
-    elif config.attention == "dma":
+    numbers |= training.health.told(diverged=diverged)
+    if not diverged and config.attention == "dma":
         numbers["A"] = [[round(a, 4) for a in layer.self_attn.A.tolist()] for layer in model.model.layers]
     return numbers
 

@@ -80,7 +80,12 @@ class Recall:
         done = self.training.done
         if done >= self.cell.steps:
             return True
-        return done % CHECK_EVERY == 0 and (self.training.read(self.right) > SOLVED or self.training.diverged)
+        if done % CHECK_EVERY:
+            return False
+        if self.training.read(self.right) > SOLVED or self.training.diverged:
+            return True
+        self.training.look()
+        return False
 
     @torch.no_grad()
     def test(self, examples: int) -> dict[str, tuple[float, float]]:
@@ -152,9 +157,9 @@ def _numbers(one: Recall, examples: int, *, finished: bool) -> dict[str, Any]:
         "cuda_graph": one.training.graph is not None,
     }
     numbers |= {"parameters": sum(parameter.numel() for parameter in one.model.parameters())}
-    if diverged:
-        numbers["diverged"] = True
-    elif one.cell.layer.startswith("dma"):
+    one.training.look()
+    numbers |= one.training.health.told(diverged=diverged)
+    if not diverged and one.cell.layer.startswith("dma"):
         numbers["A"] = [layer.self_attn.A.tolist() for layer in one.model.decoder.model.layers]
     return numbers
 
@@ -162,7 +167,7 @@ def _numbers(one: Recall, examples: int, *, finished: bool) -> dict[str, Any]:
 def told(cell: Cell, numbers: dict[str, Any]) -> str:
     """One line."""
     run = f"{numbers['trained_steps']} steps, {numbers['seconds']} s{'' if numbers['finished'] else ', out of time'}"
-    run += ", diverged" if "diverged" in numbers else ""
+    run += f", diverged at step {numbers['diverged_at']}" if "diverged" in numbers else ""
     accuracy = ", ".join(f"{pairs}: {value:.3f}" for pairs, value in numbers["accuracy"].items())
     shape = f"{named(asdict(cell))}, w {cell.keep}, lr {cell.rate:g}, seed {cell.seed}"
     return f"{cell.layer:10} {shape}: accuracy by pairs {accuracy} ({run})"

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 from tests.cli_tiny import save_tiny_model
 from tests.nn_tiny import VOCAB, dma
@@ -53,7 +54,7 @@ def test_recall(command, tmp_path, capsys):
     assert all(set(row["accuracy"]) == {"8", "4", "2"} for row in rows[:5])
     assert all(row["trained_steps"] == 3 and row["finished"] for row in rows)
     assert "| dma, w = n/8 |" in out.with_suffix(".md").read_text()
-    assert {"A"} == set().union(*(set(row) for row in rows)) - set(rows[0])
+    assert {"A", "bias"} == set().union(*(set(row) for row in rows)) - set(rows[0])
     assert "| 32" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 5000
     command("mqar", *sizes, *options)
@@ -83,6 +84,9 @@ def test_recall_of_a_model_that_becomes_nan(command, tmp_path, monkeypatch, caps
         ("dma-window", None, True),
     ]
     assert set(rows[0]["accuracy"].values()) == {0.0}
+    assert (rows[0]["diverged_at"], rows[0]["diverged_loss"], rows[0]["broken"]) == (1, None, "all")
+    assert [[len(look) for look in row.get("bias", [])] for row in rows] == [[2], [], [2]]
+    assert all(0.7 < bias < 9 for row in rows[::2] for bias in row["bias"][0])
     assert importlib.import_module("mqar_report").written_cell({0: rows[0]["accuracy"]}, {}, 8) == "not learned"
     assert "NaN, counted as not learned: dma, w = n/2 at 32 tokens, d 16, seed 0." in out.with_suffix(".md").read_text()
     assert "diverged" in capsys.readouterr().out
@@ -105,6 +109,30 @@ def test_a_model_that_became_nan_is_done_when_the_time_is_over():
     numbers = module._numbers(one, 4, finished=False)
     assert numbers["finished"]
     assert numbers["diverged"]
+
+
+def test_rows_tell_which_step_broke_a_model_and_where():
+    module = importlib.import_module("mqar")
+    cell = importlib.import_module("mqar_cells").Cell("dma", 16, 16, 1, 8, False, True, 0.01, 0, 500, 4, 64)
+    one = module.Recall(cell, torch.device("cpu"), graph=False)
+    layer = one.model.decoder.model.layers[1].self_attn
+    largest = []
+    log_bias = lambda v: layer.A * softplus(layer.dt_proj(v))  # noqa: E731
+    layer.v_proj.register_forward_hook(lambda _, inputs, v: largest.append(log_bias(v).max().item()))
+    one.training.step()
+    one.training.look()
+    norm = float(one.training.health.before)
+    layer.o_proj.weight.register_hook(lambda grad: grad * float("inf"))
+    for _ in range(3):
+        one.training.step()
+    numbers = module._numbers(one, 4, finished=False)
+    assert [look[1] for look in numbers["bias"]] == [round(value, 2) for value in largest]
+    assert len(largest) == 2
+    assert numbers["diverged_at"] == 2
+    assert numbers["broken"] == ["decoder.model.layers.1.self_attn.o_proj.weight"]
+    assert 0 < numbers["diverged_loss"] < 9
+    assert numbers["norm_before"] == norm > 0
+    json.dumps(numbers, allow_nan=False)
 
 
 def test_recall_of_models_that_did_not_learn_or_did_not_end():
