@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnsieve import Pattern, Plan, UserError
-from attnsieve.evaluation import evaluate, layer_fidelity, make_task, read_rows
+from attnsieve.evaluation import compare, evaluate, layer_fidelity, make_task, read_rows
 from attnsieve.evaluation.compare import Cell, Runs, plan_digest
 from attnsieve.evaluation.density import pattern_density, plan_density
 from attnsieve.evaluation.rows import Row, append_rows
@@ -168,6 +168,16 @@ def test_a_plan_of_another_model_is_refused_before_dense_attention_runs(monkeypa
     monkeypatch.setattr(Runs, "cell", lambda *_: pytest.fail("the model ran"))
     with pytest.raises(UserError, match="another model"):
         run({"own": plan("window(8)"), "other": Plan.uniform(fingerprint(model(layers=1)), "window(8)")})
+
+
+def test_the_models_fingerprint_is_taken_once_for_all_plans_and_not_without_any(monkeypatch):
+    taken = []
+    monkeypatch.setattr(Runs, "cell", lambda *_: [])
+    monkeypatch.setattr(compare, "fingerprint", lambda network: taken.append(network) or fingerprint(network))
+    run({})
+    assert not taken
+    run({"a": plan("window(8)"), "b": plan("window(9)")})
+    assert taken == [model()]
 
 
 def test_the_model_is_left_as_it_was():

@@ -64,9 +64,10 @@ def evaluate(
     require(items > 0 and all(length > 0 for length in lengths), f"expected positive items and lengths, got {items}, {lengths}")
     require(DENSE not in plans, f"{DENSE!r} is always measured and cannot be the name of a plan: rename it")
     check_positions(model, max(lengths, default=0))
-    for plan in plans.values():
-        # Here already: dense attention, which comes first, can take hours. Models that no plan fits are evaluated without any.
-        plan.check(fingerprint(model))
+    if plans:  # models that no plan fits have no fingerprint, and are evaluated without any
+        mark = fingerprint(model)
+        for plan in plans.values():
+            plan.check(mark)  # here already: dense attention, which comes first, can take hours
     runs = Runs(model, tokenizer, out, progress=progress)
     return [row for task in tasks for length in lengths for row in runs.cell(Cell(task, length, items, seed), plans)]
 
