@@ -89,8 +89,7 @@ def work(tmp_path_factory):
         (["run", "{}/model", "--prompt", "a", "--pattern", "last_queries(4)"], "8 heads keep no key in any row"),
         (["run", "{}/model", "--prompt", " ", "--pattern", "dense()"], "the prompt is empty"),
         (["run", "{}/model", "--prompt", "a\udcffb", "--pattern", "dense()"], "the prompt is not UTF-8"),
-        (["run", "{}/model", "--prompt", "a", "--pattern", ""], "cannot read pattern ''"),
-        (["run", "{}/model", "--prompt", "a", "--plan", ""], "expected the path of a directory"),
+        (["run", "{}/model", "--prompt", "a", "--pattern", " "], "cannot read pattern ' '"),
         (["run", "{}/model", "--pattern", "dense()"], "--prompt TEXT or --prompt-file FILE"),
         (["run", "{}/model", "--prompt", "a", "--strict"], "--backend and --strict are for attention under a plan"),
         (["run", "{}/model", "--prompt", "a", "--backend", "dense"], "--backend and --strict are for attention under a plan"),
@@ -107,6 +106,38 @@ def work(tmp_path_factory):
 )
 def test_what_a_user_can_get_wrong_is_one_sentence(work, arguments, message):
     assert message in refused(*(str(argument).replace("{}", str(work)) for argument in arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (["profile", "model", "--data", "", "--out", "x"], "--data"),
+        (["profile", "model", "--data", "synthetic", "--out="], "--out"),
+        (["measure", "", "--tasks", "kv", "--out", "x"], "measure"),
+        (["measure", "model", "--tasks", "kv", "--out", ""], "--out"),
+        (["fit", "profile", "", "--out", "x"], "profile"),
+        (["fit", "profile", "--out", ""], "--out"),
+        (["show", ""], "show"),
+        (["show", "plan", "--out", ""], "--out"),
+        (["show", "plan", "--html="], "--html"),
+        (["run", "model", "--plan", "", "--prompt", "a"], "--plan"),
+        (["run", "model", "--prompt-file", ""], "--prompt-file"),
+        (["eval", "model", "--pattern", "dense()", "--out", ""], "--out"),
+        (["eval", "model", "--pattern", "dense()", "--tasks", "perplexity", "--text="], "--text"),
+        (["train", "--text", "", "--out", "x"], "--text"),
+        (["train", "--text", "text.txt", "--out", ""], "--out"),
+        (["train", "--text", "text.txt", "--out", "x", "--config", ""], "--config"),
+        (["train", "--text", "text.txt", "--out", "x", "--tokenizer", ""], "--tokenizer"),
+        (["train", "--text", "text.txt", "--out", "x", "--convert", ""], "--convert"),
+        (["bench", "prefill", "--lengths", "64", "--out", ""], "--out"),
+        (["demo", "--out", ""], "--out"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(work, monkeypatch, arguments, place):
+    monkeypatch.chdir(work)
+    before = sorted(work.rglob("*"))
+    assert refused(*arguments).startswith(f"attnsieve: {place} is followed by '': expected a value (the current folder is '.')")
+    assert sorted(work.rglob("*")) == before
 
 
 def test_read_only_places_are_refused_before_the_work(work, monkeypatch):

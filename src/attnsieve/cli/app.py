@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +19,7 @@ from attnsieve.cli.profile import profile
 from attnsieve.cli.run import run
 from attnsieve.cli.show import show
 from attnsieve.cli.train import train
-from attnsieve.errors import UserError
+from attnsieve.errors import UserError, require
 
 USER_ERROR = 2
 
@@ -37,6 +39,23 @@ class Commands(TyperGroup):
             message = f"{error.filename or 'input or output'}: {error.strerror or error}"
         typer.echo(f"attnsieve: {message}", err=True)
         raise typer.Exit(USER_ERROR)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that `args` name. Raises UserError where one of its arguments is empty."""
+        if not ctx.resilient_parsing:  # a shell completes what may be unfinished
+            refuse_empty(args)
+        return super().resolve_command(ctx, args)
+
+
+def refuse_empty(args: list[str]) -> None:
+    """Raise UserError for an empty argument: as a path it would be the current folder, and no command has another use for it."""
+    for before, given in pairwise(args):
+        assigned = re.fullmatch("(--[a-z0-9-]+)=", given)
+        require(
+            given != "" and assigned is None,
+            f"{assigned[1] if assigned else before} is followed by '': expected a value (the current folder is '.'); "
+            "see that the shell's variables are set",
+        )
 
 
 app = typer.Typer(
