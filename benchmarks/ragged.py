@@ -32,7 +32,7 @@ from attnsieve.bench.check import check_rows
 from attnsieve.bench.timing import measure, recorded
 from attnsieve.device import device_name
 from attnsieve.environment import environment
-from attnsieve.hf.ragged import PROGRAMS
+from attnsieve.hf.cache_layer import PROGRAMS
 from attnsieve.patterns import Pattern, columns, window
 from attnsieve.ragged import Kept, RaggedStore
 

@@ -16,11 +16,11 @@ from attnsieve.attention import BACKENDS, choose_backend, compute, dense_is_fast
 from attnsieve.backends.call import Call
 from attnsieve.errors import UserError, require
 from attnsieve.hf.cache import SparseCache
+from attnsieve.hf.cache_layer import RaggedLayer, Seat
 from attnsieve.hf.dense import own_attention, refuse_unservable, why_layer_dense
 from attnsieve.hf.geometry import AttentionLayer, attention_layers, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, attach
 from attnsieve.hf.locate import Place, SpanMemo, locate
-from attnsieve.hf.ragged import RaggedLayer, Seat
 from attnsieve.hf.report import BY_PLAN, FASTER, LayerReport, Report
 from attnsieve.layout import Layout, capacity_for, compile_layout, settled_layout, settled_row
 from attnsieve.patterns import Pattern, dense

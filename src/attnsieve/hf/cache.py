@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from attnsieve.errors import UserError, require
+from attnsieve.hf.cache_layer import Indices, RaggedLayer, Seat
 from attnsieve.hf.geometry import attending_configs, kv_heads
-from attnsieve.hf.ragged import Indices, RaggedLayer, Seat
 from attnsieve.hf.report import CacheReport, LayerMemory
 from attnsieve.patterns import FOREVER
 
