@@ -7,9 +7,9 @@ import transformers as tr
 from attnsieve import UserError
 from attnsieve.evaluation import layer_fidelity
 from attnsieve.fitting import fit, fit_budget
-from attnsieve.hf import adapter, apply, fingerprint, measure, profile
-from attnsieve.hf.adapter import _with_dropped as with_dropped
+from attnsieve.hf import apply, fingerprint, measure, profile, sparse_layer
 from attnsieve.hf.masks import DROPPED, OFFSET, PADDING, spans_within
+from attnsieve.hf.sparse_layer import _with_dropped as with_dropped
 from attnsieve.layout import compile_layout, settled_layout, settled_row
 from attnsieve.patterns import Captured, Pattern
 from attnsieve.plan import Plan
@@ -135,7 +135,9 @@ def test_late_steps_read_what_the_cache_stores(monkeypatch):
     """Copies that a step makes of a windowed layer's keys end once no row depends on where the text began."""
     model, ids, copied = FAMILIES["mistral"](), tokens(2, 70), []
     plan = mixed(model)
-    monkeypatch.setattr(adapter, "_with_dropped", lambda states, slots: copied.append(slots) or with_dropped(states, slots))
+    monkeypatch.setattr(
+        sparse_layer, "_with_dropped", lambda states, slots: copied.append(slots) or with_dropped(states, slots)
+    )
     with apply(model, plan, backend="portable", strict=True):
         steps = in_steps(model, ids, tr.DynamicCache(config=model.config), [20] + [1] * 50)
     assert set(copied) == set(range(21, 38))
