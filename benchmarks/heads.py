@@ -22,7 +22,8 @@ from pareto_tasks import task_of
 
 from attnsieve import Plan
 from attnsieve.evaluation import layer_fidelity
-from attnsieve.evaluation.compare import Cell, Runs
+from attnsieve.evaluation.compare import Runs
+from attnsieve.evaluation.ledger import Cell
 from attnsieve.evaluation.rows import Row
 from attnsieve.evaluation.tasks.aligned import rests
 from attnsieve.evaluation.tokens import encode

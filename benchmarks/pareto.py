@@ -25,7 +25,8 @@ from pareto_plans import GROUPS, Shelf, Workshop, railed, summary
 from pareto_tasks import kept, task_of
 
 from attnsieve import Plan, UserError
-from attnsieve.evaluation.compare import Cell, Runs, plan_digest
+from attnsieve.evaluation.compare import Runs
+from attnsieve.evaluation.ledger import Cell, plan_digest
 from attnsieve.evaluation.rows import Row
 from attnsieve.evaluation.tasks.aligned import MANY
 from attnsieve.hf import load_model

@@ -21,7 +21,7 @@ from attnsieve.evaluation.baselines import (
     moa_baseline,
     static_baseline,
 )
-from attnsieve.evaluation.compare import plan_digest
+from attnsieve.evaluation.ledger import plan_digest
 from attnsieve.evaluation.rehearsal import rehearsal
 from attnsieve.evaluation.text import text_source, token_windows
 from attnsieve.fitting import default_candidates, fit, fit_budget

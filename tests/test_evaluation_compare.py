@@ -9,8 +9,9 @@ import torch
 
 from attnsieve import Pattern, Plan, UserError
 from attnsieve.evaluation import compare, evaluate, layer_fidelity, make_task, read_rows
-from attnsieve.evaluation.compare import Cell, Runs, plan_digest
+from attnsieve.evaluation.compare import Runs
 from attnsieve.evaluation.density import pattern_density, plan_density
+from attnsieve.evaluation.ledger import Cell, plan_digest
 from attnsieve.evaluation.rows import Row, append_rows
 from attnsieve.evaluation.scoring import log_probs_at, spread
 from attnsieve.evaluation.tasks import Item, Query, QuestionTask

@@ -8,7 +8,7 @@ from scipy import stats
 
 from attnsieve import UserError
 from attnsieve.evaluation import metrics
-from attnsieve.evaluation.compare import summary
+from attnsieve.evaluation.ledger import summary
 from attnsieve.evaluation.statistics import paired_p_value, sign_test, standard_error, student_p_value
 from attnsieve.evaluation.tasks import lv_eval
 from attnsieve.evaluation.tasks.questions import Query

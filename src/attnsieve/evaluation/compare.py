@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm.auto import tqdm
 
 import attnsieve
-from attnsieve.device import device_name
-from attnsieve.environment import environment
 from attnsieve.errors import require
 from attnsieve.evaluation.density import plan_density
 from attnsieve.evaluation.fidelity import layer_fidelity
-from attnsieve.evaluation.rows import Row, append_rows, read_rows
-from attnsieve.evaluation.statistics import paired_p_value, standard_error
+from attnsieve.evaluation.ledger import Cell, Ledger, Measures, Run, plan_digest
+from attnsieve.evaluation.rows import Row
 from attnsieve.evaluation.tasks.base import Task
-from attnsieve.evaluation.weights import weights_digest
 from attnsieve.hf import check_positions, fingerprint
 from attnsieve.patterns import dense
 from attnsieve.plan import Plan
@@ -28,17 +22,6 @@ from attnsieve.plan import Plan
 DENSE = "dense"
 # Cells whose items and dense results are kept: logits before every answer token.
 REMEMBERED = 4
-# One item's measures by name.
-Measures = dict[str, float]
-
-
-class Cell(NamedTuple):
-    """One task at one length: what the runs of all plans share."""
-
-    task: Task
-    length: int
-    items: int
-    seed: int
 
 
 def evaluate(
@@ -72,27 +55,14 @@ def evaluate(
     return [row for task in tasks for length in lengths for row in runs.cell(Cell(task, length, items, seed), plans)]
 
 
-def plan_digest(plan: Plan) -> str:
-    """16 hex digits over what a plan does: its model and patterns, captured bits included by their digests."""
-    config = plan.to_config()
-    text = json.dumps([config["fingerprint"], config["patterns"]], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 class Runs:
     """The runs of one model that a file of rows (None: no file) does not hold yet, cell by cell."""
 
     def __init__(self, model: Any, tokenizer: Any, out: str | Path | None = None, *, progress: bool = True) -> None:
         require(not model.training, "the model is in training mode, where dropout makes results random: call model.eval()")
-        self._model, self._tokenizer = model, tokenizer
-        self._out, self._progress = None if out is None else Path(out), progress
-        self._environment = {"device": device_name(model.device)} | environment()
-        self._environment["versions"]["weights"] = weights_digest(model)
-        self._done: dict[tuple[Any, ...], list[Row]] = {}
+        self._model, self._tokenizer, self._progress = model, tokenizer, progress
+        self._ledger = Ledger(model, out)
         self._seen: dict[Cell, tuple[list[Any], list[Any], list[Measures]]] = {}
-        for row in [] if self._out is None else read_rows(self._out):
-            self._refuse_other_weights(row)
-            self._done.setdefault(row.run, []).append(row)
 
     def cell(self, cell: Cell, plans: Mapping[str, Plan]) -> list[Row]:
         """Rows of dense attention and of every plan on one task and length.
@@ -100,37 +70,13 @@ class Runs:
         Items are made, and dense attention is run, once for the calls with a cell among the last few.
         """
         digests = {DENSE: DENSE} | {name: plan_digest(plan) for name, plan in plans.items()}
-        runs = {name: self._identity(cell, name, digest) for name, digest in digests.items()}
-        missing = [name for name, run in runs.items() if tuple(run.values()) not in self._done]
+        runs = {name: self._ledger.run(cell, name, digest) for name, digest in digests.items()}
+        missing = {name: run for name, run in runs.items() if run not in self._ledger}
         if missing:
-            self._run(cell, plans, {name: runs[name] for name in missing})
-        return [row for run in runs.values() for row in self._done[tuple(run.values())]]
+            self._run(cell, plans, missing)
+        return [row for run in runs.values() for row in self._ledger.rows(run)]
 
-    def _refuse_other_weights(self, row: Row) -> None:
-        """Raise UserError for rows of a model that has the name of this one, but was trained in another way."""
-        same = (row.model, row.dtype) == (_model_name(self._model), _dtype_name(self._model))
-        mine = self._environment["versions"]["weights"]
-        require(
-            # Older rows do not say.
-            not same or row.versions.get("weights", mine) == mine,
-            f"{self._out} holds rows of a model {row.model!r} with other weights: write to another file, or rename the model",
-        )
-
-    def _identity(self, cell: Cell, name: str, digest: str) -> dict[str, Any]:
-        """The fields of `rows.IDENTITY`, in its order."""
-        return {
-            "model": _model_name(self._model),
-            "dtype": _dtype_name(self._model),
-            "plan": name,
-            "plan_digest": digest,
-            "task": cell.task.name,
-            "variant": cell.task.variant,
-            "length": cell.length,
-            "items": cell.items,
-            "seed": cell.seed,
-        }
-
-    def _run(self, cell: Cell, plans: Mapping[str, Plan], missing: Mapping[str, dict[str, Any]]) -> None:
+    def _run(self, cell: Cell, plans: Mapping[str, Plan], missing: Mapping[str, Run]) -> None:
         sparse = [name for name in missing if name != DENSE]
         made = self._seen[cell][0] if cell in self._seen else self._items(cell)
         title = f"{cell.task.name} {cell.length}"
@@ -138,12 +84,12 @@ class Runs:
             # Dense attention runs even where its rows are there: pairs need its value of every item.
             made, seen_dense, dense_measures = self._dense(cell, made, bar)
             if DENSE in missing:
-                self._record(missing[DENSE], 1.0, dense_measures, None)
+                self._ledger.record(missing[DENSE], 1.0, dense_measures, None)
             for name in sparse:
                 plan = plans[name]
                 seen = self._observe_sparse(cell.task, made, plan, bar)
                 measures = self._measure(cell.task, made, plan, seen, seen_dense)
-                self._record(missing[name], self._density(cell, plan, made[0]), measures, dense_measures)
+                self._ledger.record(missing[name], self._density(cell, plan, made[0]), measures, dense_measures)
 
     def _items(self, cell: Cell) -> list[Any]:
         return list(cell.task.items(self._tokenizer, cell.length, cell.items, cell.seed))
@@ -185,40 +131,3 @@ class Runs:
         if not plan.dynamic:
             return plan_density(plan, cell.length)
         return float(layer_fidelity(self._model, plan, cell.task.ids(self._tokenizer, item)).density.mean())
-
-    def _record(
-        self, run: Mapping[str, Any], density: float, measures: list[Measures], dense_measures: list[Measures] | None
-    ) -> None:
-        rows = []
-        for metric in measures[0]:
-            values = [item[metric] for item in measures]
-            against = None if dense_measures is None else [item[metric] for item in dense_measures]
-            numbers = {"metric": metric, "density": density, **summary(values, against)}
-            rows.append(Row(**run, **numbers, **self._environment))  # type: ignore[arg-type]
-        if self._out is not None:
-            append_rows(self._out, rows)
-        self._done[tuple(run.values())] = rows
-
-
-def summary(values: Sequence[float], dense_values: Sequence[float] | None) -> dict[str, float | None]:
-    """The statistical fields of a row: mean and standard error, and the pairing with dense values of the same items."""
-    fields: dict[str, float | None] = {"value": fmean(values), "stderr": standard_error(values)}
-    if dense_values is None:
-        return fields | dict.fromkeys(("dense_value", "paired_difference", "paired_stderr", "p_value"))
-    differences = [value - dense_value for value, dense_value in zip(values, dense_values, strict=True)]
-    return fields | {
-        "dense_value": fmean(dense_values),
-        "paired_difference": fmean(differences),
-        "paired_stderr": standard_error(differences),
-        "p_value": paired_p_value(differences),
-    }
-
-
-def _dtype_name(model: Any) -> str:
-    return str(model.dtype).removeprefix("torch.")
-
-
-def _model_name(model: Any) -> str:
-    """The name or path that the model was loaded by, without the folders of this machine."""
-    name = str(model.config._name_or_path or model.config.model_type)
-    return Path(name).name if Path(name).exists() else name
