@@ -103,6 +103,14 @@ def test_configuration_files_replace_the_small_model(text, tmp_path):
         assert (config.hidden_size, config.intermediate_size, config.sinks) == (16, 24, kind == "yaml")
 
 
+def test_training_that_diverges_is_a_sentence_and_leaves_no_model(text, tmp_path):
+    options = [*SIZES, *QUICK, "--lr", 1e9, "--tokenizer", "bytes", "--steps", 6]
+    message = refused("--text", text, *options, "--out", tmp_path / "run").splitlines()[-1]
+    assert message.startswith("attnsieve: training has diverged by step 1: the bias of a key is infinite or NaN")
+    assert message.endswith("take a lower learning rate (it was 1e+09) or more warmup")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
 def test_bad_input_is_a_sentence(text, tmp_path):
     start = ["--text", text, "--steps", 1, "--out", tmp_path / "run", *QUICK]
     (tmp_path / "list.yaml").write_text("- 1\n")

@@ -136,6 +136,22 @@ def test_training_that_diverges_ends_and_saves_nothing_of_it(log_every, told, te
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("changes", [{}, {"exponential_bias": False}])
+def test_dma_that_diverges_is_told_as_training_that_did(changes, text, tmp_path):
+    wild = settings(learning_rate=1e9, log_every=100, save_every=100)
+    with pytest.raises(UserError, match=r"^training has diverged by step \d: .* \(it was 1e\+09\) or more warmup$") as error:
+        train(fresh(**changes), characters(), text, tmp_path, wild)
+    assert error.value.__cause__.found in str(error.value)
+    assert [path.name for path in tmp_path.iterdir() if path != text] == ["run.json"]
+
+
+def test_a_model_that_is_not_finite_before_training_is_told_as_such(text, tmp_path):
+    model = fresh()
+    model.model.layers[1].self_attn.A.data.fill_(1e9)
+    with pytest.raises(UserError, match=r"^the bias of a key is infinite or NaN: .*; check the values, dt weights and A"):
+        train(model, characters(), text, tmp_path, settings())
+
+
 def test_weight_decay_spares_vectors(text, tmp_path):
     model = fresh()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from attnsieve.errors import require
+from attnsieve.errors import NotFiniteError, require
 from attnsieve.nn.fused import can_fuse, fused_scores
 from attnsieve.nn.parallel import own, sum_for_own_heads
 
@@ -116,10 +116,11 @@ def _told(given: object) -> str:
 
 
 def _check_bias(delta: Tensor, sigma: Tensor) -> None:
-    """Raise UserError for biases that make every later output NaN; NaN scores are told by whoever selects."""
-    if delta.device.type == "cpu" and not torch.compiler.is_compiling():
-        require(
-            bool((delta.isfinite() | sigma.isnan()).all()),
-            "the bias of a key is infinite or NaN: exp(A * softplus(dt)) overflows beyond 88 in float32; check the values, dt "
-            "weights and A (or lower the learning rate)",
+    """Raise NotFiniteError for biases that make every later output NaN; NaN scores are told by whoever selects."""
+    if delta.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not bool((delta.isfinite() | sigma.isnan()).all()):
+        raise NotFiniteError(
+            "the bias of a key is infinite or NaN: exp(A * softplus(dt)) overflows beyond 88 in float32",
+            "check the values, dt weights and A (or lower the learning rate)",
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnsieve.errors import require
+from attnsieve.errors import NotFiniteError, require
 from attnsieve.nn.fused import fused_ends
 from attnsieve.nn.quantile import kth_position
 from attnsieve.nn.segments import Segments
@@ -137,6 +137,5 @@ def _check(sigma: Tensor, segments: Segments | None, check_nan: bool | None) -> 
         check_nan = sigma.device.type == "cpu" and not torch.compiler.is_compiling()
     if check_nan:
         bad = sigma.isnan() if segments is None else sigma.isnan() & segments.real[:, None]
-        require(
-            not bool(bad.any()), "a selection score is NaN: check the values, dt weights and A (or lower the learning rate)"
-        )
+        if bool(bad.any()):
+            raise NotFiniteError("a selection score is NaN", "check the values, dt weights and A (or lower the learning rate)")

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from attnsieve.errors import require
+from attnsieve.errors import NotFiniteError, UserError, require
 from attnsieve.nn.corpus import Endless, TokenBlocks, beginning, open_text
 from attnsieve.nn.monitor import SelectionMonitor
 
@@ -80,6 +80,7 @@ def train(
     Raises UserError for text shorter than a block, blocks longer than the model's positions, a folder that already holds a
     run or a model (or no run, to resume), a resumed run whose settings, configuration or text differ, and a loss, gradient or
     weight that is not finite: what is seen when a row is logged or weights are to be saved, so that no checkpoint holds any.
+    DMA's scores and biases are looked at in every step on a CPU.
     """
     most = getattr(model.config, "max_position_embeddings", settings.length)
     require(
@@ -189,6 +190,16 @@ class _MonitoredTrainer(Trainer):
         """Matrices only: decay would pull A and the residual scales to 0."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One pass, in which layers may find numbers that are not finite before there is a loss."""
+        try:
+            loss: Tensor = super().training_step(*args, **kwargs)
+        except NotFiniteError as error:
+            if self.state.global_step == 0:  # the model came like this
+                raise
+            raise _diverged(error.found, self.args, self.state) from error
+        return loss
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         for name in ("loss", "grad_norm"):
             _require_finite(torch.as_tensor(logs.get(name, 0.0)), f"{name} is {logs.get(name)}", self.args, self.state)
@@ -222,8 +233,13 @@ class _RefuseToSaveNaN(TrainerCallback):
 
 
 def _require_finite(values: Tensor, told: str, args: Any, state: Any) -> None:
+    if not bool(values.isfinite().all()):
+        raise _diverged(told, args, state)
+
+
+def _diverged(told: str, args: Any, state: Any) -> UserError:
     advice = f"take a lower learning rate (it was {args.learning_rate:g}) or more warmup"
-    require(bool(values.isfinite().all()), f"training has diverged by step {state.global_step}: {told}; {advice}")
+    return UserError(f"training has diverged by step {state.global_step}: {told}; {advice}")
 
 
 class _Progress(TrainerCallback):
