@@ -1,5 +1,7 @@
 """Gradients of Triton's kernels, interpreted, and of the portable backend, against the float64 oracle."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -106,6 +108,26 @@ def test_a_bias_equal_for_all_keys_has_no_gradient(backend):
         out, lse = backend.run(call)
         (gradient,) = torch.autograd.grad([out, lse], [call.key_bias], [torch.randn_like(out), torch.zeros_like(lse)])
         assert gradient.sum().abs() < n * torch.finfo(torch.float32).eps * gradient.abs().sum()
+
+
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "spread"])
+@pytest.mark.parametrize("log_bias", [18, 22, 24, 40, 80])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_stay_weights_beside_a_bias_that_leaves_no_room_for_scores(backend, log_bias, equal):
+    """DMA's bias is an exponential. From e^18 on float32 cannot hold scores less their LSE; weights beyond 1 made gradients NaN."""
+    n = 120
+    call = make(selected(n, 1, "cpu", 48), n=n, width=64)
+    spread = torch.zeros(1, 1, n) if equal else 0.05 * torch.rand(1, 1, n)
+    call = replace(call, key_bias=(log_bias - spread).exp().requires_grad_())
+    out, lse = backend.run(call)
+    most = call.v.detach().abs().amax().float() * (1 + 2 * torch.finfo(call.v.dtype).eps)
+    assert bool(lse.isfinite().all())
+    assert bool((out.float().abs() <= most).all())
+    d_out = torch.randn_like(out)
+    _, _, dv, _ = gradients = torch.autograd.grad(out, [call.q, call.k, call.v, call.key_bias], d_out)
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    # No key can get more than all rows give.
+    assert float(dv.abs().max()) <= float(d_out.abs().sum(2).max()) * call.q.shape[1] * 1.01
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

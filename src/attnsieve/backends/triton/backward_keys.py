@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnsieve.backends.triton.columns import DELTA_COLUMN, LSE_COLUMN, dot_and_add, indicator
+from attnsieve.backends.triton.columns import DELTA_COLUMN, LSE_COLUMN, at_most_0, dot_and_add, indicator
 from attnsieve.backends.triton.common import (
     LOG2E,
     NO_CUT,
@@ -36,7 +36,7 @@ def _load_rows(q, d_out, columns, batch, head, slot, row_ok, shape: tl.constexpr
 @triton.jit
 def _add_dkv(dk, dv, d_bias, s, q_tile, d_tile, c_tile, v_tile, scale2, BIAS: tl.constexpr, PRECISION: tl.constexpr):
     """dk [N, DP] += dS^T Q, dv [N, DVP] += P^T dO, d_bias [N] += column sums of dS; s [N, R] is S^T less the LSE, over scale."""
-    weights = tl.exp2(s * scale2)
+    weights = tl.exp2(at_most_0(s * scale2) if BIAS else s * scale2)
     dv = tl.dot(weights.to(d_tile.dtype), d_tile, dv, input_precision=PRECISION)
     ones = indicator(DELTA_COLUMN, s.shape[0], c_tile.dtype)
     dp = dot_and_add(v_tile, tl.trans(d_tile), ones, tl.trans(c_tile), PRECISION)

@@ -97,6 +97,13 @@ def dot_and_add(a, b, few_a, few_b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def at_most_0(x):
+    """Scores less their row's LSE, in base 2; NaN stays NaN. Beside a bias of e^18 neighbours in float32 lie 8 apart: what rounds to
+    more than the LSE would get a weight beyond any bound."""
+    return tl.where(x > 0, 0.0, x)
+
+
+@triton.jit
 def biased(q_tile, k_tile, p_bias, s_bias, j, ok, one, GUARD: tl.constexpr, PRECISION: tl.constexpr):
     """q k^T + bias / scale, [R, N]."""
     if p_bias is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton.common import LN2, LOG2E, Places, Rows, head_base, rows_of, rows_of_tile, span_of
 from attnsieve.backends.triton.forward import Prefill
-from attnsieve.backends.triton.geometry import Geometry, Tiles
+from attnsieve.backends.triton.geometry import Geometry, Tiles, rounding
 from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.nonfinite import is_finite
 from attnsieve.backends.triton.outputs import new_outputs
@@ -223,6 +223,7 @@ class PrefillInParts:
             call.q.shape[2],
             **{name: constants[name] for name in ("H", "G", "GP", "M", "D")},
             num_warps=_TILES.warps,
+            **rounding(call),
         )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places) -> tuple[Tensor, Tensor]:

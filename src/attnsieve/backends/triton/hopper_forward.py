@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attnsieve.backends.triton.common import LN2 as _LN2
 from attnsieve.backends.triton.common import LOG2E as _LOG2E
-from attnsieve.backends.triton.geometry import Geometry, Tiles
+from attnsieve.backends.triton.geometry import Geometry, Tiles, rounding
 from attnsieve.backends.triton.hopper_copies import chunks_of, list_of, next_stage, produce, rows_of_tile, tile_of
 from attnsieve.backends.triton.hopper_softmax import base_of, masked, parts_of, peaks_of, weights_of, words_of
 from attnsieve.backends.triton.launch import Launch
@@ -59,6 +59,7 @@ def prefill(geometry: Geometry, built: Schedule, programs: int) -> Launch:
         TAIL=TAIL,
         REGISTERS=TILES.registers,
         num_warps=TILES.warps,
+        **rounding(call),
     )
 
 

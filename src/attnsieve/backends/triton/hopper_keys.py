@@ -199,7 +199,10 @@ def dkv_hopper(
         if not whole:
             i = y + row
             s = gl.where((j[:, None] <= i[None, :]) & (i[None, :] < end[:, None]), s, -float("inf"))
-        weights = gl.exp2(s * scale2)
+        less = s * scale2
+        if bias is not None:
+            less = gl.where(less > 0, 0.0, less)  # see `columns.at_most_0`
+        weights = gl.exp2(less)
         dv = warpgroup_mma(gl.convert_layout(weights.to(DTYPE), left), d_tile, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
         ds = weights * dp
