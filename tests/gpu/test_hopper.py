@@ -160,3 +160,18 @@ def test_gradients_of_keys_are_those_of_triton(q_len, pads, bias, served):
         # Both round their sums to half precision; the bias' are float32.
         assert (ours is None) == (triton is None)
         assert ours is None or relative_error(ours, triton) < 2 * torch.finfo(ours.dtype).eps
+
+
+@pytest.mark.parametrize("log_bias", [18, 22, 23, 40, 80])
+def test_a_bias_that_leaves_no_room_for_scores(log_bias, served):
+    """DMA's bias is an exponential. Where float32 cannot hold scores less their LSE, weights still are weights."""
+    call = call_of(selected(900, 2, "cuda", 200), group=4, kv_heads=2, n=900, width=128)
+    spread = torch.rand_like(call.key_bias) * 0.05
+    tensors = [x.requires_grad_() for x in (call.q, call.k, call.v, (log_bias - spread).exp())]
+    q, k, v, bias = tensors
+    out, lse = attend(q, k, v, call.layout, spans=call.spans, key_bias=bias, backend="triton", return_lse=True)
+    gradients = torch.autograd.grad(out, tensors, torch.randn_like(out))
+    assert served[0]
+    assert bool(lse.isfinite().all())
+    assert bool((out.abs().amax((0, 2)) <= v.abs().amax((0, 2)).repeat_interleave(4, 0) * 1.02).all())
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
