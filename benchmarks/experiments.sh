@@ -73,9 +73,6 @@ export -f left measure language large conversion recall run
 {
     # Every second one of the first is for the second GPU where there are two: the long ones together, as they end together.
     queue 4 << JOBS
-400 recall 2048x256 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
-860 large nsa 2
-400 recall 2048x256 dma,dma-window,swa --rates 3.5e-4 --seeds 1
 400 recall 256x256,512x256,1024x256 dma,dma-window --rates 3.5e-4 --seeds 1
 500 large gqa 2
 500 large dma-window 2
@@ -84,6 +81,9 @@ export -f left measure language large conversion recall run
 500 large mqa 2
 500 large mla 2
 120 recall 1024x32 mha,dma,dma-window,swa
+400 recall 2048x256 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
+400 recall 2048x256 dma,dma-window,swa --rates 3.5e-4 --seeds 1
+860 large nsa 2
 350 recall 1024x256 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
 270 recall 256x256,256x128 mha,dma,dma-window,swa --rates 7e-4 --seeds 1
 150 language swa 2
