@@ -6,6 +6,7 @@ import zipfile
 import pytest
 
 from attnsieve import UserError
+from attnsieve.evaluation import evaluate
 from attnsieve.evaluation.tasks import longbench, lv_eval, make_task, records
 from attnsieve.evaluation.tokens import encode
 from tests.evaluation_tiny import model, tokenizer
@@ -175,3 +176,14 @@ def test_unknown_sets_and_missing_files(tmp_path):
             make_task(f"lv-eval:{name}")
     with pytest.raises(UserError, match="no file"):
         records.read_records(tmp_path, "hotpotqa.jsonl", "data.zip")
+
+
+def test_prompts_leave_room_for_the_template_and_the_answer(folder):
+    task, tokens = make_task("longbench:hotpotqa", data=folder), tokenizer(chat=True)
+    (item,) = task.items(tokens, 300, 1, 0)
+    assert task.tokens(tokens, item) == len(task.ids(tokens, item)) + 32
+    # The record has fewer tokens than the length: nothing is cut, and all of it fits.
+    assert len(evaluate(model(), tokens, {}, [task], [1500], 1, progress=False)) == 1
+    (folder / "hotpotqa.jsonl").write_text(json.dumps(record(0, context="word " * 1200)))
+    with pytest.raises(UserError, match=r"hotpotqa at length 4096 has a text of \d+ tokens, .* more than the model's 4096 positions"):
+        evaluate(model(), tokens, {}, [make_task("longbench:hotpotqa", data=folder)], [4096], 1, progress=False)

@@ -15,7 +15,7 @@ from attnsieve.evaluation.fidelity import layer_fidelity
 from attnsieve.evaluation.ledger import Cell, Ledger, Measures, Run, plan_digest
 from attnsieve.evaluation.rows import Row
 from attnsieve.evaluation.tasks.base import Task
-from attnsieve.hf import check_positions, fingerprint
+from attnsieve.hf import check_positions, fingerprint, longest_text
 from attnsieve.patterns import dense
 from attnsieve.plan import Plan
 
@@ -92,7 +92,15 @@ class Runs:
                 self._ledger.record(missing[name], self._density(cell, plan, made[0]), measures, dense_measures)
 
     def _items(self, cell: Cell) -> list[Any]:
-        return list(cell.task.items(self._tokenizer, cell.length, cell.items, cell.seed))
+        """Raises UserError for texts that a model was not made for: some tasks write beyond the length, or know none."""
+        made = list(cell.task.items(self._tokenizer, cell.length, cell.items, cell.seed))
+        needed, most = max(cell.task.tokens(self._tokenizer, item) for item in made), longest_text(self._model)
+        require(
+            most is None or needed <= most,
+            f"{cell.task.name} at length {cell.length} has a text of {needed} tokens, its answer included, more than the model's "
+            f"{most} positions: use shorter lengths, or a task of shorter texts",
+        )
+        return made
 
     def _dense(self, cell: Cell, made: list[Any], bar: Any) -> tuple[list[Any], list[Any], list[Measures]]:
         """Items, what dense attention made of them, and its measures."""

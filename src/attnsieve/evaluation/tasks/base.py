@@ -26,6 +26,10 @@ class Task:
         """Token ids of the item's text."""
         raise NotImplementedError
 
+    def tokens(self, tokenizer: Any, item: Any) -> int:
+        """How many positions of a model the item takes at most, the answer included. Tasks that fill the length leave room for it."""
+        return len(self.ids(tokenizer, item))
+
     def observe(self, model: Any, tokenizer: Any, item: Any) -> Any:
         """What the model, dense or under a plan, makes of one item: the measures by name, unless `measure` makes them."""
         raise NotImplementedError

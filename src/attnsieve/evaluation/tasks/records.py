@@ -48,6 +48,10 @@ class RecordTask(Task):
         """See `Task.ids`."""
         return encode(tokenizer, item.queries[0].prompt)
 
+    def tokens(self, tokenizer: Any, item: Item) -> int:
+        """See `Task.tokens`: the chat template and the answer come on top of the length."""
+        return super().tokens(tokenizer, item) + self.generation.max_new_tokens
+
     def observe(self, model: Any, tokenizer: Any, item: Item) -> dict[str, float]:
         """See `Task.observe`."""
         return generated_measures(model, tokenizer, item, self.generation)
