@@ -100,7 +100,7 @@ def dot_and_add(a, b, few_a, few_b, PRECISION: tl.constexpr):
 def at_most_0(x):
     """Scores less their row's LSE, in base 2; NaN stays NaN. Beside a bias of e^18 neighbours in float32 lie 8 apart: what rounds to
     more than the LSE would get a weight beyond any bound."""
-    return tl.where(x > 0, 0.0, x)
+    return tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ exponentials or differences of another are computed. dQ gains nothing by that (d
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -201,7 +202,7 @@ def dkv_hopper(
             s = gl.where((j[:, None] <= i[None, :]) & (i[None, :] < end[:, None]), s, -float("inf"))
         less = s * scale2
         if bias is not None:
-            less = gl.where(less > 0, 0.0, less)  # see `columns.at_most_0`
+            less = gl.minimum(less, 0.0, propagate_nan=tl.PropagateNan.ALL)  # see `columns.at_most_0`
         weights = gl.exp2(less)
         dv = warpgroup_mma(gl.convert_layout(weights.to(DTYPE), left), d_tile, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
