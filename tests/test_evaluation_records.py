@@ -185,5 +185,7 @@ def test_prompts_leave_room_for_the_template_and_the_answer(folder):
     # The record has fewer tokens than the length: nothing is cut, and all of it fits.
     assert len(evaluate(model(), tokens, {}, [task], [1500], 1, progress=False)) == 1
     (folder / "hotpotqa.jsonl").write_text(json.dumps(record(0, context="word " * 1200)))
-    with pytest.raises(UserError, match=r"hotpotqa at length 4096 has a text of \d+ tokens, .* more than the model's 4096 positions"):
+    with pytest.raises(
+        UserError, match=r"hotpotqa at length 4096 has a text of \d+ tokens, .* more than the model's 4096 positions"
+    ):
         evaluate(model(), tokens, {}, [make_task("longbench:hotpotqa", data=folder)], [4096], 1, progress=False)

@@ -146,7 +146,9 @@ def dq_kernel(
             b = tl.load(p_tiles + x + 1)
             k_tile = load_rows(p_k, j, k.s_row, j, shape.D, DP, False)
             s = biased(q_tile, k_tile, p_bias, s_bias, j, j, one, False, PRECISION)
-            dq, rest = _add_dq(dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, shape, False, CORRECT, bias is not None)
+            dq, rest = _add_dq(
+                dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, shape, False, CORRECT, bias is not None
+            )
         for x in tl.range(n_whole, n_tiles, num_stages=shape.STAGES):
             j0 = b * N
             j = tile_keys(mask, j0, N)
@@ -155,7 +157,9 @@ def dq_kernel(
             keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, shape.LISTED, shape.BLOCK, True)
             k_tile = load_rows(p_k, j, k.s_row, ok, shape.D, DP, True)
             s = tl.where(keep, biased(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION), -float("inf"))
-            dq, rest = _add_dq(dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, ok, scale2, shape, True, CORRECT, bias is not None)
+            dq, rest = _add_dq(
+                dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, ok, scale2, shape, True, CORRECT, bias is not None
+            )
 
     if singles is not None:
         p_singles, o_n, n_whole, n_singles = single_list(singles, marks, o_list, N)
@@ -169,7 +173,9 @@ def dq_kernel(
             if x >= n_whole:
                 rows, chunk = (o_zh, o_list, i, r % M), (p_singles, x, n_whole, n_singles)
                 s = listed_scores(s, mask, marks, rows, chunk, cut, M, N, shape.LISTED)
-            dq, rest = _add_dq(dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, shape, False, CORRECT, bias is not None)
+            dq, rest = _add_dq(
+                dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, shape, False, CORRECT, bias is not None
+            )
 
     p_dq = d_q.p + batch * d_q.s_batch + head.to(tl.int64) * d_q.s_head + slot * d_q.s_row
     tl.store(
