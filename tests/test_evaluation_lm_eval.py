@@ -1,13 +1,16 @@
 """Tasks of lm-eval: a task of our own from a folder, document by document (skipped where lm-eval is not installed)."""
 
 import json
+import random
 
+import numpy as np
 import pytest
+from transformers import LlamaForCausalLM
 
 from attnsieve import Plan, UserError
 from attnsieve.evaluation import evaluate, make_task
 from attnsieve.evaluation.tasks import lm_eval_task
-from attnsieve.evaluation.tasks.lm_eval_task import measures
+from attnsieve.evaluation.tasks.lm_eval_task import measures, seeded
 from attnsieve.evaluation.tokens import encode
 from attnsieve.hf import fingerprint
 from tests.evaluation_tiny import model, tokenizer
@@ -23,6 +26,29 @@ doc_to_choice: ["x", "yy"]
 doc_to_target: 0
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 metadata: {version: 1.0}
+"""
+# Two examples, of numbers that the module draws as RULER's modules do: from the global generator.
+EXAMPLES = """
+task: tiny_shots
+custom_dataset: !function drawn.documents
+dataset_path: ""
+training_split: train
+test_split: test
+fewshot_split: train
+num_fewshot: 2
+output_type: generate_until
+doc_to_text: "{{n}} shot"
+doc_to_target: "x"
+generation_kwargs: {until: ["x"], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""
+DRAWN = """
+import random
+import datasets
+
+def documents(**_):
+    return {split: datasets.Dataset.from_list([{"n": random.random()} for _ in range(5)]) for split in ("train", "test")}
 """
 
 
@@ -68,3 +94,34 @@ def test_measures_of_one_document():
     assert measures(filtered, 64) == {"acc,strict": 0.0, "acc,loose": 1.0}
     with pytest.raises(UserError, match="whole corpus"):
         measures([{"metrics": ["bleu"], "filter": "none", "bleu": ("reference", "prediction")}], 64)
+
+
+def test_runs_share_examples_and_texts_that_lm_eval_draws(folder, monkeypatch):
+    (folder / "shots.yaml").write_text(EXAMPLES)
+    (folder / "drawn.py").write_text(DRAWN)
+    asked = []
+    original = LlamaForCausalLM.generate
+    monkeypatch.setattr(
+        LlamaForCausalLM, "generate", lambda self, **call: asked.append(call["input_ids"].tolist()) or original(self, **call)
+    )
+    plans = {"narrow": Plan.uniform(fingerprint(model()), "window(2)")}
+    for seed in range(2):
+        random.seed(seed)
+        task = make_task("lm-eval:tiny_shots", data=folder)
+        evaluate(model(), tokenizer(), plans, [task], [64], 3, progress=False)
+    assert asked[:3] == asked[3:6] == asked[6:9] == asked[9:]
+    assert tokenizer().decode(asked[0][0]).count("shot") == 3
+    assert len(set(map(str, asked))) == 3
+
+
+def test_global_generators_are_left_as_they_were():
+    random.seed(7)
+    np.random.seed(7)
+    with seeded():
+        first = random.random(), np.random.random()
+    after = random.random(), np.random.random()
+    with seeded():
+        assert (random.random(), np.random.random()) == first
+    random.seed(7)
+    np.random.seed(7)
+    assert (random.random(), np.random.random()) == after

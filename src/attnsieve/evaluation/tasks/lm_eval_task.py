@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from contextlib import redirect_stderr
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
-from random import Random
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from attnsieve.errors import UserError, require
 from attnsieve.evaluation.tasks.base import Task
@@ -40,7 +42,7 @@ class LmEvalTask(Task):
         task = self._build(tokenizer, length)
         documents = len(task.eval_docs)
         require(count <= documents, f"{self.name} has {documents} documents, {count} were asked for: ask for fewer items")
-        return [Document(length, place) for place in Random(f"{self.name}/{seed}").sample(range(documents), count)]
+        return [Document(length, place) for place in random.Random(f"{self.name}/{seed}").sample(range(documents), count)]
 
     def ids(self, tokenizer: Any, item: Document) -> list[int]:
         """See `Task.ids`."""
@@ -52,10 +54,13 @@ class LmEvalTask(Task):
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 
+        task = self._built[item.length]
+        # Left to itself, lm-eval draws other examples for the prompt in every run: dense attention and plans would see different ones.
+        task.set_fewshot_seed(item.place)
         with redirect_stderr(io.StringIO()):  # lm-eval shows bars of its own for every document
             found = evaluate(
                 HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
-                {self._task_name: self._built[item.length]},
+                {self._task_name: task},
                 samples={self._task_name: [item.place]},
                 bootstrap_iters=0,
             )
@@ -69,13 +74,27 @@ class LmEvalTask(Task):
             folder = None if self._folder is None else str(self._folder)
             manager = TaskManager(metadata=settings, include_path=folder)
             try:
-                self._built[length] = manager.load(self._task_name)["tasks"][self._task_name]
+                with seeded():
+                    self._built[length] = manager.load(self._task_name)["tasks"][self._task_name]
             except Exception as error:
                 raise UserError(
                     f"lm-eval cannot make its task {self._task_name!r}: {type(error).__name__}: {str(error)[:200]}; "
                     "check the name, the network, and the folder of your own tasks"
                 ) from error
         return self._built[length]
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """The global generators, which RULER's texts are drawn from, in the state that lm-eval's own command starts with."""
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(1234)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def measures(samples: list[Mapping[str, Any]], length: int) -> dict[str, float]:
