@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from attnsieve import Plan, UserError
 from attnsieve.evaluation import evaluate, make_task
 from attnsieve.evaluation.tasks import lm_eval_task
-from attnsieve.evaluation.tasks.lm_eval_task import measures, seeded
+from attnsieve.evaluation.tasks.lm_eval_task import _needed, measures, seeded
 from attnsieve.evaluation.tokens import encode
 from attnsieve.hf import fingerprint
 from tests.evaluation_tiny import model, tokenizer
@@ -125,3 +125,31 @@ def test_global_generators_are_left_as_they_were():
     random.seed(7)
     np.random.seed(7)
     assert (random.random(), np.random.random()) == after
+
+
+def test_texts_beyond_the_model_are_refused_before_lm_eval_cuts_their_beginning(folder, monkeypatch):
+    (folder / "shots.yaml").write_text(EXAMPLES + "description: 'Guess. '\n")
+    (folder / "drawn.py").write_text(DRAWN)
+    task, tokens = make_task("lm-eval:tiny_shots", data=folder), tokenizer()
+    (item,) = task.items(tokens, 64, 1, 0)
+    text = tokens.decode(task.ids(tokens, item))
+    assert text.startswith("Guess. ")
+    assert text.count("shot") == 3
+    assert task.tokens(tokens, item) == len(task.ids(tokens, item)) + 4
+    monkeypatch.setattr(model().config, "max_position_embeddings", task.tokens(tokens, item))
+    evaluate(model(), tokens, {}, [task], [64], 1, progress=False)
+    monkeypatch.setattr(model().config, "max_position_embeddings", task.tokens(tokens, item) - 1)
+    with pytest.raises(UserError, match=r"tiny_shots at length 64 has a text of \d+ tokens"):
+        evaluate(model(), tokens, {}, [task], [64], 1, progress=False)
+
+
+def test_what_a_request_needs():
+    Instance = pytest.importorskip("lm_eval.api.instance").Instance
+
+    def needed(kind, *args):
+        return _needed(tokenizer(), Instance(request_type=kind, doc={}, arguments=args, idx=0))
+
+    assert needed("loglikelihood", "abc", " de") == 6
+    assert needed("loglikelihood_rolling", "abc" * 9000) == 0
+    assert needed("generate_until", "abc", {"max_gen_toks": 7}) == 10
+    assert needed("generate_until", "abc", {"until": []}) == 259

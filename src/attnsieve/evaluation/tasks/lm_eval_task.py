@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
@@ -16,6 +17,11 @@ import numpy as np
 from attnsieve.errors import UserError, require
 from attnsieve.evaluation.tasks.base import Task
 from attnsieve.evaluation.tokens import encode
+from attnsieve.hf import longest_text
+
+# What lm-eval calls the number of tokens to write, and how many they are without it.
+NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+DEFAULT_NEW_TOKENS = 256
 
 
 class Document(NamedTuple):
@@ -29,7 +35,8 @@ class LmEvalTask(Task):
     """One lm-eval task, document by document, with the metrics that lm-eval gives each document.
 
     Tasks that make their own texts (RULER) make them of the evaluated length, with the tokenizer that the model's name stands
-    for; the others ignore the length. Metrics that lm-eval only knows over a whole corpus are left out.
+    for; the others ignore the length, and texts beyond the model's positions are refused. Metrics that lm-eval only knows over a
+    whole corpus are left out.
     """
 
     def __init__(self, name: str, folder: str | Path | None = None) -> None:
@@ -45,26 +52,41 @@ class LmEvalTask(Task):
         return [Document(length, place) for place in random.Random(f"{self.name}/{seed}").sample(range(documents), count)]
 
     def ids(self, tokenizer: Any, item: Document) -> list[int]:
-        """See `Task.ids`."""
-        task = self._built[item.length]
-        return encode(tokenizer, str(task.doc_to_text(task.eval_docs[item.place])))
+        """See `Task.ids`: the text of the first request, with the task's description, examples and the answer's beginning."""
+        return encode(tokenizer, str(self._requests(item)[0].args[0]))
+
+    def tokens(self, tokenizer: Any, item: Document) -> int:
+        """See `Task.tokens`."""
+        return max(_needed(tokenizer, request) for request in self._requests(item))
 
     def observe(self, model: Any, tokenizer: Any, item: Document) -> dict[str, float]:
         """See `Task.observe`."""
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 
-        task = self._built[item.length]
-        # Left to itself, lm-eval draws other examples for the prompt in every run: dense attention and plans would see different ones.
-        task.set_fewshot_seed(item.place)
         with redirect_stderr(io.StringIO()):  # lm-eval shows bars of its own for every document
             found = evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
-                {self._task_name: task},
+                # Of texts beyond what it takes for the model's length, lm-eval would leave out the beginning.
+                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=longest_text(model) or sys.maxsize),
+                {self._task_name: self._for(item)},
                 samples={self._task_name: [item.place]},
                 bootstrap_iters=0,
             )
         return measures(found["samples"][self._task_name], item.length)
+
+    def _for(self, item: Document) -> Any:
+        """The item's task, which draws the same examples for the item's prompt in every run: lm-eval's own choice is different for
+        dense attention and for every plan."""
+        task = self._built[item.length]
+        task.set_fewshot_seed(item.place)
+        return task
+
+    def _requests(self, item: Document) -> Any:
+        """What lm-eval asks the model about a document."""
+        task = self._for(item)
+        with redirect_stderr(io.StringIO()):
+            task.build_all_requests(samples=[item.place])
+        return task.instances
 
     def _build(self, tokenizer: Any, length: int) -> Any:
         from lm_eval.tasks import TaskManager
@@ -95,6 +117,16 @@ def seeded() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+def _needed(tokenizer: Any, request: Any) -> int:
+    """Positions that a request takes, the answer included; none for the likelihood of a whole text, which is read in windows."""
+    if request.request_type == "loglikelihood_rolling":
+        return 0
+    text, rest = request.args
+    if isinstance(rest, str):
+        return len(encode(tokenizer, text + rest))
+    return len(encode(tokenizer, text)) + int(next((rest[name] for name in NEW_TOKENS if name in rest), DEFAULT_NEW_TOKENS))
 
 
 def measures(samples: list[Mapping[str, Any]], length: int) -> dict[str, float]:
