@@ -48,6 +48,7 @@ import random
 import datasets
 
 def documents(**_):
+    print("making numbers")
     return {split: datasets.Dataset.from_list([{"n": random.random()} for _ in range(5)]) for split in ("train", "test")}
 """
 
@@ -96,7 +97,7 @@ def test_measures_of_one_document():
         measures([{"metrics": ["bleu"], "filter": "none", "bleu": ("reference", "prediction")}], 64)
 
 
-def test_runs_share_examples_and_texts_that_lm_eval_draws(folder, monkeypatch):
+def test_runs_share_examples_and_texts_that_lm_eval_draws(folder, monkeypatch, capsys):
     (folder / "shots.yaml").write_text(EXAMPLES)
     (folder / "drawn.py").write_text(DRAWN)
     asked = []
@@ -112,6 +113,9 @@ def test_runs_share_examples_and_texts_that_lm_eval_draws(folder, monkeypatch):
     assert asked[:3] == asked[3:6] == asked[6:9] == asked[9:]
     assert tokenizer().decode(asked[0][0]).count("shot") == 3
     assert len(set(map(str, asked))) == 3
+    said = capsys.readouterr()
+    assert "making numbers" in said.err
+    assert "making numbers" not in said.out
 
 
 def test_global_generators_are_left_as_they_were():

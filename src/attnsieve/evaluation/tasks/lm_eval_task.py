@@ -6,7 +6,7 @@ import io
 import random
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
@@ -96,7 +96,7 @@ class LmEvalTask(Task):
             folder = None if self._folder is None else str(self._folder)
             manager = TaskManager(metadata=settings, include_path=folder)
             try:
-                with seeded():
+                with seeded(), redirect_stdout(sys.stderr):  # RULER tells how it goes, where results stand
                     self._built[length] = manager.load(self._task_name)["tasks"][self._task_name]
             except Exception as error:
                 raise UserError(
