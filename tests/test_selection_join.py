@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from attnsieve import Spans
-from attnsieve.patterns import probed_keys, random_blocks, sink, top_blocks, window
+from attnsieve import Spans, attend
+from attnsieve.patterns import dense_decode, probed_keys, random_blocks, sink, top_blocks, vertical_slash, window
 from attnsieve.selection import blocks, choose, join
 
 N = 150
@@ -32,3 +32,18 @@ def test_parts_are_joined_some_rows_at_a_time(row, first, monkeypatch):
     assert torch.equal(parts.blocks.count, whole.blocks.count)
     assert torch.equal(parts.blocks.index, whole.blocks.index)
     assert torch.equal(parts.end, whole.end)
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+@pytest.mark.parametrize("queries", [1, 40])
+def test_random_blocks_beside_choices_without_blocks_are_those_of_every_sequence(queries, backend):
+    torch.manual_seed(0)
+    row = [random_blocks(2, block=8) | dense_decode(), vertical_slash(mass=0.3), random_blocks(1, block=8), window(3)]
+    q, k, v = torch.randn(3, 4, queries, 8), torch.randn(3, 2, 40, 8), torch.randn(3, 2, 40, 8)
+    layout = choose(row, q, k)
+    assert layout.blocks.count.shape[0] == layout.blocks.index.shape[0] == layout.sequences == 3
+    out = attend(q, k, v, layout, backend=backend)
+    for z in range(3):
+        alone = (slice(z, z + 1), slice(None))
+        own = attend(q[alone], k[alone], v[alone], choose(row, q[alone], k[alone]), backend=backend)
+        torch.testing.assert_close(out[alone], own)

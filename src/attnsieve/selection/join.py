@@ -112,7 +112,7 @@ def _join_blocks(static: Static, sequences: int, parts: Sequence[Part]) -> Block
     base = static.layout
     listing = [part for part in parts if part.chosen.table is not None]
     if not listing:
-        return base.blocks
+        return _for_each(base.blocks, sequences)
     size = gcd(*(part.chosen.block for part in listing), base.blocks.rows if base.blocks else 0)
     keys = gcd(*(part.chosen.keys for part in listing), base.blocks.keys if base.blocks else 0)
     count, width = -(-base.length // size), -(-base.length // keys)
@@ -124,6 +124,13 @@ def _join_blocks(static: Static, sequences: int, parts: Sequence[Part]) -> Block
     shape = (sequences, base.heads, count - first, width)
     union = partial(_union, static, listing, shape, (size, keys), first)
     return _listed(TableInParts(shape, min(_at_once(part, shape, size) for part in listing), union), size, keys, first)
+
+
+def _for_each(blocks: Blocks | None, sequences: int) -> Blocks | None:
+    """Static blocks beside choices of each sequence: kernels count all vectors of a layout by sequence."""
+    return blocks and replace(
+        blocks, count=blocks.count.expand(sequences, -1, -1), index=blocks.index.expand(sequences, -1, -1, -1)
+    )
 
 
 def _at_once(part: Part, shape: tuple[int, int, int, int], size: int) -> int:
