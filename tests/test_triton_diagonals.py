@@ -16,6 +16,9 @@ from tests.interpreter import needs_interpreter
 from tests.lifetimes import assert_nothing_outlives
 
 scattered = pytest.importorskip("attnsieve.backends.triton.scattered", exc_type=ImportError).scattered
+function = pytest.importorskip("attnsieve.backends.triton.function", exc_type=ImportError)
+hopper = pytest.importorskip("attnsieve.backends.triton.hopper", exc_type=ImportError)
+
 pytestmark = [needs_interpreter, pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")]
 N = 680
 PROGRAM = """
@@ -87,6 +90,33 @@ def test_the_parts_share_no_pair_and_are_the_layout():
         # Thirty in succession share their tiles.
         assert not bool(alone[200:230].any())
     assert torch.equal(parts.rest.end, layout.end)
+
+
+def test_lists_serve_the_rest_on_hopper(monkeypatch):
+    call = call_of(layout_of(4), width=128, q_len=200)
+    assert scattered(call).rest.most_keys is None
+    monkeypatch.setattr(hopper, "is_there", lambda call: True)
+    parts = scattered(call)
+    kept = replace(call.layout, offset=None).dense(torch.arange(N), torch.arange(N))
+    assert parts.rest.most_keys == int(kept.sum(-1).max())
+    monkeypatch.undo()
+    # What another kernel then computes of it here.
+    monkeypatch.setattr(function, "scattered", lambda call: parts)
+    assert_within_budget(*backend.run(call), call)
+
+
+@pytest.mark.parametrize(
+    ("width", "window", "together", "corner_rows"),
+    [(64, 5, (), None), (128, 100, (), None), (128, 5, range(200, 230), None), (128, 5, (), 8)],
+    ids=["narrow heads", "long rows", "clusters", "corner"],
+)
+def test_tiles_serve_other_rests_on_hopper(width, window, together, corner_rows, monkeypatch):
+    monkeypatch.setattr(hopper, "is_there", lambda call: True)
+    layout = layout_of(4, width=window, together=together)
+    if corner_rows is not None:
+        rows = torch.full((4,), corner_rows, dtype=torch.int32)
+        layout = replace(layout, corner=torch.zeros(4, corner_rows, 1, dtype=torch.uint8), corner_rows=rows)
+    assert scattered(call_of(layout, width=width)).rest.most_keys is None
 
 
 def test_a_few_that_share_tiles_go_along_with_many_that_do_not():
@@ -273,6 +303,6 @@ def test_predictions_count_tiles_of_diagonals_that_lie_alone_once_others_are_gon
     assert amounts == cost_work.work(replace(call, layout=replace(rest)), "triton")
 
 
-def test_the_kernel_compiles():
+def test_the_kernels_compile():
     """The interpreter knows neither bfloat16 nor the instructions that widen it."""
-    assert compiled(PROGRAM) == ["diagonals_kernel"]
+    assert compiled(PROGRAM) == ["diagonals_kernel"] * 2

@@ -13,6 +13,7 @@ from attnsieve.testing import assert_within_budget
 from tests.gpu.test_triton import call_of, poison
 
 scattered = pytest.importorskip("attnsieve.backends.triton.scattered", exc_type=ImportError).scattered
+hopper = pytest.importorskip("attnsieve.backends.triton.hopper", exc_type=ImportError)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 N = 2100
 
@@ -30,6 +31,7 @@ def run(call):
 def test_prefill(group, dtype, width, shared):
     layout = MASKS["A"](N, 2 if shared else 2 * group, "cuda")
     call = call_of(layout, group=group, kv_heads=2, n=N, width=width, dtype=dtype)
+    assert (scattered(call).rest.most_keys is not None) == (width == 128 and hopper.is_there(call))
     assert_within_budget(*run(call), call)
     bare = replace(call, key_bias=None)
     assert_within_budget(*run(bare), bare)

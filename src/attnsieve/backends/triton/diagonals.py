@@ -3,7 +3,8 @@
 Neighbouring diagonals read nearly the same keys, which the first cache keeps. There is nothing here for the matrix unit. A row goes
 on from what key tiles have summed up of the rest of its keys, and its weights stay relative to the LSE of that: one step costs a
 product and a sum for each number of K and V, and little beside. Where that does not do (a row without other keys, weights beyond
-float32, a NaN or infinity in V at a key that the row keeps otherwise or not at all), the tile is computed again with an online softmax.
+float32, a NaN or infinity in V at a key that the row keeps otherwise or not at all), the tile gets an LSE of NaN, and a second launch
+computes it again with an online softmax. In one kernel the second way costs the first one 2 % of its time.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
@@ -26,6 +27,8 @@ from attnsieve.backends.triton.scattered import Scattered
 # Numbers of K that a row takes at a time: 128 bytes, which eight threads hold. More threads per row would repeat more of what is done
 # once per pair.
 _PART = tl.constexpr(64)
+# Less than any row.
+_NEVER = tl.constexpr(-(2**31))
 _TILES = Tiles(rows=128, keys=64, warps=16, stages=1)
 
 
@@ -50,10 +53,16 @@ def _load(p, ok):
 @triton.jit
 def _dot(q_low, q_high, p_k, at, PARTS: tl.constexpr):
     """Products [R] of rows of q [R, 64], twice where PARTS is 2, with the rows of K at `at`."""
-    s = tl.sum(q_low * _load(p_k + at, None), 1)
+    s = _sums_of_threads(q_low * _load(p_k + at, None))
     if PARTS == 2:
-        s += tl.sum(q_high * _load(p_k + _PART + at, None), 1)
-    return s
+        s += _sums_of_threads(q_high * _load(p_k + _PART + at, None))
+    return tl.sum(s, 1)
+
+
+@triton.jit
+def _sums_of_threads(x):
+    """Sums [R, 8] of the numbers of a row [R, 64] that one thread holds: both parts are then passed on between threads as one."""
+    return tl.sum(tl.reshape(x, [x.shape[0], 8, 8]), 2)
 
 
 @triton.jit
@@ -66,18 +75,12 @@ def _add(low, high, weight, p_v, at, ok, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _keeps(p_end, i, j, lowest):
-    """Whether rows i keep keys j by their distance alone: rows of a corner follow the corner, and the rest keeps others by `end`."""
-    return (tl.load(p_end + j) <= i) & (i >= lowest)
-
-
-@triton.jit
 def _edge_pair(
-    q_low, q_high, p_k, p_bias, s_bias, p_end, i, distance, lowest, D: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr
+    q_low, q_high, p_k, p_bias, s_bias, p_end, i, last, distance, D: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr
 ):
     """Of rows i, some of which a distance leads to before the text: where their keys' rows are, whether they keep them, products."""
     j = tl.maximum(i - distance, 0)
-    keep = (i >= distance) & _keeps(p_end, i, j, lowest)
+    keep = (i >= distance) & (tl.load(p_end + j) <= last)
     at = j[:, None] * D + tl.arange(0, _PART)[None, :]
     s = _dot(q_low, q_high, p_k, at, PARTS)
     if BIAS:
@@ -110,9 +113,13 @@ def diagonals_kernel(
     GP: tl.constexpr,
     M: tl.constexpr,
     D: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     """part float32 [B, Hq, Tq, D], p_part_lse [B, Hq, Tq], of the rest of the keys -> out, p_lse; K and V with rows of D numbers in
-    succession; rows of a program as in `forward_kernel`. p_offsets [H, room] and p_below [2, H, tiles] as in `Scattered`."""
+    succession; rows of a program as in `forward_kernel`. p_offsets [H, room] and p_below [2, H, tiles] as in `Scattered`.
+
+    With AGAIN only tiles that have an LSE of NaN, by an online softmax.
+    """
     PARTS: tl.constexpr = D // _PART
     h, i_s = tl.program_id(1), tl.program_id(2)
     span = span_of(places, i_s)
@@ -125,6 +132,11 @@ def diagonals_kernel(
     i = tl.minimum(i, k_len - 1)
     kv_head = h // G if GP == 1 else h
     heads = H if GP == 1 else H * G
+    at_lse = (batch * heads + head) * q_slots + slot
+    if AGAIN:
+        lse = tl.load(p_lse + at_lse, mask=row_ok, other=0.0)
+        if tl.max((lse != lse).to(tl.int32), 0) == 0:
+            return
     o_d = tl.arange(0, _PART)
     ok = row_ok[:, None]
     p_q = (q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head + slot * q.s_row)[:, None] + o_d[None, :]
@@ -136,7 +148,6 @@ def diagonals_kernel(
     if PARTS == 2:
         q_high = _load(p_q + _PART, ok)
         high = tl.load(p_part + _PART, mask=ok, other=0.0)
-    at_lse = (batch * heads + head) * q_slots + slot
     peak = tl.load(p_part_lse + at_lse, mask=row_ok, other=0.0) * LOG2E
     empty = peak == -float("inf")
     base = tl.where(empty, 0.0, peak)
@@ -147,44 +158,19 @@ def diagonals_kernel(
     if bias is not None:
         p_bias = head_base(bias, batch, kv_head) + k_start * bias.s_row
         s_bias = bias.s_row
+    # A row keeps a key by its distance alone where the rest does not keep it by `end`, so where that is at most the row; rows of a
+    # corner follow the corner.
     p_end = p_ends + h * n
-    lowest = 0
+    last = i
     if p_corner_rows is not None:
-        lowest = tl.load(p_corner_rows + h)
+        last = tl.where(i >= tl.load(p_corner_rows + h), i, _NEVER)
     scale2 = scale * LOG2E
     p_offset = p_offsets + h * room
-    inside = tl.load(p_below + h * tiles + t)
     count = tl.load(p_below + (H + h) * tiles + t)
-    at = i[:, None] * D + o_d[None, :]
     distance = tl.load(p_offset)
-    for x in tl.range(0, inside, num_stages=1):
-        back = distance * D
-        keep = _keeps(p_end - distance, i, i, lowest)
-        s = _dot(q_low, q_high, p_k - back, at, PARTS)
-        if bias is not None:
-            s += tl.load(p_bias + (i - distance) * s_bias)
-        weight = tl.where(keep, tl.exp2(s * scale2 - base), 0.0)
-        low, high = _add(low, high, weight, p_v - back, at, None, PARTS)
-        total += weight
-        distance = tl.load(p_offset + x + 1)
-    for x in tl.range(inside, count, num_stages=1):
-        edge, keep, s = _edge_pair(q_low, q_high, p_k, p_bias, s_bias, p_end, i, distance, lowest, D, PARTS, bias is not None)
-        weight = tl.where(keep, tl.exp2(s * scale2 - base), 0.0)
-        low, high = _add(low, high, weight, p_v, edge, keep[:, None], PARTS)
-        total += weight
-        distance = tl.load(p_offset + x + 1)
-
-    # Weights of finite values can add up beyond float32 where their products with small values do not.
-    beyond = tl.max(total, 0) == float("inf")
-    if (tl.max((empty & row_ok).to(tl.int32), 0) == 1) | beyond | (is_finite(low) == 0) | (is_finite(high) == 0):
-        low = tl.load(p_part, mask=ok, other=0.0)
-        high = tl.load(p_part + (PARTS - 1) * _PART, mask=ok, other=0.0)
-        total = tl.where(empty, 0.0, 1.0)
+    if AGAIN:
         for x in tl.range(0, count, num_stages=1):
-            distance = tl.load(p_offset + x)
-            edge, keep, s = _edge_pair(
-                q_low, q_high, p_k, p_bias, s_bias, p_end, i, distance, lowest, D, PARTS, bias is not None
-            )
+            edge, keep, s = _edge_pair(q_low, q_high, p_k, p_bias, s_bias, p_end, i, last, distance, D, PARTS, bias is not None)
             s = tl.where(keep, s * scale2, -float("inf"))
             new_peak = tl.maximum(peak, s)
             base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
@@ -192,6 +178,31 @@ def diagonals_kernel(
             low, high = _add(low * fade[:, None], high * fade[:, None], weight, p_v, edge, keep[:, None], PARTS)
             total = total * fade + weight
             peak = new_peak
+            distance = tl.load(p_offset + x + 1)
+    else:
+        inside = tl.load(p_below + h * tiles + t)
+        at = i[:, None] * D + o_d[None, :]
+        p_row_end = p_end + i
+        for x in tl.range(0, inside, num_stages=1):
+            back = distance * D
+            keep = tl.load(p_row_end - distance) <= last
+            s = _dot(q_low, q_high, p_k - back, at, PARTS)
+            if bias is not None:
+                s += tl.load(p_bias + (i - distance) * s_bias)
+            weight = tl.where(keep, tl.exp2(s * scale2 - base), 0.0)
+            low, high = _add(low, high, weight, p_v - back, at, None, PARTS)
+            total += weight
+            distance = tl.load(p_offset + x + 1)
+        for x in tl.range(inside, count, num_stages=1):
+            edge, keep, s = _edge_pair(q_low, q_high, p_k, p_bias, s_bias, p_end, i, last, distance, D, PARTS, bias is not None)
+            weight = tl.where(keep, tl.exp2(s * scale2 - base), 0.0)
+            low, high = _add(low, high, weight, p_v, edge, keep[:, None], PARTS)
+            total += weight
+            distance = tl.load(p_offset + x + 1)
+        # Weights of finite values can add up beyond float32 where their products with small values do not.
+        beyond = tl.max(total, 0) == float("inf")
+        if (tl.max((empty & row_ok).to(tl.int32), 0) == 1) | beyond | (is_finite(low) == 0) | (is_finite(high) == 0):
+            total = total * float("nan")
 
     nothing = total == 0
     by = tl.where(nothing, 1.0, total)[:, None]
@@ -209,26 +220,31 @@ class PrefillInParts:
         self._rest = rest
         geometry = Geometry(call, _TILES)
         below, constants = parts.below(geometry.positions), geometry.constants()
-        self._launch = Launch(
-            diagonals_kernel,
-            (geometry.query_tiles, call.layout.heads, len(call.spans)),
-            parts.rest.end[0].contiguous(),
-            call.layout.corner_rows,
-            parts.offsets,
-            below,
-            call.layout.length,
-            parts.offsets.shape[1],
-            below.shape[2],
-            call.scale,
-            call.q.shape[2],
-            **{name: constants[name] for name in ("H", "G", "GP", "M", "D")},
-            num_warps=_TILES.warps,
-            **rounding(call),
-        )
+        self._launches = [
+            Launch(
+                diagonals_kernel,
+                (geometry.query_tiles, call.layout.heads, len(call.spans)),
+                parts.rest.end[0].contiguous(),
+                call.layout.corner_rows,
+                parts.offsets,
+                below,
+                call.layout.length,
+                parts.offsets.shape[1],
+                below.shape[2],
+                call.scale,
+                call.q.shape[2],
+                **{name: constants[name] for name in ("H", "G", "GP", "M", "D")},
+                AGAIN=again,
+                num_warps=_TILES.warps,
+                **rounding(call),
+            )
+            for again in (False, True)
+        ]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places) -> tuple[Tensor, Tensor]:
         part, part_lse = self._rest(q, k, v, bias, places, out_dtype=torch.float32)
         out, lse = new_outputs(q, v)
         k, v = k.contiguous(), v.contiguous()
-        self._launch(rows_of(q), rows_of(k), rows_of(v), bias, rows_of(part), part_lse, rows_of(out), lse, places)
+        for launch in self._launches:
+            launch(rows_of(q), rows_of(k), rows_of(v), bias, rows_of(part), part_lse, rows_of(out), lse, places)
         return out, lse

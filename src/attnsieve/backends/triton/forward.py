@@ -136,7 +136,7 @@ class Prefill:
 
 def _is_for_hopper(geometry: Geometry, built: Schedule) -> bool:
     """Whether the kernel for Hopper GPUs serves the call and is faster; `again_kernel` then looks after what it leaves."""
-    if (geometry.rows, geometry.tiles.keys) != (SELECTED.rows, SELECTED.keys) or geometry.call.q.shape[-1] < 128:
+    if (geometry.rows, geometry.tiles.keys) != (SELECTED.rows, SELECTED.keys) or not hopper.is_wide_enough(geometry.call):
         return False
     return built.tiles is None and built.marks is not None and hopper.serves(geometry.call, built)
 

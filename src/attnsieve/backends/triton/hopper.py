@@ -23,14 +23,23 @@ def serves(call: Call, built: Schedule) -> bool:
     """
     width = call.q.shape[-1]
     return (
-        _capability(call.q.device) == (9, 0)
-        and is_known_triton()
+        is_there(call)
         and call.q.element_size() == 2
         and width == call.v.shape[-1]
         and width in (64, 128)
         and built.listed == LISTED_ALL.value
         and built.mask.cut is None
     )
+
+
+def is_there(call: Call) -> bool:
+    """Whether the call's device is such a GPU, and Triton the one that the kernels were written for."""
+    return _capability(call.q.device) == (9, 0) and is_known_triton()
+
+
+def is_wide_enough(call: Call) -> bool:
+    """Whether prefill's kernel is faster than Triton's at the call's width."""
+    return call.q.shape[-1] >= 128
 
 
 def is_aligned(x: Tensor) -> bool:

@@ -2,7 +2,8 @@
 
 A tile of 64 x 64 scores takes as long as some 120 pairs one by one, and a diagonal crosses two tiles of each row of tiles. So
 diagonals pay by tiles where several of them share those. Scattered ones are attended to pair by pair (`diagonals`), the rest of the
-layout by tiles. Only prefill makes that difference: gradients go by tiles.
+layout by tiles, or by lists of single keys where the kernels for Hopper GPUs serve those: there they take less time. Only prefill
+makes that difference: gradients go by tiles.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnsieve.backends.call import Call
+from attnsieve.backends.triton import hopper
+from attnsieve.backends.triton.schedule import longest_row, only_lists
 from attnsieve.layout import Layout
 
 # Diagonals that share a tile lie less than this apart; as many as `_SHARING` of them are worth a tile.
@@ -24,6 +27,9 @@ _FEW = 0.25
 # Scattered diagonals of a head below which passing on what tiles have summed up takes longer than their tiles.
 _LEAST = 16
 _WIDTHS = (64, 128)
+# Lists pay where rows keep few of the keys before them, as far as it was measured, and take room: half a gigabyte for so many.
+_LISTED_SHARE = 0.125
+_MOST_LISTED = 2**32
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Scattered:
     """A layout in two parts, which share no pair.
 
     offsets: int32 [H, room], the scattered distances of each head in ascending order, beyond them and at the end one that no
-    position has. rest: the layout without them.
+    position has. rest: the layout without them, with `most_keys` where lists of single keys are to serve it.
     """
 
     offsets: Tensor
@@ -58,10 +64,11 @@ def scattered(call: Call) -> Scattered | None:
         return None
     if call.q.element_size() != 2 or width not in _WIDTHS or call.v.shape[-1] != width:
         return None
-    return layout.schedule("triton scattered", lambda: _split(layout))
+    listed = hopper.is_wide_enough(call) and hopper.is_there(call)
+    return layout.schedule(("triton scattered", listed), lambda: _split(layout, listed))
 
 
-def _split(layout: Layout) -> Scattered | None:
+def _split(layout: Layout, listed: bool) -> Scattered | None:
     assert layout.offset is not None
     offset = layout.offset[0]
     n, distances = layout.length, torch.arange(layout.length, dtype=torch.int32, device=layout.device)
@@ -76,7 +83,15 @@ def _split(layout: Layout) -> Scattered | None:
     room = int(counts.max())
     sorted_ = torch.where(alone, distances, n).sort(dim=1).values[:, :room]
     rest = replace(layout, offset=layout.offset & ~alone if bool((offset & ~alone).any()) else None)
-    return Scattered(F.pad(sorted_, (0, 1), value=n).contiguous(), rest)
+    return Scattered(F.pad(sorted_, (0, 1), value=n).contiguous(), _listed(rest) if listed else rest)
+
+
+def _listed(rest: Layout) -> Layout:
+    """The layout as one that lists serve, if they can and it pays."""
+    most = int(longest_row(rest.end))
+    few = most <= _LISTED_SHARE * rest.length and most * rest.length * rest.heads <= _MOST_LISTED
+    as_lists = replace(rest, most_keys=most)
+    return as_lists if few and only_lists(as_lists) else rest
 
 
 def _below(offsets: Tensor, length: int, positions: int) -> Tensor:

@@ -135,14 +135,14 @@ def _choose_by(found: Survey, layout: Layout, listing: bool) -> _Choice:
     if not listing:
         return _Choice(LISTED_NOTHING.value, 0, windows)
     if int(numbers[BY_LIST].sum()) * _LISTING_GAIN < int(numbers[BY_TILE].sum()):
-        row = int(_longest_row(layout.end))
+        row = int(longest_row(layout.end))
         if row <= _LISTING_SHARE * layout.length:
             return _Choice(LISTED_ALL.value, row, False)
     flagged = int(numbers[FLAGGED].sum(-1).max())
     return _Choice(LISTED_FLAGGED.value if flagged else LISTED_NOTHING.value, flagged, windows)
 
 
-def _longest_row(end: Tensor) -> Tensor:
+def longest_row(end: Tensor) -> Tensor:
     """The most keys j <= i < end[j] of any row i."""
     n = end.shape[-1]
     position = torch.arange(n, device=end.device)
