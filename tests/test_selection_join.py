@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from attnsieve import Spans, attend
-from attnsieve.patterns import dense_decode, probed_keys, random_blocks, sink, top_blocks, vertical_slash, window
+from attnsieve.patterns import dense_decode, last_queries, probed_keys, random_blocks, sink, top_blocks, vertical_slash, window
 from attnsieve.selection import blocks, choose, join
 
 N = 150
@@ -47,3 +47,10 @@ def test_random_blocks_beside_choices_without_blocks_are_those_of_every_sequence
         alone = (slice(z, z + 1), slice(None))
         own = attend(q[alone], k[alone], v[alone], choose(row, q[alone], k[alone]), backend=backend)
         torch.testing.assert_close(out[alone], own)
+
+
+def test_a_sequence_that_begins_in_a_later_chunk_keeps_its_random_blocks():
+    row = [random_blocks(1, block=2), last_queries(4, block=4) | window(2)]
+    spans = Spans.of([(0, 0, 3, 0, 9), (1, 2, 1, 8, 1)])
+    layout = choose(row, torch.randn(2, 2, 3, 8), torch.randn(2, 2, 9, 8), spans=spans)
+    assert layout.dense(torch.arange(1), torch.arange(1))[1].all()

@@ -116,14 +116,19 @@ def _join_blocks(static: Static, sequences: int, parts: Sequence[Part]) -> Block
     size = gcd(*(part.chosen.block for part in listing), base.blocks.rows if base.blocks else 0)
     keys = gcd(*(part.chosen.keys for part in listing), base.blocks.keys if base.blocks else 0)
     count, width = -(-base.length // size), -(-base.length // keys)
-    # Rows of blocks before the first query are left open.
-    first = min(part.first_row // part.chosen.block * part.chosen.block for part in listing) // size
+    # Rows of blocks before the first query are left open. A sequence for which no blocks were chosen may have the first one.
+    first = min(_first_row(part) for part in parts) // size
     if len(listing) == 1 and static.table is None and listing[0].chooses_all(sequences, base.heads):
         assert listing[0].chosen.table is not None
         return _listed(listing[0].chosen.table, size, keys, first)
     shape = (sequences, base.heads, count - first, width)
     union = partial(_union, static, listing, shape, (size, keys), first)
     return _listed(TableInParts(shape, min(_at_once(part, shape, size) for part in listing), union), size, keys, first)
+
+
+def _first_row(part: Part) -> int:
+    """The first row that a part speaks of: that of its first query, or of the block that the query lies in."""
+    return part.first_row if part.chosen.table is None else part.first_row // part.chosen.block * part.chosen.block
 
 
 def _for_each(blocks: Blocks | None, sequences: int) -> Blocks | None:
