@@ -17,7 +17,7 @@ import torch
 
 from attnsieve import Layout, Spans, compile_layout
 from attnsieve.backends.call import Call
-from attnsieve.backends.triton import columns, gradients, hopper
+from attnsieve.backends.triton import gradients, hopper, product_columns
 from attnsieve.backends.triton.function import attend
 from attnsieve.patterns import columns as columns_at
 from attnsieve.patterns import diagonals, random_blocks, sink, window
@@ -67,7 +67,7 @@ def instructions(ptx: str) -> str:
 def main() -> None:
     compile_only(lambda name, kernel: f"    {name} {hashlib.md5(instructions(kernel.asm['ptx']).encode()).hexdigest()}")
     # As on a GPU: the interpreter cannot multiply bfloat16, and Gluon's kernels are for Hopper alone.
-    columns.columns_dtype = lambda call: torch.bfloat16
+    product_columns.columns_dtype = lambda call: torch.bfloat16
     hopper._capability, hopper.multiprocessors = (lambda device: (9, 0)), (lambda device: 132)
     for name, made in calls():
         print(name, flush=True)

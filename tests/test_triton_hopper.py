@@ -23,13 +23,13 @@ PROGRAM = """
 import torch
 from attnsieve import Spans
 from attnsieve.backends.call import Call
-from attnsieve.backends.triton import columns, hopper
+from attnsieve.backends.triton import hopper, product_columns
 from attnsieve.backends.triton.forward import forward
 from attnsieve.backends.triton.gradients import key_gradients
 from attnsieve.backends.triton.tuning import forward_tiles
 from attnsieve.layout import Layout
 
-columns.columns_dtype = lambda call: torch.bfloat16
+product_columns.columns_dtype = lambda call: torch.bfloat16
 hopper._capability = lambda device: (9, 0)
 hopper.multiprocessors = lambda device: 2
 n, group, width = 256, {group}, {width}
@@ -39,7 +39,7 @@ layout = Layout(n, torch.full((1, 2, n), n, dtype=torch.int32), most_keys=n)
 k = torch.cat([tensor(2)] * 2, -1)[..., 1 : width + 1] if {odd} else tensor(2)
 call = Call(tensor(2 * group), k, tensor(2), layout, Spans.full(1, n, n, "cpu"), 1.0, bias)
 out, lse = forward(call, forward_tiles(call))
-key_gradients(call, out, columns.row_columns(call, lse, lse))
+key_gradients(call, out, product_columns.row_columns(call, lse, lse))
 """
 
 

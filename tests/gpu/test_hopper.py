@@ -16,7 +16,7 @@ forward = pytest.importorskip("attnsieve.backends.triton.forward", exc_type=Impo
 gradients = pytest.importorskip("attnsieve.backends.triton.gradients", exc_type=ImportError)
 tuning = pytest.importorskip("attnsieve.backends.triton.tuning", exc_type=ImportError)
 Tiles = pytest.importorskip("attnsieve.backends.triton.geometry", exc_type=ImportError).Tiles
-row_columns = pytest.importorskip("attnsieve.backends.triton.columns", exc_type=ImportError).row_columns
+row_columns = pytest.importorskip("attnsieve.backends.triton.product_columns", exc_type=ImportError).row_columns
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnsieve.backends.triton.columns import DELTA_COLUMN, LSE_COLUMN, at_most_0, dot_and_add, indicator
 from attnsieve.backends.triton.common import (
     LOG2E,
     NO_CUT,
@@ -20,6 +19,7 @@ from attnsieve.backends.triton.common import (
     span_of,
     tile_keep,
 )
+from attnsieve.backends.triton.product_columns import DELTA_COLUMN, LSE_COLUMN, at_most_0, dot_and_add, indicator
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _present(p_items, low, high, first, k_len, M: tl.constexpr):
 
 @triton.jit
 def _load_keys(k, v, bias, columns, batch, kv_head, k_start, j, ok, shape: tl.constexpr):
-    """Keys j, their values, and their columns beside the rows', which add bias and LSE to the product (`columns.py`)."""
+    """Keys j, their values, and their columns beside the rows', which add bias and LSE to the product (`product_columns.py`)."""
     k_tile = load_rows(head_base(k, batch, kv_head) + k_start * k.s_row, j, k.s_row, ok, shape.D, shape.DP, True)
     v_tile = load_rows(head_base(v, batch, kv_head) + k_start * v.s_row, j, v.s_row, ok, shape.DV, shape.DVP, True)
     if bias is None:

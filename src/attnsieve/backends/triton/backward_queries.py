@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from attnsieve.backends.triton.bits import tile_keys
-from attnsieve.backends.triton.columns import at_most_0, biased
 from attnsieve.backends.triton.common import (
     LOG2E,
     NO_CUT,
@@ -27,6 +26,7 @@ from attnsieve.backends.triton.common import (
     span_of,
     tile_keep,
 )
+from attnsieve.backends.triton.product_columns import at_most_0, biased
 
 
 @triton.jit

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton import hopper
-from attnsieve.backends.triton.columns import bias_of
 from attnsieve.backends.triton.common import Places, Rows, places_of, rows_of, rows_of_tile, span_of
 from attnsieve.backends.triton.forward_tile import forward_tile
 from attnsieve.backends.triton.geometry import Geometry, Tiles
 from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.outputs import clear_uncovered, new_outputs
+from attnsieve.backends.triton.product_columns import bias_of
 from attnsieve.backends.triton.schedule import Schedule, schedule
 from attnsieve.backends.triton.tuning import SELECTED
 

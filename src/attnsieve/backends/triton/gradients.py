@@ -12,10 +12,10 @@ from attnsieve.backends.call import Call
 from attnsieve.backends.triton import hopper
 from attnsieve.backends.triton.backward_keys import dkv_singles_kernel, dkv_tiles_kernel
 from attnsieve.backends.triton.backward_queries import delta_kernel, dq_kernel
-from attnsieve.backends.triton.columns import bias_columns, row_columns
 from attnsieve.backends.triton.common import Lists, Rows, places_of, rows_of
 from attnsieve.backends.triton.geometry import Geometry, Tiles
 from attnsieve.backends.triton.outputs import clear_uncovered
+from attnsieve.backends.triton.product_columns import bias_columns, row_columns
 from attnsieve.backends.triton.schedule import Schedule, only_lists, schedule, stretches, tiles_by_key
 from attnsieve.backends.triton.tuning import STRETCH_ROWS, key_tiles, query_tiles
 from attnsieve.device import padded

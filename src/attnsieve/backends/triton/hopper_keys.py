@@ -19,11 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnsieve.backends.triton.columns import DELTA_COLUMN as _DELTA
-from attnsieve.backends.triton.columns import LSE_COLUMN as _LSE
 from attnsieve.backends.triton.common import LOG2E as _LOG2E
 from attnsieve.backends.triton.common import head_base, span_of
 from attnsieve.backends.triton.geometry import Tiles
+from attnsieve.backends.triton.product_columns import DELTA_COLUMN as _DELTA
+from attnsieve.backends.triton.product_columns import LSE_COLUMN as _LSE
 
 LOG2E = gl.constexpr(_LOG2E.value)
 LSE_COLUMN = gl.constexpr(_LSE.value)
@@ -89,7 +89,7 @@ def _listed(p_list, chunk, count, k_len, N: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _indicator(FIRST: gl.constexpr, SIZE: gl.constexpr, DTYPE: gl.constexpr, layout: gl.constexpr):
-    """`columns.indicator`."""
+    """`product_columns.indicator`."""
     column = gl.arange(0, 16, layout=gl.SliceLayout(0, layout))
     row = gl.where((column >= FIRST) & (column < FIRST + 3), 1.0, 0.0)
     return (gl.zeros([SIZE, 16], gl.float32, layout) + row[None, :]).to(DTYPE)
@@ -202,7 +202,7 @@ def dkv_hopper(
             s = gl.where((j[:, None] <= i[None, :]) & (i[None, :] < end[:, None]), s, -float("inf"))
         less = s * scale2
         if bias is not None:
-            less = gl.minimum(less, 0.0, propagate_nan=tl.PropagateNan.ALL)  # see `columns.at_most_0`
+            less = gl.minimum(less, 0.0, propagate_nan=tl.PropagateNan.ALL)  # see `product_columns.at_most_0`
         weights = gl.exp2(less)
         dv = warpgroup_mma(gl.convert_layout(weights.to(DTYPE), left), d_tile, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
