@@ -21,11 +21,12 @@ def interpret_without_gpu() -> bool:
 
 
 def mend() -> None:
-    """Mend Triton 3.6's interpreter.
+    """Mend the interpreter of Triton 3.6 to 3.9.
 
     Loop bounds are arrays of one element, which NumPy 2.4 no longer takes for integers; bfloat16 is rounded towards zero and its
-    products multiply bits; the minimum of NaN and a number is NaN, on a GPU it is the number. And the language is patched anew at
-    every call of a function, a third of the time: once is enough.
+    products multiply bits; the minimum of NaN and a number is NaN, on a GPU it is the number; a comparison of scalars, spread over
+    a block, becomes integers, which loads of Triton 3.9 do not take for a mask. And the language is patched anew at every call of a
+    function, a third of the time: once is enough.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -51,10 +52,14 @@ def mend() -> None:
         bits = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.uint16)
         return interpreter.TensorHandle(bits.numpy(), tl.bfloat16)
 
+    def splat(self, block, scalar):
+        kind = block.scalar
+        return interpreter.TensorHandle(np.full(block.shape, scalar.data, interpreter._get_np_dtype(kind)), kind)
+
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     interpreter._patch_lang = patch_once
-    builder.create_dot, builder.cast_impl = dot_of_floats, cast_to_nearest
+    builder.create_dot, builder.cast_impl, builder.create_splat = dot_of_floats, cast_to_nearest, splat
 
 
 INTERPRETED = interpret_without_gpu()

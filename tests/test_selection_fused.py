@@ -53,7 +53,7 @@ def test_chooses_what_plain_torch_chooses(pattern, on_chip):
     check(pattern, *random_qk(1, 6, 2, 130, width=24), on_chip)
 
 
-@pytest.mark.parametrize("pattern", map(shared, PROBES), ids=str)
+@pytest.mark.parametrize("pattern", [*map(shared, PROBES)], ids=str)
 def test_groups_of_seven_choose_together_in_a_chunk(pattern, on_chip):
     q, k = random_qk(1, 7, 1, 80, width=16)
     check(pattern, q[:, :, 35:], k, on_chip)

@@ -28,7 +28,7 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     if not bool(torch.isfinite(value).all()):
         return float("inf")
     scale = exact.double().norm().clamp_min(torch.finfo(torch.float64).tiny)
-    return float((value.double() - exact.double()).norm() / scale)
+    return float(((value.double() - exact.double()).norm() / scale).detach())
 
 
 def in_float64(call: Call) -> Call:
