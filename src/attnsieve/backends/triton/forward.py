@@ -14,7 +14,7 @@ from attnsieve.backends.call import Call
 from attnsieve.backends.triton import hopper
 from attnsieve.backends.triton.common import Places, Rows, places_of, rows_of, rows_of_tile, span_of
 from attnsieve.backends.triton.forward_tile import forward_tile
-from attnsieve.backends.triton.geometry import Geometry, Tiles
+from attnsieve.backends.triton.geometry import Geometry, Tiles, rounding
 from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.outputs import clear_uncovered, new_outputs
 from attnsieve.backends.triton.product_columns import bias_of
@@ -84,7 +84,7 @@ class Prefill:
     def __init__(self, call: Call, tiles: Tiles) -> None:
         geometry = Geometry(call, tiles)
         built = schedule(call.layout, geometry.positions, tiles.keys)
-        shape, options = geometry.shape(built), geometry.options()
+        shape, options = geometry.shape(built), geometry.options() | rounding(call)
         self._programs = hopper.programs(geometry) if _is_for_hopper(geometry, built) else 0
         if self._programs:
             # Gluon is there with the Triton that it was written for alone.

@@ -110,12 +110,13 @@ class Geometry:
 
     def options(self) -> dict[str, Any]:
         """How to compile."""
-        return {"num_warps": self.tiles.warps, "maxnreg": self.tiles.registers, **rounding(self.call)}
+        return {"num_warps": self.tiles.warps, "maxnreg": self.tiles.registers}
 
 
 def rounding(call: Call) -> dict[str, bool]:
     """How to compile kernels that subtract a row's greatest score, rounded, from scores. A bias can make those so large that a product
-    which is not rounded before the subtraction is off by more than exponentials hold: outputs of 0, NaN, or other keys' values."""
+    which is not rounded before the subtraction is off by more than exponentials hold: outputs of 0, NaN, or other keys' values.
+    Gradients bound their weights instead (`product_columns.at_most_0`)."""
     return {} if call.key_bias is None else {"enable_fp_fusion": False}
 
 
