@@ -6,6 +6,7 @@ from string import ascii_lowercase
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import MistralConfig, MistralForCausalLM
 
 from attnsieve import UserError
@@ -29,6 +30,19 @@ def test_bos_is_added_once():
     assert encode(with_bos, "ab")[0] == with_bos.bos_token_id
     assert encode(with_bos, "<s>ab") == encode(with_bos, "ab")
     assert encode(with_bos, "") == [with_bos.bos_token_id]
+
+
+def test_special_tokens_before_a_text_are_added_and_those_behind_it_are_not():
+    # GLM's tokenizers put two tokens before a text, others an EOS behind it.
+    tokens, plain = tokenizer(), encode(tokenizer(), "ab")
+    tokens.add_special_tokens({"additional_special_tokens": ["[gMASK]", "<sop>"]})
+    special = [(token, tokens.convert_tokens_to_ids(token)) for token in ("[gMASK]", "<sop>", "<s>", "</s>")]
+    for before, behind in ((["[gMASK]", "<sop>"], ""), (["<s>"], "</s>"), ([], "</s>")):
+        template = f"{' '.join(before)} $A {behind}".strip()
+        tokens.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+        start = tokens.convert_tokens_to_ids(before)
+        assert encode(tokens, "ab") == encode(tokens, "".join(before) + "ab") == start + plain
+        assert encode(tokens, "") == start
 
 
 def test_what_the_tokenizer_joins_belongs_to_the_answer():

@@ -11,9 +11,11 @@ from attnsieve.errors import require
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of `text`, with the tokenizer's BOS first where it adds one by itself and the text does not begin with it."""
+    """Token ids of `text`, with the special tokens first that the tokenizer puts there by itself (most often BOS), unless the text
+    begins with them. What it puts behind a text is left out: after an EOS nothing would be left to say."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return ids if tokenizer.bos_token and text.startswith(tokenizer.bos_token) else _bos(tokenizer) + ids
+    start = _start(tokenizer)
+    return ids if ids[: len(start)] == start else start + ids
 
 
 # The same prompts are scored under every plan: some cells' questions, half a gigabyte where they have 8K tokens each.
@@ -87,6 +89,8 @@ class Budget:
                 units = min(units, too_many - 1)
 
 
-def _bos(tokenizer: Any) -> list[int]:
-    added: list[int] = tokenizer("").input_ids[:1]
-    return added if added == [tokenizer.bos_token_id] else []
+def _start(tokenizer: Any) -> list[int]:
+    # Found around a letter: of an empty text nothing tells what comes before it from what comes behind.
+    whole: list[int] = tokenizer("a").input_ids
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    return whole[: next(place for place in range(len(whole) + 1) if whole[place : place + len(bare)] == bare)]
