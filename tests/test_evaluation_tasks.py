@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from random import Random
 
 import pytest
 
@@ -14,7 +15,7 @@ from attnsieve.evaluation.tasks import aligned as aligned_module
 from attnsieve.evaluation.tasks.aligned import aligned
 from attnsieve.evaluation.tasks.language import buckets
 from attnsieve.evaluation.tasks.longeval import topics
-from attnsieve.evaluation.tasks.needle import VARIANTS, needle_task
+from attnsieve.evaluation.tasks.needle import VARIANTS, _item, needle_task
 from attnsieve.evaluation.text import TextSource
 from attnsieve.evaluation.tokens import encode
 from attnsieve.hf import apply, fingerprint
@@ -174,6 +175,14 @@ def test_several_needles_share_the_question():
     generation = made("needle-multiquery").generation
     assert generation.score(f"They are {item.queries[0].answers[2]}.", item.queries[0]) == 0.25
     assert (generation.metric, generation.max_new_tokens) == ("string_match", 128)
+
+
+def test_no_other_needle_has_the_key_that_is_asked_for():
+    # Of 400 documents with 400 lines, six had one where the lines' keys were drawn without looking at the hidden one.
+    for seed in range(400):
+        prompt = _item(VARIANTS["needle-multikey-2"], lambda _: [], Random(seed), 400).queries[0].prompt
+        key = re.search(r"What is the special magic number for (\S+) mentioned", prompt)[1]
+        assert prompt.count(f" for {key} is: ") == 1
 
 
 def test_needle_values_are_forced_after_the_space():

@@ -1,7 +1,9 @@
 """RULER's needles in a haystack (arXiv 2404.06654), its wording and metric, eight variants.
 
-Differences from the official data: the words are ours, an essay starts at a random sentence, and the variants with a single
-answer are measured teacher-forced as well.
+Differences from the official data: the words are ours and no key occurs twice; an essay starts at a random word, is cut into
+sentences by their marks instead of by a trained model, and its needles stand at fortieths of it instead of at those rounded to
+percents; the length is filled to the last word or line, the answer included. Prompts take no chat template (RULER's "base"). The
+variants with a single answer are measured teacher-forced as well.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ def _item(needles: Needles, words: Callable[[int], list[str]], random: Random, u
     if needles.haystack == "essay":
         context = _in_essay(random, words(units.bit_length()), units, sentences)
     else:
-        context = _in_lines(random, needles, units, sentences)
+        context = _in_lines(random, needles, units, sentences, keys)
     asked = random.sample(keys, needles.asked)
     answers = tuple(value for key in asked for value in hidden[key])
     query = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
@@ -100,12 +102,14 @@ def _in_essay(random: Random, words: list[str], units: int, needles: list[str]) 
     return " ".join(sentences)
 
 
-def _in_lines(random: Random, needles: Needles, units: int, hidden: list[str]) -> str:
+def _in_lines(random: Random, needles: Needles, units: int, hidden: list[str], hidden_keys: list[str]) -> str:
     """`units` lines of the noise sentence, or of needles that nobody asks for, with the hidden ones among them."""
     lines = [GRASS] * units
     if needles.haystack == "needle":
-        keys, values = (_some(random, kind, units) for kind in (needles.key_kind, needles.value_kind))
-        lines = [NEEDLE.format(kind=needles.value_kind, key=key, value=value) for key, value in zip(keys, values, strict=True)]
+        others = zip(*(_some(random, kind, units) for kind in (needles.key_kind, needles.value_kind)), strict=True)
+        # A second needle with a hidden key would be a second right answer.
+        fair = ((key, value) for key, value in others if key not in hidden_keys)
+        lines = [NEEDLE.format(kind=needles.value_kind, key=key, value=value) for key, value in fair]
     for place, line in zip(sorted(random.sample(range(units), len(hidden)), reverse=True), hidden, strict=True):
         lines.insert(place, line)
     return "\n".join(lines)
