@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from attnsieve import Plan, UserError
 from attnsieve.evaluation import evaluate, make_task
 from attnsieve.evaluation.tasks import lm_eval_task
-from attnsieve.evaluation.tasks.lm_eval_task import _needed, measures, seeded
+from attnsieve.evaluation.tasks.lm_eval_task import _needed, folder_digest, measures, seeded
 from attnsieve.evaluation.tokens import encode
 from attnsieve.hf import fingerprint
 from tests.evaluation_tiny import model, tokenizer
@@ -56,7 +56,7 @@ def documents(**_):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / ".cache"))
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"q": f"abc {n}"}) for n in range(5)))
     (tmp_path / "tiny.yaml").write_text(TASK.replace("DATA", str(data)))
@@ -75,6 +75,30 @@ def test_a_task_of_our_own_runs_paired(folder):
     assert task.ids(tokenizer(), item) == encode(tokenizer(), f"abc {item.place}")
     with pytest.raises(UserError, match="5 documents"):
         task.items(tokenizer(), 64, 6, 0)
+
+
+def test_rows_of_another_folder_are_not_taken_for_those_of_this_one(folder, tmp_path):
+    out = tmp_path / ".rows.jsonl"
+
+    def run():
+        task = make_task("lm-eval:tiny_choice", data=folder)
+        return evaluate(model(), tokenizer(), {}, [task], [64], 2, out=out, progress=False)[0].variant
+
+    first = run()
+    assert len(first) == 8
+    (folder / "__pycache__").mkdir(exist_ok=True)
+    (folder / "__pycache__" / "drawn.pyc").write_bytes(b"compiled")
+    assert run() == first
+    assert len(out.read_text().splitlines()) == 1
+    # lm-eval's included files often have no suffix.
+    for name in ("data.jsonl", "tiny.yaml", "_tiny_yaml"):
+        before = folder_digest(folder)
+        with (folder / name).open("a") as file:
+            file.write("\n")
+        assert folder_digest(folder) != before
+    assert run() != first
+    assert len(out.read_text().splitlines()) == 2
+    assert make_task("lm-eval:tiny_choice").variant == ""
 
 
 def test_unknown_tasks_are_refused(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 
 from attnsieve.errors import UserError, require
 from attnsieve.evaluation.tasks.base import Task
+from attnsieve.evaluation.tasks.records import content_digest
 from attnsieve.evaluation.tokens import encode
 from attnsieve.hf import longest_text
 
@@ -36,13 +38,17 @@ class LmEvalTask(Task):
 
     Tasks that make their own texts (RULER) make them of the evaluated length, with the tokenizer that the model's name stands
     for; the others ignore the length, and texts beyond the model's positions are refused. Metrics that lm-eval only knows over a
-    whole corpus are left out.
+    whole corpus are left out. Prompts and scores are lm-eval's: those of its longbench_* differ in places from the official ones,
+    which "longbench:SET" has.
+
+    folder: tasks of your own. Rows carry a digest of all its files, so keep the rows elsewhere; records outside it are not noticed.
     """
 
     def __init__(self, name: str, folder: str | Path | None = None) -> None:
         require(find_spec("lm_eval") is not None, 'tasks of lm-eval need it; run: pip install "attnsieve[eval]"')
         self.name, self._task_name, self._folder = f"lm-eval:{name}", name, folder
         self._built: dict[int, Any] = {}
+        self.variant = "" if folder is None else folder_digest(Path(folder))
 
     def items(self, tokenizer: Any, length: int, count: int, seed: int) -> list[Document]:
         """See `Task.items`."""
@@ -104,6 +110,14 @@ class LmEvalTask(Task):
                     "check the name, the network, and the folder of your own tasks"
                 ) from error
         return self._built[length]
+
+
+def folder_digest(folder: Path) -> str:
+    """8 hex digits of the names and contents of a folder's files, hidden and compiled ones aside."""
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    seen = [name for name in names if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)]
+    listing = "".join(f"{name.as_posix()} {content_digest(folder / name)}\n" for name in seen)
+    return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()[:8]
 
 
 @contextmanager
