@@ -61,7 +61,11 @@ def f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
 
 def rouge_l(prediction: str, answer: str) -> float:
     """ROUGE-L F of the Python package `rouge` 1.0.1: sentences end at full stops, longest common subsequences are joined over
-    sentences, and words count once. 0 where either side is empty."""
+    sentences, and words count once. 0 where either side is empty.
+
+    The package looks for subsequences by recursion, and where two sentences have some 990 words together, Python's limit ends it:
+    the official scripts then count 0. Here the score is the one that the package gives without that limit.
+    """
     predicted, wanted = _sentences(prediction), _sentences(answer)
     if not predicted or not wanted:
         return 0.0
@@ -89,7 +93,8 @@ def number_share(prediction: str, answer: str) -> float:
 
 
 def code_similarity(prediction: str, answer: str) -> float:
-    """LongBench: difflib's ratio, in whole percent, of the first line that is neither comment nor fence."""
+    """LongBench: difflib's ratio, in whole percent, of the first line that is neither comment nor fence. (Where python-Levenshtein
+    is installed, which LongBench does not ask for, fuzzywuzzy and so the official script take another ratio.)"""
     lines = prediction.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
     return round(100 * difflib.SequenceMatcher(None, line, answer).ratio()) / 100

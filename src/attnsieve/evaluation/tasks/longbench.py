@@ -44,7 +44,9 @@ class Set(NamedTuple):
 def longbench_task(name: str, source: str | Path = HUB) -> RecordTask:
     """The task "longbench:SET", such as "longbench:hotpotqa", from a folder of JSON lines or the hub.
 
-    Prompts beyond the evaluated length lose their middle. Raises UserError for an unknown set.
+    Prompts beyond the evaluated length lose their middle. Differences from the official script: the chat template is the
+    tokenizer's, its system prompt included, where the script has one for each of the models it names; on samsum the model's own
+    EOS tokens end an answer, where the script knows the tokenizer's alone. Raises UserError for an unknown set.
     """
     require(name in SETS, f"no LongBench set {name!r}; expected one of {', '.join(SETS)}")
     chosen = SETS[name]

@@ -1,4 +1,9 @@
-"""LongEval's lines and topics (LongChat, 2023): the official prompts and scoring, and a variant with an answer prefix."""
+"""LongEval's lines and topics (LongChat, 2023): the official prompts and scoring, and a variant with an answer prefix.
+
+Prompts are those of the official generator. The published test cases differ from it: up to 680 lines they end in a space, and up to
+25 topics they ask for "the first topic", not "topic(s)". Ours are drawn anew, as many lines or topics as fill the length, with the
+tokenizer's chat template instead of one for each model, and answered greedily.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,10 @@ COMMON_CHINESE = frozenset(_COMMON_CHINESE.split())
 
 
 def recalled_f1(prediction: Sequence[str], answer: Sequence[str], keywords: Sequence[str], common: frozenset[str]) -> float:
-    """F1 if enough keywords are in the prediction, else 0. Common words are no hits, yet they count among the keywords."""
+    """F1 if enough keywords are in the prediction, else 0. Common words are no hits, yet they count among the keywords.
+
+    0 where keywords hold no word, only marks or articles; the official scorer divides by zero there.
+    """
     least = LEAST_RECALL_ENGLISH if common is COMMON_ENGLISH else LEAST_RECALL_CHINESE
     hits = Counter(prediction) & Counter(keywords)
     recalled = sum(count for word, count in hits.items() if word not in common)
@@ -119,8 +122,8 @@ SETS: dict[str, tuple[str, str, Callable[[str, Query], float], int]] = {
 def lv_eval_task(name: str, source: str | Path = HUB) -> RecordTask:
     """The task "lv-eval:SET_LEVEL", such as "lv-eval:cmrc_mixup_16k", from a folder of JSON lines or the hub.
 
-    Levels count words (characters in Chinese); prompts beyond the evaluated length lose their middle. Raises UserError for an
-    unknown set or level.
+    Levels count words (characters in Chinese); prompts beyond the evaluated length lose their middle. The chat template is the
+    tokenizer's, as in `longbench_task`. Raises UserError for an unknown set or level.
     """
     subset, _, level = name.rpartition("_")
     require(

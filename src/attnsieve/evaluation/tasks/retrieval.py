@@ -22,7 +22,8 @@ def key_value(queries: int = QUERIES) -> QuestionTask:
 
 
 def passkey() -> QuestionTask:
-    """`passkey`: five digits at a random depth of a repeated sentence (Mohtashami and Jaggi, arXiv 2305.16300)."""
+    """`passkey`: five digits at a random depth of a repeated sentence (after Mohtashami and Jaggi, arXiv 2305.16300; theirs has
+    one to five digits, text cut at characters instead of whole lines, "memorize them", and the space after "is" left to the model)."""
     return QuestionTask("passkey", _passkey)
 
 
