@@ -24,7 +24,12 @@ def evaluate(
     tasks: Annotated[
         str, typer.Option(help="kv, passkey, needle-single-2, perplexity, fidelity, longeval-lines, longbench:SET and others.")
     ] = "kv,fidelity",
-    lengths: Annotated[str, typer.Option(help="Lengths of the items in tokens, such as 1024,4K.")] = "1024",
+    lengths: Annotated[
+        str,
+        typer.Option(
+            help="Lengths of the items in tokens, such as 1024,4K. Beyond it prompts of LongBench and LV-Eval lose their middle."
+        ),
+    ] = "1024",
     items: Annotated[int, typer.Option(help="Items of every task and length.", min=1)] = 8,
     text: Annotated[
         str | None,
