@@ -119,6 +119,7 @@ def test_bad_input_is_a_sentence(text, tmp_path):
         (["--set", "hiden_size=3"], "no field 'hiden_size'"),
         (["--set", "hidden_size=many"], "the kind of 1024"),
         (["--set", "vocab_size=10"], "tokens, the model is to have 10"),
+        (["--set", "pad_token_id=99999"], "pad_token_id must be one of the"),
         (["--set", "sinks=1", "--set", "sinks=2"], "sinks was given twice"),
         (["--set", "head_dim=none", "--set", "num_key_value_heads=many"], "cannot be configured"),
         (["--tokenizer", tmp_path / "nowhere"], "no tokenizer"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 from attnsieve.errors import require
@@ -38,9 +40,12 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
     "mla_kv_rank",
+    "mla_rope_width",
     "nsa_block",
     "nsa_stride",
     "nsa_selected_block",
+    "nsa_selected",
+    "nsa_window",
 )
 ATTENTIONS = ("dma", "mha", "mqa", "gqa", "swa", "mla", "nsa")
 
@@ -55,7 +60,7 @@ class DmaConfig(PreTrainedConfig):
     tokens and blocks, as in arXiv 2502.11089). "mha" and "mqa" fix `num_key_value_heads`. qk_norm: RMSNorm of q and k per
     head. attention_backend: see `attnsieve.attend`.
 
-    Raises UserError for sizes below 1 and for combinations that no layer could honour.
+    Raises UserError for sizes below 1, rates and tokens that do not exist, and combinations that no layer could honour.
     """
 
     model_type = "dma"
@@ -108,6 +113,9 @@ class DmaConfig(PreTrainedConfig):
         self._fix_heads()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        self._check_rotary()
+        self._check_rates()
+        self._check_tokens()
         require(
             not self.is_moe,
             "is_moe is not supported: the router of Doge's mixture of experts mixes tokens in a full pass, which leaks the "
@@ -147,6 +155,33 @@ class DmaConfig(PreTrainedConfig):
         for name in _SIZES:
             size = getattr(self, name)
             require(size is None or size >= 1, f"{name} must be at least 1, got {size}")
+        require(self.mla_q_rank >= 0, f"mla_q_rank must be at least 0, got {self.mla_q_rank}")
+
+    def _check_rotary(self) -> None:
+        name = "mla_rope_width" if self.attention == "mla" else "head_dim"
+        width = getattr(self, name)
+        require(width % 2 == 0, f"{name} must be even, since RoPE turns pairs of channels, got {width}")
+        good = self.rope_parameters is None or isinstance(self.rope_parameters, dict)
+        require(
+            good, f'rope_parameters must be names and values such as {{"rope_theta": 10000.0}}, got {self.rope_parameters!r}'
+        )
+
+    def _check_rates(self) -> None:
+        require(
+            self.hidden_act in ACT2FN, f"transformers has no activation {self.hidden_act!r} (hidden_act): give one such as silu"
+        )
+        require(0 <= self.hidden_dropout <= 1, f"hidden_dropout must be from 0 to 1, got {self.hidden_dropout}")
+        spread = self.initializer_range
+        require(0 <= spread < math.inf, f"initializer_range must be a number from 0, got {spread}")
+
+    def _check_tokens(self) -> None:
+        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        for name, ids in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", eos), ("pad_token_id", [self.pad_token_id])):
+            require(all(token is None or type(token) is int for token in ids), f"{name} must be a whole number, got {ids[0]!r}")
+        pad, tokens = self.pad_token_id, self.vocab_size
+        require(
+            pad is None or -tokens <= pad < tokens, f"pad_token_id must be one of the {tokens} tokens (vocab_size), got {pad}"
+        )
 
     def _fix_heads(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
