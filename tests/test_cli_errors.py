@@ -149,6 +149,14 @@ def test_read_only_places_are_refused_before_the_work(work, monkeypatch):
     assert "is read-only" in refused("eval", work / "model", "--pattern", "dense()", "--out", rows)
 
 
+def test_places_inside_files_are_refused_before_the_work(work):
+    text = work / "text.txt"
+    for arguments in (["fit", "nothing", "--out"], ["profile", "nothing", "--data", "synthetic", "--out"]):
+        assert refused(*arguments, text / "new/folder").endswith(f"cannot write to {text}/new/folder: {text} is a file")
+    rows = text / "rows.jsonl"
+    assert refused("eval", "nothing", "--pattern", "dense()", "--out", rows).endswith(f"{rows}: {text} is a file")
+
+
 def test_a_model_that_computes_nan_is_refused(work):
     broken = LlamaForCausalLM.from_pretrained(work / "model")
     broken.model.layers[1].self_attn.q_proj.weight.data[0, 0] = float("nan")

@@ -95,7 +95,7 @@ def plan_for(chosen: Plan | Pattern, model: Fingerprint) -> Plan:
 def new_folder(path: Path, kind: type[Artefact] | None = None) -> Path:
     """`path`, if a directory can be there, and an artefact of that kind saved in it."""
     require(not path.exists() or path.is_dir(), f"{path} is a file: give a directory with --out")
-    _refuse_read_only(path)
+    _check_place(path)
     if kind is not None:
         kind.check_target(path)
     return path
@@ -105,11 +105,12 @@ def rows_file(path: Path | None) -> Path | None:
     """`path`, if rows can be written there."""
     require(path is None or path.suffix == ".jsonl", f"rows are written to a .jsonl file, got {str(path)!r}")
     if path is not None:
-        _refuse_read_only(path)
+        _check_place(path)
     return path
 
 
-def _refuse_read_only(path: Path) -> None:
+def _check_place(path: Path) -> None:
     """Raise UserError where nothing can be written at `path`: before hours of work, not after."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    require(there == path or there.is_dir(), f"cannot write to {path}: {there} is a file")
     require(os.access(there, os.W_OK), f"cannot write to {path}: {there} is read-only")
