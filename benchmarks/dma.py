@@ -221,7 +221,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget-ms", type=float, default=100.0, help="how long one measurement is repeated")
     parser.add_argument("--lengths", type=several(int), default=[], help="instead of all, as 4096,32768")
     parser.add_argument("--budgets", type=several(int), default=[], help="w, instead of all")
-    parser.add_argument("--baselines", default="cudnn,flash,fa4", help="those that are missing are skipped; may be none")
+    parser.add_argument(
+        "--baselines",
+        default="fa4,cudnn,flash",
+        help="the first alone beyond 32K; those that are missing are skipped; may be none",
+    )
     parser.add_argument("--windows-by", default="triton,fa4", help="kernels of windows; flex takes seconds to compile")
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
     parser.add_argument("--device", default="cuda")
