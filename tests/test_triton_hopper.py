@@ -101,3 +101,8 @@ def test_rows_must_begin_where_they_can_be_copied(view):
 
 def test_it_leaves_key_tiles_to_triton(monkeypatch):
     assert not _serves(monkeypatch, compile_layout([sink(2) | diagonals(0, 30)] * 2, length=64))
+
+
+def test_it_leaves_all_calls_to_other_versions_of_triton(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.9.0")
+    assert not _serves(monkeypatch, _listed())

@@ -100,3 +100,13 @@ names = ["append_kernel", "attend_kernel", "combine_kernel"]
 assert ways[0] == ways[1] == [("triton", name) for name in names]
 assert ways[2] == [("code", name) for name in names]
 """)
+
+
+@pytest.mark.parametrize("version", ["3.7.1", "3.9.0", "4.0.0"])
+def test_other_versions_launch_themselves(version):
+    run(f"""
+import triton
+triton.__version__ = {version!r}
+again, inputs, whole = repeated(1), tensors(1), Spans.full(1, 1, 256)
+assert {{launch[0] for _ in range(4) for launch in launched(again, *inputs, whole)[0]}} == {{"triton"}}
+""")
