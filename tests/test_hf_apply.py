@@ -386,6 +386,14 @@ def test_masks_of_the_caller_stay_dense_by_name(named, mask):
         logits(model, ids, attention_mask=mask)
 
 
+def test_a_mask_of_the_models_own_is_named_once_however_many_steps_there_are(caplog):
+    model, ids = built(tr.DogeConfig(**SIZES, **GQA)), tokens(1, 5)
+    with apply(model, sparse(model)) as handle:
+        model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert [*handle.report().unplanned.values()] == [2 * 6]
+    assert len(caplog.records) == 2
+
+
 def test_a_causal_mask_of_the_caller_is_followed():
     model = tiny()
     plan = mixed_plan(model)

@@ -88,12 +88,20 @@ def _of_mask(layer: int, call: LayerCall, memo: SpanMemo, window: int | None) ->
     else:
         used, expected = k_slots, (batch, 1, q_slots, k_slots)
         if mask.dtype != torch.bool or tuple(mask.shape) != expected:
-            return f"the caller's own mask, {mask.dtype} {tuple(mask.shape)}, is not a bool mask {expected}"
+            return _why_not_ours(mask)
         given = mask
         if window is not None:
             return _place_within(memo.get(layer, mask, window, lambda: spans_within(given, window)), mask, q_slots)
         spans = memo.get(layer, mask, None, lambda: spans_of_mask(given))
     return spans if isinstance(spans, str) else Place(spans, used, _phase(q_slots, mask))
+
+
+def _why_not_ours(mask: Tensor) -> str:
+    """Without lengths, which differ in every step: reasons are counted, and warned of once."""
+    if mask.dtype != torch.bool:
+        return f"the caller's own mask is {mask.dtype}, not bool"
+    per_head = mask.ndim == 4 and mask.shape[1] > 1
+    return f"the caller's own mask {'differs between heads' if per_head else 'has not the size of this call'}"
 
 
 def _place_within(found: Within | str, mask: Tensor, q_slots: int) -> Place | str:
