@@ -75,17 +75,64 @@ def _add(low, high, weight, p_v, at, ok, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _edge_pair(
-    q_low, q_high, p_k, p_bias, s_bias, p_end, i, last, distance, D: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr
-):
-    """Of rows i, some of which a distance leads to before the text: where their keys' rows are, whether they keep them, products."""
+def _edge_pair(rows, keys, distance, D: tl.constexpr):
+    """Of rows some of which a distance leads to before the text: where their keys' rows are, whether they keep them, products."""
+    q_low, q_high, i, last = rows
+    p_k, _, p_bias, s_bias, p_end = keys
     j = tl.maximum(i - distance, 0)
     keep = (i >= distance) & (tl.load(p_end + j) <= last)
     at = j[:, None] * D + tl.arange(0, _PART)[None, :]
-    s = _dot(q_low, q_high, p_k, at, PARTS)
-    if BIAS:
+    s = _dot(q_low, q_high, p_k, at, D // _PART)
+    if p_bias is not None:
         s += tl.load(p_bias + j * s_bias)
     return at, keep, s
+
+
+@triton.jit
+def _add_relative(low, high, total, base, rows, keys, p_offset, inside, count, scale, D: tl.constexpr):
+    """Sums low and high [R, 64] and total [R] with weights relative to base [R] of a head's first `count` diagonals, of which `inside`
+    lead no row to before the text. rows: queries [R, 64] in two parts, positions, and the greatest end of keys that rows keep by
+    their distance alone; keys: addresses of K, V, the bias with its stride, and ends."""
+    PARTS: tl.constexpr = D // _PART
+    q_low, q_high, i, last = rows
+    p_k, p_v, p_bias, s_bias, p_end = keys
+    at = i[:, None] * D + tl.arange(0, _PART)[None, :]
+    p_row_end = p_end + i
+    distance = tl.load(p_offset)
+    for x in tl.range(0, inside, num_stages=1):
+        back = distance * D
+        keep = tl.load(p_row_end - distance) <= last
+        s = _dot(q_low, q_high, p_k - back, at, PARTS)
+        if p_bias is not None:
+            s += tl.load(p_bias + (i - distance) * s_bias)
+        weight = tl.where(keep, tl.exp2(s * scale - base), 0.0)
+        low, high = _add(low, high, weight, p_v - back, at, None, PARTS)
+        total += weight
+        distance = tl.load(p_offset + x + 1)
+    for x in tl.range(inside, count, num_stages=1):
+        edge, keep, s = _edge_pair(rows, keys, distance, D)
+        weight = tl.where(keep, tl.exp2(s * scale - base), 0.0)
+        low, high = _add(low, high, weight, p_v, edge, keep[:, None], PARTS)
+        total += weight
+        distance = tl.load(p_offset + x + 1)
+    return low, high, total
+
+
+@triton.jit
+def _add_online(low, high, total, peak, rows, keys, p_offset, count, scale, D: tl.constexpr):
+    """`_add_relative` by an online softmax from peak [R] on; reads no value of a key that a row does not keep."""
+    distance = tl.load(p_offset)
+    for x in tl.range(0, count, num_stages=1):
+        edge, keep, s = _edge_pair(rows, keys, distance, D)
+        s = tl.where(keep, s * scale, -float("inf"))
+        new_peak = tl.maximum(peak, s)
+        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        weight, fade = tl.exp2(s - base), tl.exp2(peak - base)
+        low, high = _add(low * fade[:, None], high * fade[:, None], weight, keys[1], edge, keep[:, None], D // _PART)
+        total = total * fade + weight
+        peak = new_peak
+        distance = tl.load(p_offset + x + 1)
+    return low, high, total, tl.where(peak == -float("inf"), 0.0, peak)
 
 
 @triton.jit
@@ -154,51 +201,23 @@ def diagonals_kernel(
     total = tl.where(empty, 0.0, 1.0)
     p_k = head_base(k, batch, kv_head) + k_start * k.s_row
     p_v = head_base(v, batch, kv_head) + k_start * v.s_row
-    p_bias, s_bias = p_part_lse, 0
+    p_bias, s_bias = None, 0
     if bias is not None:
         p_bias = head_base(bias, batch, kv_head) + k_start * bias.s_row
         s_bias = bias.s_row
     # A row keeps a key by its distance alone where the rest does not keep it by `end`, so where that is at most the row; rows of a
     # corner follow the corner.
-    p_end = p_ends + h * n
     last = i
     if p_corner_rows is not None:
         last = tl.where(i >= tl.load(p_corner_rows + h), i, _NEVER)
-    scale2 = scale * LOG2E
+    rows, keys = (q_low, q_high, i, last), (p_k, p_v, p_bias, s_bias, p_ends + h * n)
     p_offset = p_offsets + h * room
     count = tl.load(p_below + (H + h) * tiles + t)
-    distance = tl.load(p_offset)
     if AGAIN:
-        for x in tl.range(0, count, num_stages=1):
-            edge, keep, s = _edge_pair(q_low, q_high, p_k, p_bias, s_bias, p_end, i, last, distance, D, PARTS, bias is not None)
-            s = tl.where(keep, s * scale2, -float("inf"))
-            new_peak = tl.maximum(peak, s)
-            base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-            weight, fade = tl.exp2(s - base), tl.exp2(peak - base)
-            low, high = _add(low * fade[:, None], high * fade[:, None], weight, p_v, edge, keep[:, None], PARTS)
-            total = total * fade + weight
-            peak = new_peak
-            distance = tl.load(p_offset + x + 1)
+        low, high, total, base = _add_online(low, high, total, peak, rows, keys, p_offset, count, scale * LOG2E, D)
     else:
         inside = tl.load(p_below + h * tiles + t)
-        at = i[:, None] * D + o_d[None, :]
-        p_row_end = p_end + i
-        for x in tl.range(0, inside, num_stages=1):
-            back = distance * D
-            keep = tl.load(p_row_end - distance) <= last
-            s = _dot(q_low, q_high, p_k - back, at, PARTS)
-            if bias is not None:
-                s += tl.load(p_bias + (i - distance) * s_bias)
-            weight = tl.where(keep, tl.exp2(s * scale2 - base), 0.0)
-            low, high = _add(low, high, weight, p_v - back, at, None, PARTS)
-            total += weight
-            distance = tl.load(p_offset + x + 1)
-        for x in tl.range(inside, count, num_stages=1):
-            edge, keep, s = _edge_pair(q_low, q_high, p_k, p_bias, s_bias, p_end, i, last, distance, D, PARTS, bias is not None)
-            weight = tl.where(keep, tl.exp2(s * scale2 - base), 0.0)
-            low, high = _add(low, high, weight, p_v, edge, keep[:, None], PARTS)
-            total += weight
-            distance = tl.load(p_offset + x + 1)
+        low, high, total = _add_relative(low, high, total, base, rows, keys, p_offset, inside, count, scale * LOG2E, D)
         # Weights of finite values can add up beyond float32 where their products with small values do not.
         beyond = tl.max(total, 0) == float("inf")
         if (tl.max((empty & row_ok).to(tl.int32), 0) == 1) | beyond | (is_finite(low) == 0) | (is_finite(high) == 0):
