@@ -23,6 +23,20 @@ def test_numbers_beyond_positions_are_refused(text):
         Pattern.parse(text.format(FOREVER))
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("window(-1)", "window's tokens must be a whole number from 1 to .*, got -1"),
+        ("columns(0, -2)", r"columns takes whole numbers from 0, got \[-2\]"),
+        ("probed_keys(mass=-0.5)", "mass must be above 0 and at most 1, got -0.5"),
+        ("window(-'a')", "must be plain numbers or strings"),
+    ],
+)
+def test_numbers_below_0_are_refused_for_what_they_are(text, wanted):
+    with pytest.raises(UserError, match=wanted):
+        Pattern.parse(text)
+
+
 @pytest.mark.parametrize("name", ["probed_keys", "probed_blocks"])
 def test_no_more_rows_of_a_block_are_probed_than_it_has(name):
     Pattern.parse(f"{name}(block=64, rows=64)")

@@ -202,6 +202,10 @@ def _captured(positional: list[Any], keyword: dict[str, Any], corners: Mapping[s
 def _constant(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str)):
         return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
+        value = node.operand.value
+        if isinstance(value, (int, float)):
+            return -value  # who takes no number below 0 says what it takes
     raise UserError(f"arguments in pattern {_short(text)} must be plain numbers or strings")
 
 
