@@ -265,8 +265,9 @@ def test_the_summary_says_who_holds_and_who_is_above(script, capsys):
     assert cells["budget-prompt-0.2"][:3] == ["3", "3", "3"]
     assert cells["kv 4K, rails"][0].startswith("-")
     runs, trail, _, fewer = cells["without"]
-    # Of kv alone, where all that keep as many pairs as one of ours trail it.
-    assert int(runs) == int(trail) > 50
+    # Of kv alone, where all that keep as many pairs as one of ours trail it, but MInference's at 6.5 and 9.3 % of 8K, above our 5 %.
+    assert int(runs) == int(trail) + 2 > 50
+    assert cells["kv 8K"][0].startswith("+7.1: minference-0.8, 9.3 %")
     assert int(fewer) > 0
 
 
