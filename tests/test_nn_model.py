@@ -237,7 +237,7 @@ def test_what_cannot_be_honoured_is_refused():
         ({"attention": "mla", "num_key_value_heads": None, "mla_rope_width": 3}, "mla_rope_width must be even"),
         ({"attention": "mla", "mla_rope_width": 0}, "mla_rope_width must be at least 1"),
         ({"attention": "mla", "mla_q_rank": -1}, "mla_q_rank must be at least 0"),
-        ({"attention": "nsa", "nsa_selected": -1}, "nsa_selected must be at least 1"),
+        ({"attention": "nsa", "nsa_selected": 2}, "nsa_selected must be at least 3"),
         ({"attention": "nsa", "nsa_window": -1}, "nsa_window must be at least 1"),
         ({"rope_parameters": "linear"}, "rope_parameters must be names and values"),
         ({"hidden_act": "nope"}, "no activation 'nope'"),

@@ -44,7 +44,6 @@ _SIZES = (
     "nsa_block",
     "nsa_stride",
     "nsa_selected_block",
-    "nsa_selected",
     "nsa_window",
 )
 ATTENTIONS = ("dma", "mha", "mqa", "gqa", "swa", "mla", "nsa")
@@ -219,4 +218,8 @@ class DmaConfig(PreTrainedConfig):
                 good and self.nsa_selected_block >= self.nsa_block,
                 f"nsa_block ({self.nsa_block}) and nsa_selected_block ({self.nsa_selected_block}) must be multiples of "
                 f"nsa_stride ({self.nsa_stride}), and a selected block no smaller than a compressed one",
+            )
+            require(
+                self.nsa_selected >= 3,
+                f"nsa_selected must be at least 3, the first block and a row's own two, got {self.nsa_selected}",
             )
