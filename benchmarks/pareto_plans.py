@@ -23,7 +23,10 @@ from attnsieve.evaluation.baselines import (
 )
 from attnsieve.evaluation.ledger import plan_digest
 from attnsieve.evaluation.rehearsal import rehearsal
+from attnsieve.evaluation.tasks.aligned import MANY, rests
+from attnsieve.evaluation.tasks.retrieval import QUERIES
 from attnsieve.evaluation.text import text_source, token_windows
+from attnsieve.evaluation.tokens import encode
 from attnsieve.fitting import default_candidates, fit, fit_budget
 from attnsieve.fitting.guards import guarded
 from attnsieve.hf import fingerprint, measure, profile
@@ -40,6 +43,8 @@ STRICT = (0.05, 0.07, 0.1, 0.15, 0.2, 0.22, 0.24)
 MASSES = (0.7, 0.8, 0.9, 0.95)
 RATIOS = (0.02, 0.1, 0.3)
 PCL = 512
+# Rows of a question and its answer, the last ones of a text.
+ANSWER_ROWS = 16
 # What every rule may be given besides: the rows that ask, and decode steps, read every key. Methods for prompts are published so.
 RAIL = "last_queries(32) | dense_decode()"
 FITTED_RAIL: dict[str, Any] = {"last_rows": 32, "dense_decode": True}
@@ -65,6 +70,17 @@ class Workshop:
             [rehearsal(self.tokenizer, task, length, CALIBRATION_SEED + n) for n in range(self.texts)] for task in self.tasks
         ]
         return [*kinds, token_windows(text_source(self.text), self.tokenizer, length, self.texts, CALIBRATION_SEED)]
+
+    def single_questions(self, task: str, length: int) -> list[list[int]]:
+        """Of two documents for each of `texts`, the end: `length` tokens up to a question's answer, which stands last."""
+        texts = []
+        for number in range(2 * self.texts):
+            (item,) = MANY[task](QUERIES).items(self.tokenizer, length + ANSWER_ROWS, 1, CALIBRATION_SEED + number)
+            document, questions = rests(item)
+            asked = number % len(questions)
+            ids = encode(self.tokenizer, document + questions[asked] + item.queries[asked].answers[0])
+            texts.append(ids[-length:])
+        return texts
 
 
 def fixed(workshop: Workshop, length: int) -> dict[str, Plan]:
@@ -155,6 +171,22 @@ def asking_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
     return _near_budgets(workshop, length, {"-asked": {"last_rows": 32}})
 
 
+def answering_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
+    """As `near_budgets` by 8 rows, measured on single questions too, of which the rows that ask and answer alone count: rules that
+    choose by a call's last rows (`vertical_slash`) are at their best there, as when answers are scored."""
+    rules = default_candidates(length)
+    kinds = [only(kind, rules) for kind in measured(workshop, length, "none")]
+    folder = workshop.folder / f"{length}-none-answers"
+    if not folder.is_dir():
+        answers = [
+            measure(workshop.model, workshop.single_questions(task, length), rules, last=ANSWER_ROWS, progress=False)
+            for task in workshop.tasks
+        ]
+        place_in_one_step(folder, {str(number): kind for number, kind in enumerate(answers)})
+    kinds += [Measurement.from_pretrained(path) for path in sorted(folder.iterdir())]
+    return offered(_budgets("budget-answers", kinds, STRICT))
+
+
 def _near_budgets(workshop: Workshop, length: int, guards: Mapping[str, Mapping[str, Any]]) -> dict[str, Plan]:
     """guards: what `fit_budget` is given besides, by the end of the plans' names."""
     made: dict[str, Callable[[], Plan]] = {}
@@ -214,6 +246,7 @@ GROUPS: dict[str, Callable[[Workshop, int], dict[str, Plan]]] = {
     "thorough": thorough_budgets,
     "near": near_budgets,
     "asking": asking_budgets,
+    "answering": answering_budgets,
     "profiled": profiled,
     "chosen": chosen,
     "fixed": fixed,

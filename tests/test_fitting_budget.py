@@ -78,10 +78,11 @@ def test_mass_takes_the_cheapest_that_is_enough():
         with_mass(density[:2], retained[:2], 1 - retained[:2], 0.9)
 
 
-def test_measure_equals_its_definition():
+@pytest.mark.parametrize("last", [None, 7])
+def test_measure_equals_its_definition(last):
     model = tiny("llama", torch.float64)
     texts = [torch.randint(2, VOCAB, (40,)) for _ in range(2)]
-    found = measure(model, texts, CANDIDATES, progress=False)
+    found = measure(model, texts, CANDIDATES, last=last, progress=False)
     assert found.candidates[-1] == "dense()"
     assert found.retained[:, -1].min() == pytest.approx(1)
     assert found.error[:, -1].max() == pytest.approx(0, abs=1e-20)
@@ -90,10 +91,20 @@ def test_measure_equals_its_definition():
     for c, text in enumerate(CANDIDATES[:2]):
         keep = Pattern.parse(text).keep(rows[:, None], rows[None, :])
         for layer in range(2):
-            expected = torch.stack([(document[layer][0] * keep).sum(-1).mean(-1) for document in maps]).mean(0)
+            kept = [(document[layer][0] * keep).sum(-1)[:, -(last or 40) :] for document in maps]
+            expected = torch.stack(kept).mean((0, 2))
             torch.testing.assert_close(found.retained[0, c, layer], expected.float())
         assert found.density[0, c].unique().item() == pytest.approx(float(keep.sum() / (40 * 41 / 2)))
     assert (found.error[:, 0] > found.error[:, 1]).float().mean() > 0.8
+
+
+def test_last_rows_are_compared_with_their_own_outputs():
+    """Of a text whose last row alone a window of its length changes, the error is that row's."""
+    text = torch.randint(2, VOCAB, (12,))
+    model = tiny("llama", torch.float64)
+    whole, one = (measure(model, [text], ["window(11)"], last=last, progress=False).error[0, 0] for last in (12, 1))
+    assert bool((one > whole).all())
+    assert bool((whole > 0).all())
 
 
 def test_lengths_are_kept_apart_and_saved(tmp_path):
@@ -141,6 +152,9 @@ def test_what_cannot_be_measured_is_refused():
         measure(tiny(), [text], "window(4)", progress=False)
     with pytest.raises(UserError, match="parsed from text"):
         measure(tiny(), [text], [3], progress=False)
+    for last in (0, 21, 2.0):
+        with pytest.raises(UserError, match="from 1 to 20, the shortest text's"):
+            measure(tiny(), [text, torch.cat([text, text])], ["window(4)"], last=last, progress=False)
     broken = tiny()
     broken.model.layers[1].self_attn.v_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(UserError, match="layer 1 has NaN or infinite attention"):

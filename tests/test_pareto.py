@@ -115,6 +115,22 @@ def test_near_plans_take_no_wide_window(monkeypatch, tmp_path):
     assert "sink(4) | window(350)" in measured.candidates
 
 
+def test_answering_plans_are_measured_on_answers_at_the_end(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    plans = importlib.import_module("pareto_plans")
+    model, tokenizer = load_model(str(save_tiny_model(tmp_path / "tiny", positions=1024)), device="cpu")
+    workshop = plans.Workshop(model, tokenizer, ("kv",), "python-docs", 1, tmp_path / "measured")
+    texts = workshop.single_questions("kv", 700)
+    assert [len(text) for text in texts] == [700, 700]
+    for text in texts:
+        *pairs, _, question = tokenizer.decode(text).split("\n")
+        assert question in pairs
+    monkeypatch.setattr(plans, "STRICT", (0.5,))
+    made = plans.answering_budgets(workshop, 700)
+    assert set(made) == {"budget-answers-0.5"}
+    assert [kind.get("last") for kind in made["budget-answers-0.5"].provenance["measurement"]["worst_of"]] == [None, None, 16]
+
+
 def test_a_list_is_worked_through_in_order(script, tmp_path, capsys):
     model, out = save_tiny_model(tmp_path / "tiny", positions=1024), tmp_path / "out"
     size = f"{model} --lengths 900 --items 2 --calibration 1 --device cpu"

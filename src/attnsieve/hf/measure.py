@@ -29,17 +29,19 @@ def measure(
     batches: Iterable[Batch],
     candidates: Sequence[str | Pattern],
     *,
+    last: int | None = None,
     backend: str = "auto",
     progress: bool = True,
 ) -> Measurement:
     """Density, retained mass and output error of every candidate for every head, on texts held out from fitting.
 
-    batches as in `profile`; texts of equal length are averaged, and every length is a row of the result. The model's own
-    activations are undisturbed: every layer sees dense inputs. In layers with sliding windows candidates and dense() are cut to
-    them. dense() is added to the candidates if it is not among them.
+    batches as in `profile`; texts of equal length are averaged, and every length is a row of the result. last: mass and error are
+    those of so many last rows of each text, such as a question and its answer, which the mean over all rows hardly shows. The
+    model's own activations are undisturbed: every layer sees dense inputs. In layers with sliding windows candidates and dense()
+    are cut to them. dense() is added to the candidates if it is not among them.
 
     Raises UserError for models with attention that cannot run sparse, for candidates with captured bits, for empty texts, for
-    texts longer than the model's positions, and for NaN or infinite attention, naming the layer.
+    texts longer than the model's positions or shorter than `last`, and for NaN or infinite attention, naming the layer.
     """
     mark = fingerprint(model)
     one = isinstance(candidates, str | Pattern)
@@ -54,7 +56,11 @@ def measure(
     require(bool(documents), "measure needs at least one text")
     lengths = sorted({len(document) for document in documents})
     check_positions(model, lengths[-1])
-    recorder = Recorder(patterns, len(lengths), mark, backend)
+    require(
+        last is None or (type(last) is int and 1 <= last <= lengths[0]),
+        f"last must be a number of rows from 1 to {lengths[0]}, the shortest text's, got {last!r}",
+    )
+    recorder = Recorder(patterns, len(lengths), mark, backend, last)
     with observing(model, recorder.layer):
         for document in tqdm(documents, desc="measure", unit="text", disable=not progress):
             recorder.row = lengths.index(len(document))
@@ -63,14 +69,15 @@ def measure(
     sums = (recorder.density, recorder.retained, recorder.error)
     density, retained, error = ((total / counts[:, None, None, None]).float() for total in sums)
     provenance = {"documents": counts.tolist(), "token_digest": digest(groups), "attnsieve": attnsieve.__version__}
-    return Measurement(mark, tuple(map(str, patterns)), tuple(lengths), density, retained, error, provenance)
+    rows = {} if last is None else {"last": last}
+    return Measurement(mark, tuple(map(str, patterns)), tuple(lengths), density, retained, error, provenance | rows)
 
 
 class Recorder:
     """Sums of what every candidate keeps and changes; float64 [lengths, candidates, layers, heads]."""
 
-    def __init__(self, patterns: list[Pattern], lengths: int, mark: Fingerprint, backend: str) -> None:
-        self._patterns, self._mark, self._backend = patterns, mark, backend
+    def __init__(self, patterns: list[Pattern], lengths: int, mark: Fingerprint, backend: str, last: int | None) -> None:
+        self._patterns, self._mark, self._backend, self._last = patterns, mark, backend, last
         shape = (lengths, len(patterns), mark.layers, mark.heads)
         self.density, self.retained, self.error = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
         self.row, self._memo = 0, SpanMemo()
@@ -91,7 +98,7 @@ class Recorder:
                 f"layer {layer.index} has NaN or infinite attention: check the weights, or measure in float32 or bfloat16",
             )
             for c, pattern in enumerate(self._patterns):
-                seen = effect(call, self._layout(call, pattern, window), whole, self._backend)
+                seen = effect(call, self._layout(call, pattern, window), whole, self._backend, self._last)
                 cell = self.row, c, self._mark.row(layer.index)
                 self.density[cell] += seen.density.cpu()
                 self.retained[cell] += seen.retained.cpu()
