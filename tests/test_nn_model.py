@@ -112,6 +112,17 @@ def test_beams_equal_beams_without_cache():
     assert torch.equal(model.generate(distinct_tokens(2, 11), **request), expected)
 
 
+@torch.no_grad()
+def test_rows_of_a_cache_are_chosen_by_number_or_flags():
+    model, ids = dma(torch.float64), distinct_tokens(3, 11)
+    expected = model(ids, use_cache=False).logits[[0, 2], -1:]
+    for rows in (torch.tensor([0, 2]), torch.tensor([True, False, True])):
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        cache.batch_select_indices(rows)
+        got = model(ids[rows, -1:], past_key_values=cache).logits
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("helper", ["prompt", "dma", "llama"])
 def test_assisted_decoding_equals_plain_decoding(helper):
     """Drafts that are not accepted are taken back, by the model and by a DMA model that drafts."""

@@ -44,8 +44,8 @@ class BoundedLayer(CacheLayerMixin):
         self.bounded.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these batch rows."""
-        self.bounded.reorder(indices)
+        """Keep these batch rows, given by number or as bool flags."""
+        self.bounded.reorder(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each batch row `repeats` times."""
