@@ -76,6 +76,8 @@ def test_models_and_other_artefacts_are_not_replaced(saved, tmp_path):
         with pytest.raises(UserError, match="holds a model, which this"):
             made.save_pretrained(tmp_path / name)
         assert [(path.name, path.read_text()) for path in (tmp_path / name).iterdir()] == [(name, content)]
+    with pytest.raises(UserError, match=f"holds nothing that attnsieve saves, expected a saved {made.kind}"):
+        load(made, tmp_path / "config.json")
 
 
 def test_a_readme_of_somebody_elses_is_not_replaced(saved, tmp_path):

@@ -131,7 +131,8 @@ class Artefact(ModelHubMixin):
             folder = _download(str(source), **options)
         config = read_config(folder / CONFIG)
         kind, version = config.pop("kind", None), config.pop("format_version", None)
-        require(kind == f"attnsieve {cls.kind}", f"{folder} holds {kind!r:.80}, expected a saved {cls.kind}: check the path")
+        held = "nothing that attnsieve saves" if kind is None else f"{kind!r:.80}"
+        require(kind == f"attnsieve {cls.kind}", f"{folder} holds {held}, expected a saved {cls.kind}: check the path")
         require(
             type(version) is int and 1 <= version <= cls.format_version,
             f"{folder} has {cls.kind} format {version!r:.40}, this version of attnsieve reads 1 to {cls.format_version}: "
