@@ -87,6 +87,16 @@ def only_lists(layout: Layout) -> bool:
     return layout.most_keys is not None and not _beyond_end(layout)
 
 
+def longest_row(end: Tensor) -> Tensor:
+    """The most keys j <= i < end[j] of any row i."""
+    n = end.shape[-1]
+    position = torch.arange(n, device=end.device)
+    change = torch.zeros(*end.shape[:-1], n + 1, dtype=torch.int64, device=end.device)
+    change[..., :n] += end > position
+    change.scatter_add_(-1, end.clamp_max(n).long(), -(end > position).long())
+    return change.cumsum(-1).max()
+
+
 def tiles_by_key(layout: Layout, built: Schedule) -> Lists:
     """The reverse of `built.tiles`: for each key tile the query tiles that visit it."""
     key = ("triton by key", built.positions, built.keys, built.listed)
@@ -140,16 +150,6 @@ def _choose_by(found: Survey, layout: Layout, listing: bool) -> _Choice:
             return _Choice(LISTED_ALL.value, row, False)
     flagged = int(numbers[FLAGGED].sum(-1).max())
     return _Choice(LISTED_FLAGGED.value if flagged else LISTED_NOTHING.value, flagged, windows)
-
-
-def longest_row(end: Tensor) -> Tensor:
-    """The most keys j <= i < end[j] of any row i."""
-    n = end.shape[-1]
-    position = torch.arange(n, device=end.device)
-    change = torch.zeros(*end.shape[:-1], n + 1, dtype=torch.int64, device=end.device)
-    change[..., :n] += end > position
-    change.scatter_add_(-1, end.clamp_max(n).long(), -(end > position).long())
-    return change.cumsum(-1).max()
 
 
 def _beyond_end(layout: Layout) -> bool:
