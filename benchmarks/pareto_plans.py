@@ -175,15 +175,12 @@ def answering_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
     """As `near_budgets` by 8 rows, measured on single questions too, of which the rows that ask and answer alone count: rules that
     choose by a call's last rows (`vertical_slash`) are at their best there, as when answers are scored."""
     rules = default_candidates(length)
+    make = lambda: [  # noqa: E731
+        measure(workshop.model, workshop.single_questions(task, length), rules, last=ANSWER_ROWS, progress=False)
+        for task in workshop.tasks
+    ]
     kinds = [only(kind, rules) for kind in measured(workshop, length, "none")]
-    folder = workshop.folder / f"{length}-none-answers"
-    if not folder.is_dir():
-        answers = [
-            measure(workshop.model, workshop.single_questions(task, length), rules, last=ANSWER_ROWS, progress=False)
-            for task in workshop.tasks
-        ]
-        place_in_one_step(folder, {str(number): kind for number, kind in enumerate(answers)})
-    kinds += [Measurement.from_pretrained(path) for path in sorted(folder.iterdir())]
+    kinds += _kept(workshop.folder / f"{length}-none-answers", make)
     return offered(_budgets("budget-answers", kinds, STRICT))
 
 
@@ -203,12 +200,16 @@ def _budgets(name: str, kinds: list[Measurement], densities: Sequence[float], **
 
 def measured(workshop: Workshop, length: int, share: str, *, rows: int = 8) -> list[Measurement]:
     """One measurement of each kind of text, the kept ones if there are some: of the usual candidates and of wide windows."""
-    folder = workshop.folder / f"{length}-{share}{'-thorough' * (rows == 64)}"
+    usual = default_candidates(length, rows=rows, share=share)
+    rules = [*(rule for rule in wide_windows(length) if rule not in usual), *usual]
+    make = lambda: [measure(workshop.model, texts, rules, progress=False) for texts in workshop.calibration(length)]  # noqa: E731
+    return _kept(workshop.folder / f"{length}-{share}{'-thorough' * (rows == 64)}", make)
+
+
+def _kept(folder: Path, make: Callable[[], list[Measurement]]) -> list[Measurement]:
+    """The measurements in a folder, made if they are not there."""
     if not folder.is_dir():
-        usual = default_candidates(length, rows=rows, share=share)
-        rules = [*(rule for rule in wide_windows(length) if rule not in usual), *usual]
-        kinds = [measure(workshop.model, texts, rules, progress=False) for texts in workshop.calibration(length)]
-        place_in_one_step(folder, {str(number): kind for number, kind in enumerate(kinds)})
+        place_in_one_step(folder, {str(number): kind for number, kind in enumerate(make())})
     return [Measurement.from_pretrained(path) for path in sorted(folder.iterdir())]
 
 

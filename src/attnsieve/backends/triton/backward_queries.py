@@ -61,16 +61,15 @@ def _add_dq(
     scale2,
     shape: tl.constexpr,
     GUARD: tl.constexpr,
-    REST: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """dq [R, DP] += dS K over keys j with scores s, and rest [R] += rowsum(dS) with REST."""
+    """dq [R, DP] += dS K over keys j with scores s; with BIAS rest [R] += rowsum(dS)."""
     v_tile = load_rows(p_v, j, v.s_row, ok, shape.DV, shape.DVP, GUARD)
     less = s * scale2 - lse2[:, None]
     weights = tl.exp2(at_most_0(less) if BIAS else less)
     dp = tl.dot(d_tile, tl.trans(v_tile), input_precision=shape.PRECISION)
     ds = weights * (dp - delta[:, None])
-    if REST:
+    if BIAS:
         rest += tl.sum(ds, 1)
     return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=shape.PRECISION), rest
 
@@ -94,9 +93,8 @@ def dq_kernel(
     scale,
     q_slots,
     shape: tl.constexpr,
-    CORRECT: tl.constexpr,
 ):
-    """dQ of one query tile, layout head and sequence; rows, lists and loops as in `forward_kernel`. CORRECT: delta too."""
+    """dQ of one query tile, layout head and sequence; rows, lists and loops as in `forward_kernel`. With a bias delta is corrected."""
     M: tl.constexpr = shape.M
     N: tl.constexpr = shape.N
     DP: tl.constexpr = shape.DP
@@ -146,9 +144,7 @@ def dq_kernel(
             b = tl.load(p_tiles + x + 1)
             k_tile = load_rows(p_k, j, k.s_row, j, shape.D, DP, False)
             s = biased(q_tile, k_tile, p_bias, s_bias, j, j, one, False, PRECISION)
-            dq, rest = _add_dq(
-                dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, shape, False, CORRECT, bias is not None
-            )
+            dq, rest = _add_dq(dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, shape, False, bias is not None)
         for x in tl.range(n_whole, n_tiles, num_stages=shape.STAGES):
             j0 = b * N
             j = tile_keys(mask, j0, N)
@@ -157,9 +153,7 @@ def dq_kernel(
             keep = tile_keep(mask, o_zh, h, i[:, None], j[None, :], j0, ok[None, :], cut, N, shape.LISTED, shape.BLOCK, True)
             k_tile = load_rows(p_k, j, k.s_row, ok, shape.D, DP, True)
             s = tl.where(keep, biased(q_tile, k_tile, p_bias, s_bias, j, ok, one, True, PRECISION), -float("inf"))
-            dq, rest = _add_dq(
-                dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, ok, scale2, shape, True, CORRECT, bias is not None
-            )
+            dq, rest = _add_dq(dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, ok, scale2, shape, True, bias is not None)
 
     if singles is not None:
         p_singles, o_n, n_whole, n_singles = single_list(singles, marks, o_list, N)
@@ -173,15 +167,13 @@ def dq_kernel(
             if x >= n_whole:
                 rows, chunk = (o_zh, o_list, i, r % M), (p_singles, x, n_whole, n_singles)
                 s = listed_scores(s, mask, marks, rows, chunk, cut, M, N, shape.LISTED)
-            dq, rest = _add_dq(
-                dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, shape, False, CORRECT, bias is not None
-            )
+            dq, rest = _add_dq(dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, shape, False, bias is not None)
 
     p_dq = d_q.p + batch * d_q.s_batch + head.to(tl.int64) * d_q.s_head + slot * d_q.s_row
     tl.store(
         p_dq[:, None] + o_d[None, :], (dq * scale).to(d_q.p.dtype.element_ty), mask=row_ok[:, None] & (o_d < shape.D)[None, :]
     )
-    if CORRECT:
+    if bias is not None:
         if d_lse is not None:
             p_d_lse = d_lse.p + batch * d_lse.s_batch + head.to(tl.int64) * d_lse.s_head + slot * d_lse.s_row
             rest -= tl.load(p_d_lse, mask=row_ok & (lse != -float("inf")), other=0.0)

@@ -20,7 +20,7 @@ from attnsieve.backends.triton.common import LN2, LOG2E, Places, Rows, head_base
 from attnsieve.backends.triton.forward import Prefill
 from attnsieve.backends.triton.geometry import Geometry, Tiles, rounding
 from attnsieve.backends.triton.launch import Launch
-from attnsieve.backends.triton.nonfinite import is_finite
+from attnsieve.backends.triton.nonfinite import has_nan, is_finite
 from attnsieve.backends.triton.outputs import new_outputs
 from attnsieve.backends.triton.scattered import Scattered
 
@@ -182,7 +182,7 @@ def diagonals_kernel(
     at_lse = (batch * heads + head) * q_slots + slot
     if AGAIN:
         lse = tl.load(p_lse + at_lse, mask=row_ok, other=0.0)
-        if tl.max((lse != lse).to(tl.int32), 0) == 0:
+        if has_nan(lse) == 0:
             return
     o_d = tl.arange(0, _PART)
     ok = row_ok[:, None]

@@ -77,7 +77,6 @@ def query_gradient(
         call.scale,
         call.q.shape[2],
         geometry.shape(built),
-        CORRECT=call.key_bias is not None,
         **geometry.options(),
     )
     return d_q

@@ -8,7 +8,6 @@ exponentials or differences of another are computed. dQ gains nothing by that (d
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,12 +23,13 @@ from attnsieve.backends.triton.common import head_base, span_of
 from attnsieve.backends.triton.geometry import Tiles
 from attnsieve.backends.triton.product_columns import DELTA_COLUMN as _DELTA
 from attnsieve.backends.triton.product_columns import LSE_COLUMN as _LSE
+from attnsieve.backends.triton.product_columns import at_most_0
 
 LOG2E = gl.constexpr(_LOG2E.value)
 LSE_COLUMN = gl.constexpr(_LSE.value)
 DELTA_COLUMN = gl.constexpr(_DELTA.value)
 # The same functions, compiled as Gluon.
-_span_of, _base = gluon.jit(span_of.fn), gluon.jit(head_base.fn)
+_span_of, _base, _at_most_0 = gluon.jit(span_of.fn), gluon.jit(head_base.fn), gluon.jit(at_most_0.fn)
 
 # 128 keys a program halve what is read of Q and dO; they take all registers of a multiprocessor.
 TILES = Tiles(rows=64, keys=128, warps=8, stages=3)
@@ -200,10 +200,7 @@ def dkv_hopper(
         if not whole:
             i = y + row
             s = gl.where((j[:, None] <= i[None, :]) & (i[None, :] < end[:, None]), s, -float("inf"))
-        less = s * scale2
-        if bias is not None:
-            less = gl.minimum(less, 0.0, propagate_nan=tl.PropagateNan.ALL)  # see `product_columns.at_most_0`
-        weights = gl.exp2(less)
+        weights = gl.exp2(s * scale2 if bias is None else _at_most_0(s * scale2))
         dv = warpgroup_mma(gl.convert_layout(weights.to(DTYPE), left), d_tile, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
         ds = weights * dp
