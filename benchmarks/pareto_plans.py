@@ -174,14 +174,23 @@ def asking_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
 def answering_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
     """As `near_budgets` by 8 rows, measured on single questions too, of which the rows that ask and answer alone count: rules that
     choose by a call's last rows (`vertical_slash`) are at their best there, as when answers are scored."""
-    rules = default_candidates(length)
+    return _answering_budgets(workshop, length, "budget-answers", rows=8)
+
+
+def thorough_answering_budgets(workshop: Workshop, length: int) -> dict[str, Plan]:
+    """The same by all 64 rows of a block."""
+    return _answering_budgets(workshop, length, "budget-all-answers", rows=64)
+
+
+def _answering_budgets(workshop: Workshop, length: int, name: str, *, rows: int) -> dict[str, Plan]:
+    rules = default_candidates(length, rows=rows)
     make = lambda: [  # noqa: E731
         measure(workshop.model, workshop.single_questions(task, length), rules, last=ANSWER_ROWS, progress=False)
         for task in workshop.tasks
     ]
-    kinds = [only(kind, rules) for kind in measured(workshop, length, "none")]
-    kinds += _kept(workshop.folder / f"{length}-none-answers", make)
-    return offered(_budgets("budget-answers", kinds, STRICT))
+    kinds = [only(kind, rules) for kind in measured(workshop, length, "none", rows=rows)]
+    kinds += _kept(_place(workshop, length, "none", rows, "-answers"), make)
+    return offered(_budgets(name, kinds, STRICT))
 
 
 def _near_budgets(workshop: Workshop, length: int, guards: Mapping[str, Mapping[str, Any]]) -> dict[str, Plan]:
@@ -203,7 +212,11 @@ def measured(workshop: Workshop, length: int, share: str, *, rows: int = 8) -> l
     usual = default_candidates(length, rows=rows, share=share)
     rules = [*(rule for rule in wide_windows(length) if rule not in usual), *usual]
     make = lambda: [measure(workshop.model, texts, rules, progress=False) for texts in workshop.calibration(length)]  # noqa: E731
-    return _kept(workshop.folder / f"{length}-{share}{'-thorough' * (rows == 64)}", make)
+    return _kept(_place(workshop, length, share, rows), make)
+
+
+def _place(workshop: Workshop, length: int, share: str, rows: int, end: str = "") -> Path:
+    return workshop.folder / f"{length}-{share}{'-thorough' * (rows == 64)}{end}"
 
 
 def _kept(folder: Path, make: Callable[[], list[Measurement]]) -> list[Measurement]:
@@ -248,6 +261,7 @@ GROUPS: dict[str, Callable[[Workshop, int], dict[str, Plan]]] = {
     "near": near_budgets,
     "asking": asking_budgets,
     "answering": answering_budgets,
+    "answering-all": thorough_answering_budgets,
     "profiled": profiled,
     "chosen": chosen,
     "fixed": fixed,
