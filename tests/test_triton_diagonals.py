@@ -15,6 +15,7 @@ from tests.gpu_compiler import compiled
 from tests.interpreter import needs_interpreter
 from tests.lifetimes import assert_nothing_outlives
 
+kernels = pytest.importorskip("attnsieve.backends.triton.diagonals", exc_type=ImportError)
 scattered = pytest.importorskip("attnsieve.backends.triton.scattered", exc_type=ImportError).scattered
 function = pytest.importorskip("attnsieve.backends.triton.function", exc_type=ImportError)
 hopper = pytest.importorskip("attnsieve.backends.triton.hopper", exc_type=ImportError)
@@ -279,6 +280,22 @@ def test_keys_and_values_in_any_order_of_memory():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("heads", [2, 6, 5], ids=["shared", "own", "one KV head"])
+def test_tiles_of_some_heads_after_those_of_others(heads, monkeypatch):
+    monkeypatch.setattr(kernels, "_BEGUN", 1 if heads != 5 else 14)
+    layout = layout_of(heads, offsets=17)
+    check(call_of(layout, group=5 if heads == 5 else 3, kv_heads=1 if heads == 5 else 2, batch=2))
+
+
+def test_programs_that_look_for_several_tiles_to_attend_to_again(monkeypatch):
+    """Rows keep nothing but diagonals in some of the heads."""
+    monkeypatch.setattr(kernels, "_PROGRAMS", 3)
+    monkeypatch.setattr(kernels, "_LOOKED_UP", type(kernels._LOOKED_UP)(2))
+    layout = layout_of(6, offsets=17)
+    layout.end[0, 1::2] = 0
+    check(call_of(layout, group=3, kv_heads=2, batch=2))
+
+
 def test_predictions_count_pairs_of_diagonals():
     layout = compile_layout([window(4) | diagonals(*range(100, N, 34))] * 2, length=N)
     call = call_of(layout)
@@ -305,4 +322,4 @@ def test_predictions_count_tiles_of_diagonals_that_lie_alone_once_others_are_gon
 
 def test_the_kernels_compile():
     """The interpreter knows neither bfloat16 nor the instructions that widen it."""
-    assert compiled(PROGRAM) == ["diagonals_kernel"] * 2
+    assert compiled(PROGRAM) == ["diagonals_kernel", "diagonals_again_kernel"]

@@ -3,12 +3,15 @@
 Neighbouring diagonals read nearly the same keys, which the first cache keeps. There is nothing here for the matrix unit. A row goes
 on from what key tiles have summed up of the rest of its keys, and its weights stay relative to the LSE of that: one step costs a
 product and a sum for each number of K and V, and little beside. Where that does not do (a row without other keys, weights beyond
-float32, a NaN or infinity in V at a key that the row keeps otherwise or not at all), the tile gets an LSE of NaN, and a second launch
-computes it again with an online softmax. In one kernel the second way costs the first one 2 % of its time.
+float32, a NaN or infinity in V at a key that the row keeps otherwise or not at all), a second launch computes the tile again with an
+online softmax. In one kernel the second way costs the first one 2 % of its time.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,7 +23,7 @@ from attnsieve.backends.triton.common import LN2, LOG2E, Places, Rows, head_base
 from attnsieve.backends.triton.forward import Prefill
 from attnsieve.backends.triton.geometry import Geometry, Tiles, rounding
 from attnsieve.backends.triton.launch import Launch
-from attnsieve.backends.triton.nonfinite import has_nan, is_finite
+from attnsieve.backends.triton.nonfinite import is_finite
 from attnsieve.backends.triton.outputs import new_outputs
 from attnsieve.backends.triton.scattered import Scattered
 
@@ -29,7 +32,29 @@ from attnsieve.backends.triton.scattered import Scattered
 _PART = tl.constexpr(64)
 # Less than any row.
 _NEVER = tl.constexpr(-(2**31))
-_TILES = Tiles(rows=128, keys=64, warps=16, stages=1)
+_ROWS = 128
+# Query tiles that are begun before the next layout heads' are: enough for all multiprocessors until the last ones, which are short.
+_BEGUN = 256
+# What looks for tiles to attend to again, and how many of them each program looks up at a time.
+_PROGRAMS = 128
+_LOOKED_UP = tl.constexpr(256)
+
+
+class Distances(NamedTuple):
+    """What kernels read of `Scattered`: offsets [H, room], below [2, H, tiles]."""
+
+    offsets: Any
+    below: Any
+    room: Any
+    tiles: Any
+
+
+class Ends(NamedTuple):
+    """Of the layout without the diagonals: ends int32 [H, n], corner_rows int32 [H] or None."""
+
+    ends: Any
+    corner_rows: Any
+    n: Any
 
 
 @triton.jit
@@ -76,9 +101,12 @@ def _add(low, high, weight, p_v, at, ok, PARTS: tl.constexpr):
 
 @triton.jit
 def _edge_pair(rows, keys, distance, D: tl.constexpr):
-    """Of rows some of which a distance leads to before the text: where their keys' rows are, whether they keep them, products."""
-    q_low, q_high, i, last = rows
+    """Of rows some of which lie, or are led by a distance, outside the text: where their keys' rows are, whether they keep them, and
+    products."""
+    q_low, q_high, i, end, last = rows
     p_k, _, p_bias, s_bias, p_end = keys
+    # Rows beyond the text read as its last row.
+    i = tl.minimum(i, end)
     j = tl.maximum(i - distance, 0)
     keep = (i >= distance) & (tl.load(p_end + j) <= last)
     at = j[:, None] * D + tl.arange(0, _PART)[None, :]
@@ -91,10 +119,10 @@ def _edge_pair(rows, keys, distance, D: tl.constexpr):
 @triton.jit
 def _add_relative(low, high, total, base, rows, keys, p_offset, inside, count, scale, D: tl.constexpr):
     """Sums low and high [R, 64] and total [R] with weights relative to base [R] of a head's first `count` diagonals, of which `inside`
-    lead no row to before the text. rows: queries [R, 64] in two parts, positions, and the greatest end of keys that rows keep by
-    their distance alone; keys: addresses of K, V, the bias with its stride, and ends."""
+    lead every row to a key. rows: queries [R, 64] in two parts, positions, the text's last one, and the greatest end of keys that rows
+    keep by their distance alone; keys: addresses of K, V, the bias with its stride, and ends."""
     PARTS: tl.constexpr = D // _PART
-    q_low, q_high, i, last = rows
+    q_low, q_high, i, _, last = rows
     p_k, p_v, p_bias, s_bias, p_end = keys
     at = i[:, None] * D + tl.arange(0, _PART)[None, :]
     p_row_end = p_end + i
@@ -136,54 +164,30 @@ def _add_online(low, high, total, peak, rows, keys, p_offset, count, scale, D: t
 
 
 @triton.jit
-def diagonals_kernel(
-    q,
-    k,
-    v,
-    bias,
-    part,
-    p_part_lse,
-    out,
-    p_lse,
-    places,
-    p_ends,
-    p_corner_rows,
-    p_offsets,
-    p_below,
-    n,
-    room,
-    tiles,
+def _attend_to_tile(
+    tensors,
+    ends,
+    distances,
     scale,
     q_slots,
+    h,
+    t,
+    span,
     H: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
     M: tl.constexpr,
     D: tl.constexpr,
-    AGAIN: tl.constexpr,
+    ONLINE: tl.constexpr,
 ):
-    """part float32 [B, Hq, Tq, D], p_part_lse [B, Hq, Tq], of the rest of the keys -> out, p_lse; K and V with rows of D numbers in
-    succession; rows of a program as in `forward_kernel`. p_offsets [H, room] and p_below [2, H, tiles] as in `Scattered`.
-
-    With AGAIN only tiles that have an LSE of NaN, by an online softmax.
-    """
+    """Query tile t of layout head h, see `diagonals_kernel`; 1 if it has to be attended to again, ONLINE, else 0."""
+    q, k, v, bias, part, p_part_lse, out, p_lse = tensors
     PARTS: tl.constexpr = D // _PART
-    h, i_s = tl.program_id(1), tl.program_id(2)
-    span = span_of(places, i_s)
-    batch, _, first, k_start, k_len = span
-    t = tl.cdiv(k_len, M) - 1 - tl.program_id(0)
-    if (t + 1) * M <= first or t < 0:
-        return
+    batch, _, _, k_start, k_len = span
     i, head, slot, row_ok = rows_of_tile(tl.arange(0, M * GP), h, t, span, G, GP, M)
-    # Rows beyond the text read as its last row.
-    i = tl.minimum(i, k_len - 1)
     kv_head = h // G if GP == 1 else h
     heads = H if GP == 1 else H * G
     at_lse = (batch * heads + head) * q_slots + slot
-    if AGAIN:
-        lse = tl.load(p_lse + at_lse, mask=row_ok, other=0.0)
-        if has_nan(lse) == 0:
-            return
     o_d = tl.arange(0, _PART)
     ok = row_ok[:, None]
     p_q = (q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head + slot * q.s_row)[:, None] + o_d[None, :]
@@ -208,28 +212,116 @@ def diagonals_kernel(
     # A row keeps a key by its distance alone where the rest does not keep it by `end`, so where that is at most the row; rows of a
     # corner follow the corner.
     last = i
-    if p_corner_rows is not None:
-        last = tl.where(i >= tl.load(p_corner_rows + h), i, _NEVER)
-    rows, keys = (q_low, q_high, i, last), (p_k, p_v, p_bias, s_bias, p_ends + h * n)
-    p_offset = p_offsets + h * room
-    count = tl.load(p_below + (H + h) * tiles + t)
-    if AGAIN:
+    if ends.corner_rows is not None:
+        last = tl.where(i >= tl.load(ends.corner_rows + h), i, _NEVER)
+    rows, keys = (q_low, q_high, i, k_len - 1, last), (p_k, p_v, p_bias, s_bias, ends.ends + h * ends.n)
+    p_offset = distances.offsets + h * distances.room
+    p_below = distances.below + h * distances.tiles + t
+    count = tl.load(p_below + H * distances.tiles)
+    again = tl.full([], 0, tl.int32)
+    if ONLINE:
         low, high, total, base = _add_online(low, high, total, peak, rows, keys, p_offset, count, scale * LOG2E, D)
     else:
-        inside = tl.load(p_below + h * tiles + t)
+        inside = tl.where((t + 1) * M <= k_len, tl.load(p_below), 0)
         low, high, total = _add_relative(low, high, total, base, rows, keys, p_offset, inside, count, scale * LOG2E, D)
         # Weights of finite values can add up beyond float32 where their products with small values do not.
-        beyond = tl.max(total, 0) == float("inf")
-        if (tl.max((empty & row_ok).to(tl.int32), 0) == 1) | beyond | (is_finite(low) == 0) | (is_finite(high) == 0):
-            total = total * float("nan")
+        beyond = tl.max(((empty & row_ok) | (total == float("inf"))).to(tl.int32), 0) == 1
+        again = (beyond | (is_finite(low) == 0) | (is_finite(high) == 0)).to(tl.int32)
 
     nothing = total == 0
-    by = tl.where(nothing, 1.0, total)[:, None]
+    share = (1 / tl.where(nothing, 1.0, total))[:, None]
     p_out = (out.p + batch * out.s_batch + head.to(tl.int64) * out.s_head + slot * out.s_row)[:, None] + o_d[None, :]
-    tl.store(p_out, (low / by).to(out.p.dtype.element_ty), mask=ok)
+    tl.store(p_out, (low * share).to(out.p.dtype.element_ty), mask=ok)
     if PARTS == 2:
-        tl.store(p_out + _PART, (high / by).to(out.p.dtype.element_ty), mask=ok)
+        tl.store(p_out + _PART, (high * share).to(out.p.dtype.element_ty), mask=ok)
     tl.store(p_lse + at_lse, tl.where(nothing, -float("inf"), (base + tl.log2(total)) * LN2), mask=row_ok)
+    return again
+
+
+@triton.jit
+def _tile_of(x, query_tiles, together, k_len, H: tl.constexpr, M: tl.constexpr):
+    """Layout head and query tile number x of a sequence: the longest tiles of `together` heads first, then those of the next ones."""
+    first = x // (query_tiles * together) * together
+    heads = tl.minimum(H - first, together)
+    own = x - first * query_tiles
+    return first + own % heads, tl.cdiv(k_len, M) - 1 - own // heads
+
+
+@triton.jit
+def diagonals_kernel(
+    q,
+    k,
+    v,
+    bias,
+    part,
+    p_part_lse,
+    out,
+    p_lse,
+    p_again,
+    places,
+    ends,
+    distances,
+    scale,
+    q_slots,
+    query_tiles,
+    together,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+):
+    """part float32 [B, Hq, Tq, D], p_part_lse [B, Hq, Tq], of the rest of the keys -> out, p_lse; K and V with rows of D numbers in
+    succession; rows of a program as in `forward_kernel`. p_again int32 [spans, programs] gets 1 where
+    `diagonals_again_kernel` is needed, else 0."""
+    x, i_s = tl.program_id(0), tl.program_id(1)
+    span = span_of(places, i_s)
+    _, _, first, _, k_len = span
+    h, t = _tile_of(x, query_tiles, together, k_len, H, M)
+    again = tl.full([], 0, tl.int32)
+    if (t >= 0) & ((t + 1) * M > first):
+        tensors = (q, k, v, bias, part, p_part_lse, out, p_lse)
+        again = _attend_to_tile(tensors, ends, distances, scale, q_slots, h, t, span, H, G, GP, M, D, False)
+    tl.store(p_again + i_s * tl.num_programs(0) + x, again)
+
+
+@triton.jit
+def diagonals_again_kernel(
+    q,
+    k,
+    v,
+    bias,
+    part,
+    p_part_lse,
+    out,
+    p_lse,
+    p_again,
+    places,
+    ends,
+    distances,
+    scale,
+    q_slots,
+    query_tiles,
+    together,
+    total,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Attends to those of all `total` tiles once more that `diagonals_kernel` marked in p_again."""
+    programs = tl.num_programs(0)
+    for x in range(tl.program_id(0), total, programs * _LOOKED_UP):
+        own = x + tl.arange(0, _LOOKED_UP) * programs
+        if tl.max(tl.load(p_again + own, mask=own < total, other=0), 0) == 1:
+            for y in range(x, tl.minimum(total, x + programs * _LOOKED_UP), programs):
+                if tl.load(p_again + y) == 1:
+                    span = span_of(places, y // (query_tiles * H))
+                    _, _, _, _, k_len = span
+                    h, t = _tile_of(y % (query_tiles * H), query_tiles, together, k_len, H, M)
+                    tensors = (q, k, v, bias, part, p_part_lse, out, p_lse)
+                    _attend_to_tile(tensors, ends, distances, scale, q_slots, h, t, span, H, G, GP, M, D, True)
 
 
 class PrefillInParts:
@@ -237,33 +329,39 @@ class PrefillInParts:
 
     def __init__(self, call: Call, rest: Prefill, parts: Scattered) -> None:
         self._rest = rest
-        geometry = Geometry(call, _TILES)
+        geometry = _geometry(call)
         below, constants = parts.below(geometry.positions), geometry.constants()
+        distances = Distances(parts.offsets, below, parts.offsets.shape[1], below.shape[2])
+        ends = Ends(parts.rest.end[0].contiguous(), call.layout.corner_rows, call.layout.length)
+        self._total, of_sequence = geometry.total, geometry.query_tiles * call.layout.heads
+        numbers = (call.scale, call.q.shape[2], geometry.query_tiles, _together(geometry))
+        options = {name: constants[name] for name in ("H", "G", "GP", "M", "D")} | geometry.options() | rounding(call)
         self._launches = [
+            Launch(diagonals_kernel, (of_sequence, len(call.spans), 1), ends, distances, *numbers, **options),
             Launch(
-                diagonals_kernel,
-                (geometry.query_tiles, call.layout.heads, len(call.spans)),
-                parts.rest.end[0].contiguous(),
-                call.layout.corner_rows,
-                parts.offsets,
-                below,
-                call.layout.length,
-                parts.offsets.shape[1],
-                below.shape[2],
-                call.scale,
-                call.q.shape[2],
-                **{name: constants[name] for name in ("H", "G", "GP", "M", "D")},
-                AGAIN=again,
-                num_warps=_TILES.warps,
-                **rounding(call),
-            )
-            for again in (False, True)
+                diagonals_again_kernel, (min(self._total, _PROGRAMS), 1, 1), ends, distances, *numbers, self._total, **options
+            ),
         ]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places) -> tuple[Tensor, Tensor]:
         part, part_lse = self._rest(q, k, v, bias, places, out_dtype=torch.float32)
         out, lse = new_outputs(q, v)
+        again = torch.empty(self._total, dtype=torch.int32, device=q.device)
         k, v = k.contiguous(), v.contiguous()
         for launch in self._launches:
-            launch(rows_of(q), rows_of(k), rows_of(v), bias, rows_of(part), part_lse, rows_of(out), lse, places)
+            launch(rows_of(q), rows_of(k), rows_of(v), bias, rows_of(part), part_lse, rows_of(out), lse, again, places)
         return out, lse
+
+
+def _geometry(call: Call) -> Geometry:
+    """32 warps of 64 registers a thread; half as many where the heads of a KV group share a mask, so that threads hold rows of several
+    heads and read their key once, and at width 64, where as many threads would hold a part of a row."""
+    geometry = Geometry(call, Tiles(rows=_ROWS, keys=64, warps=32, stages=1))
+    wide = geometry.packed == 1 and call.q.shape[-1] == 128
+    return geometry if wide else replace(geometry, tiles=replace(geometry.tiles, warps=16))
+
+
+def _together(geometry: Geometry) -> int:
+    """How many layout heads' tiles are begun together: at least those that read the same keys, no more than the second cache holds."""
+    own_masks = geometry.call.layout.heads > geometry.call.k.shape[1]
+    return max(geometry.call.group if own_masks else 1, _BEGUN // geometry.query_tiles)
