@@ -239,12 +239,18 @@ def _attend_to_tile(
 
 
 @triton.jit
-def _tile_of(x, query_tiles, together, k_len, H: tl.constexpr, M: tl.constexpr):
-    """Layout head and query tile number x of a sequence: the longest tiles of `together` heads first, then those of the next ones."""
-    first = x // (query_tiles * together) * together
-    heads = tl.minimum(H - first, together)
-    own = x - first * query_tiles
-    return first + own % heads, tl.cdiv(k_len, M) - 1 - own // heads
+def _tile_of(x, y, query_tiles, together, k_len, H: tl.constexpr, GP: tl.constexpr, M: tl.constexpr):
+    """Layout head and query tile of program (x, y) of a sequence: where heads have masks of their own, the longest tiles of `together`
+    heads first, then those of the next ones, and y is 0; else those of head y. Only what needs no division is to the compiler the same
+    for all threads, and takes none of their registers."""
+    if GP == 1:
+        first = x // (query_tiles * together) * together
+        heads = tl.minimum(H - first, together)
+        own = x - first * query_tiles
+        h, behind = first + own % heads, own // heads
+    else:
+        h, behind = y, x
+    return h, tl.cdiv(k_len, M) - 1 - behind
 
 
 @triton.jit
@@ -272,17 +278,17 @@ def diagonals_kernel(
     D: tl.constexpr,
 ):
     """part float32 [B, Hq, Tq, D], p_part_lse [B, Hq, Tq], of the rest of the keys -> out, p_lse; K and V with rows of D numbers in
-    succession; rows of a program as in `forward_kernel`. p_again int32 [spans, programs] gets 1 where
-    `diagonals_again_kernel` is needed, else 0."""
-    x, i_s = tl.program_id(0), tl.program_id(1)
+    succession; rows of a program as in `forward_kernel`. p_again gets 1 for each program whose tile `diagonals_again_kernel` is needed
+    for, else 0."""
+    x, y, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     span = span_of(places, i_s)
     _, _, first, _, k_len = span
-    h, t = _tile_of(x, query_tiles, together, k_len, H, M)
+    h, t = _tile_of(x, y, query_tiles, together, k_len, H, GP, M)
     again = tl.full([], 0, tl.int32)
     if (t >= 0) & ((t + 1) * M > first):
         tensors = (q, k, v, bias, part, p_part_lse, out, p_lse)
         again = _attend_to_tile(tensors, ends, distances, scale, q_slots, h, t, span, H, G, GP, M, D, False)
-    tl.store(p_again + i_s * tl.num_programs(0) + x, again)
+    tl.store(p_again + (i_s * tl.num_programs(1) + y) * tl.num_programs(0) + x, again)
 
 
 @triton.jit
@@ -310,16 +316,18 @@ def diagonals_again_kernel(
     M: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Attends to those of all `total` tiles once more that `diagonals_kernel` marked in p_again."""
+    """Attends once more to the tiles of those of `total` programs that `diagonals_kernel` marked in p_again."""
+    width: tl.constexpr = H if GP == 1 else 1
     programs = tl.num_programs(0)
-    for x in range(tl.program_id(0), total, programs * _LOOKED_UP):
-        own = x + tl.arange(0, _LOOKED_UP) * programs
+    for start in range(tl.program_id(0), total, programs * _LOOKED_UP):
+        own = start + tl.arange(0, _LOOKED_UP) * programs
         if tl.max(tl.load(p_again + own, mask=own < total, other=0), 0) == 1:
-            for y in range(x, tl.minimum(total, x + programs * _LOOKED_UP), programs):
-                if tl.load(p_again + y) == 1:
-                    span = span_of(places, y // (query_tiles * H))
+            for z in range(start, tl.minimum(total, start + programs * _LOOKED_UP), programs):
+                if tl.load(p_again + z) == 1:
+                    x, y = z % (query_tiles * width), z // (query_tiles * width) % (H // width)
+                    span = span_of(places, z // (query_tiles * H))
                     _, _, _, _, k_len = span
-                    h, t = _tile_of(y % (query_tiles * H), query_tiles, together, k_len, H, M)
+                    h, t = _tile_of(x, y, query_tiles, together, k_len, H, GP, M)
                     tensors = (q, k, v, bias, part, p_part_lse, out, p_lse)
                     _attend_to_tile(tensors, ends, distances, scale, q_slots, h, t, span, H, G, GP, M, D, True)
 
@@ -333,14 +341,15 @@ class PrefillInParts:
         below, constants = parts.below(geometry.positions), geometry.constants()
         distances = Distances(parts.offsets, below, parts.offsets.shape[1], below.shape[2])
         ends = Ends(parts.rest.end[0].contiguous(), call.layout.corner_rows, call.layout.length)
-        self._total, of_sequence = geometry.total, geometry.query_tiles * call.layout.heads
-        numbers = (call.scale, call.q.shape[2], geometry.query_tiles, _together(geometry))
+        self._total = geometry.total
+        tiles, heads = geometry.query_tiles, call.layout.heads
+        grid = (tiles * heads, 1) if geometry.packed == 1 else (tiles, heads)
+        numbers = (call.scale, call.q.shape[2], tiles, _together(geometry))
         options = {name: constants[name] for name in ("H", "G", "GP", "M", "D")} | geometry.options() | rounding(call)
+        looking = (min(self._total, _PROGRAMS), 1, 1)
         self._launches = [
-            Launch(diagonals_kernel, (of_sequence, len(call.spans), 1), ends, distances, *numbers, **options),
-            Launch(
-                diagonals_again_kernel, (min(self._total, _PROGRAMS), 1, 1), ends, distances, *numbers, self._total, **options
-            ),
+            Launch(diagonals_kernel, (*grid, len(call.spans)), ends, distances, *numbers, **options),
+            Launch(diagonals_again_kernel, looking, ends, distances, *numbers, self._total, **options),
         ]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places) -> tuple[Tensor, Tensor]:
@@ -362,6 +371,6 @@ def _geometry(call: Call) -> Geometry:
 
 
 def _together(geometry: Geometry) -> int:
-    """How many layout heads' tiles are begun together: at least those that read the same keys, no more than the second cache holds."""
-    own_masks = geometry.call.layout.heads > geometry.call.k.shape[1]
-    return max(geometry.call.group if own_masks else 1, _BEGUN // geometry.query_tiles)
+    """How many layout heads' tiles are begun together: at least those that read the same keys. All tiles of one head after those of
+    another would leave multiprocessors idle at the end, all heads' at once would need more keys than the second cache holds."""
+    return max(geometry.call.group if geometry.packed == 1 else 1, _BEGUN // geometry.query_tiles)
