@@ -99,6 +99,19 @@ def test_measure_takes_the_documents_of_tasks(work, tmp_path):
     assert 200 < found.lengths[0] <= 256
 
 
+def test_measure_by_the_last_rows(work, tmp_path):
+    for out, more in (("all", []), ("last", ["--last", 6])):
+        arguments = ["--tasks", "kv", "--lengths", "256", "--candidates", "window(8)", "--out", tmp_path / out]
+        done = attnsieve("measure", work / "model", *arguments, *more)
+        assert done.exit_code == 0, done.output
+    whole, last = (Measurement.from_pretrained(tmp_path / out) for out in ("all", "last"))
+    assert last.provenance["last"] == 6
+    assert whole.density.equal(last.density)
+    assert not whole.error.equal(last.error)
+    arguments = ["--tasks", "kv", "--lengths", "256", "--candidates", "window(8)", "--last", 300, "--out", tmp_path / "x"]
+    assert "last must be a number of rows" in refused("measure", work / "model", *arguments)
+
+
 def test_run_prints_the_text_and_nothing_else(work):
     done = attnsieve("run", work / "model", "--pattern", "sink(4) | window(8)", "--prompt", "hello", "--max-new-tokens", 5)
     assert done.exit_code == 0

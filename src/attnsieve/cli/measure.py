@@ -25,6 +25,13 @@ def measure(
     ] = None,
     lengths: Annotated[str, typer.Option(help="Lengths of the texts in tokens, such as 1024,4K.")] = "1024",
     documents: Annotated[int, typer.Option(help="Texts of every source and length.", min=1)] = 2,
+    last: Annotated[
+        int | None,
+        typer.Option(
+            help="Judge candidates by so many last rows of each text alone: with --tasks a question and its answer, about 16.",
+            min=1,
+        ),
+    ] = None,
     candidates: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,6 +70,8 @@ def measure(
     one that eval takes by default.
 
     Example: attnsieve measure smollm2-135m --data book.txt --tasks kv --lengths 1024,2048 --wide-windows --out measured/book
+
+    Example: attnsieve measure smollm2-135m --tasks kv --lengths 2048 --last 16 --out measured/answers
     """
     from attnsieve.fitting import default_candidates
     from attnsieve.hf import check_positions
@@ -88,7 +97,7 @@ def measure(
     network, tokenizer = options.load(model, device, dtype)
     check_positions(network, max(wanted))
     texts = [text for length in sorted(set(wanted)) for text in read(tokenizer, length, documents, seed)]
-    found = compare(network, texts, rules, backend=backend)
+    found = compare(network, texts, rules, last=last, backend=backend)
     found.save_pretrained(out)
     at = output.quoted(out)
     output.note(f"saved in {out}; next: attnsieve fit {at} --density 0.25 --out PLAN, or --mass 0.95, or --max-error 0.1")
