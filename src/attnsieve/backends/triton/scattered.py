@@ -89,10 +89,11 @@ def _split(layout: Layout, listed: bool) -> Scattered | None:
 
 def _listed(rest: Layout) -> Layout:
     """The layout as one that lists serve, if they can and it pays."""
+    if not only_lists(replace(rest, most_keys=rest.length)):
+        return rest
     most = int(longest_row(rest.end))
     few = most <= _LISTED_SHARE * rest.length and most * rest.length * rest.heads <= _MOST_LISTED
-    as_lists = replace(rest, most_keys=most)
-    return as_lists if few and only_lists(as_lists) else rest
+    return replace(rest, most_keys=most) if few else rest
 
 
 def _below(offsets: Tensor, length: int, positions: int) -> Tensor:
