@@ -12,6 +12,7 @@ from typing import Any
 
 from attnsieve import Pattern, Plan, UserError
 from attnsieve.artefact import Artefact
+from attnsieve.errors import require
 from attnsieve.evaluation.baselines import (
     CACHE,
     DYNAMIC,
@@ -23,10 +24,10 @@ from attnsieve.evaluation.baselines import (
 )
 from attnsieve.evaluation.ledger import plan_digest
 from attnsieve.evaluation.rehearsal import rehearsal
-from attnsieve.evaluation.tasks.aligned import MANY, rests
+from attnsieve.evaluation.tasks.aligned import MANY
+from attnsieve.evaluation.tasks.questions import answered_ids
 from attnsieve.evaluation.tasks.retrieval import QUERIES
 from attnsieve.evaluation.text import text_source, token_windows
-from attnsieve.evaluation.tokens import encode
 from attnsieve.fitting import default_candidates, fit, fit_budget
 from attnsieve.fitting.guards import guarded
 from attnsieve.hf import fingerprint, measure, profile
@@ -45,6 +46,8 @@ RATIOS = (0.02, 0.1, 0.3)
 PCL = 512
 # Rows of a question and its answer, the last ones of a text.
 ANSWER_ROWS = 16
+# Tokens by which texts may fall short of the length that they were made for.
+SLACK = 64
 # What every rule may be given besides: the rows that ask, and decode steps, read every key. Methods for prompts are published so.
 RAIL = "last_queries(32) | dense_decode()"
 FITTED_RAIL: dict[str, Any] = {"last_rows": 32, "dense_decode": True}
@@ -72,13 +75,13 @@ class Workshop:
         return [*kinds, token_windows(text_source(self.text), self.tokenizer, length, self.texts, CALIBRATION_SEED)]
 
     def single_questions(self, task: str, length: int) -> list[list[int]]:
-        """Of two documents for each of `texts`, the end: `length` tokens up to a question's answer, which stands last."""
-        texts = []
-        for number in range(2 * self.texts):
-            (item,) = MANY[task](QUERIES).items(self.tokenizer, length + ANSWER_ROWS, 1, CALIBRATION_SEED + number)
-            document, questions = rests(item)
-            asked = number % len(questions)
-            ids = encode(self.tokenizer, document + questions[asked] + item.queries[asked].answers[0])
+        """Of two documents for each of `texts`, `length` tokens up to a question's answer, which stands last; questions are spread
+        over their documents."""
+        count, texts = 2 * self.texts, []
+        for number in range(count):
+            (item,) = MANY[task](QUERIES).items(self.tokenizer, length + SLACK, 1, CALIBRATION_SEED + number)
+            ids = answered_ids(self.tokenizer, item, (number + 0.5) / count)
+            require(len(ids) >= length, f"a question of {task} has {len(ids)} tokens instead of {length}: raise SLACK")
             texts.append(ids[-length:])
         return texts
 

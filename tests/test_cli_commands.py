@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 import attnsieve as package
 from attnsieve.cli.demo import next_steps
 from attnsieve.cli.fit import named_values
+from attnsieve.cli.measure import text_reader
 from attnsieve.cli.options import lengths_of
 from attnsieve.cli.run import check_room, read_prompt
 from attnsieve.errors import UserError
@@ -18,6 +19,7 @@ from attnsieve.hf import longest_text
 from attnsieve.plan import Plan
 from attnsieve.profiling import Measurement, Profile
 from tests.cli_tiny import attnsieve, make_folder, refused
+from tests.evaluation_tiny import tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +101,31 @@ def test_measure_takes_the_documents_of_tasks(work, tmp_path):
     assert 200 < found.lengths[0] <= 256
 
 
-def test_measure_by_the_last_rows(work, tmp_path):
+def test_measure_by_a_question_and_its_answer(work, tmp_path):
     for out, more in (("all", []), ("last", ["--last", 6])):
         arguments = ["--tasks", "kv", "--lengths", "256", "--candidates", "window(8)", "--out", tmp_path / out]
         done = attnsieve("measure", work / "model", *arguments, *more)
         assert done.exit_code == 0, done.output
     whole, last = (Measurement.from_pretrained(tmp_path / out) for out in ("all", "last"))
     assert last.provenance["last"] == 6
-    assert whole.density.equal(last.density)
-    assert not whole.error.equal(last.error)
-    arguments = ["--tasks", "kv", "--lengths", "256", "--candidates", "window(8)", "--last", 300, "--out", tmp_path / "x"]
-    assert "last must be a number of rows" in refused("measure", work / "model", *arguments)
+    # Answers stand behind the prompts.
+    assert last.lengths[0] > whole.lengths[0]
+    arguments = ["--lengths", "256", "--candidates", "window(8)", "--out", tmp_path / "x"]
+    assert "last must be a number of rows" in refused("measure", work / "model", *arguments, "--tasks", "kv", "--last", 300)
+    told = refused("measure", work / "model", *arguments, "--tasks", "perplexity", "--last", 6)
+    assert "'perplexity' has none: expected tasks such as kv" in told
+
+
+def test_texts_that_end_in_an_answer():
+    tokens = tokenizer()
+    texts = text_reader([], "kv", answered=True)(tokens, 900, 4, 7)
+    places = []
+    for text in texts:
+        *pairs, question = tokens.decode(text).strip().split("\n")
+        key, _, value = question.partition(": ")
+        places.append(next(x for x, pair in enumerate(pairs) if pair == f"{key}: {value}") / len(pairs))
+    assert places == sorted(places)
+    assert places[-1] - places[0] > 0.3
 
 
 def test_run_prints_the_text_and_nothing_else(work):

@@ -280,10 +280,10 @@ def test_keys_and_values_in_any_order_of_memory():
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("heads", "begun"), [(2, 1), (6, 1), (6, 28)], ids=["shared", "own", "four heads, then two"])
+@pytest.mark.parametrize(("heads", "begun"), [(3, 1), (9, 1), (9, 42)], ids=["shared", "own", "six heads, then three"])
 def test_tiles_of_some_heads_after_those_of_others(heads, begun, monkeypatch):
     monkeypatch.setattr(kernels, "_BEGUN", begun)
-    check(call_of(layout_of(heads, offsets=17), group=3, kv_heads=2, batch=2))
+    check(call_of(layout_of(heads, offsets=17), group=3, kv_heads=3, batch=2))
 
 
 def test_programs_that_look_for_several_tiles_to_attend_to_again(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,7 +94,7 @@ def measure(
         share=share,  # type: ignore[arg-type]
         wide_windows=wide_windows,
     )
-    read = text_reader(data or [], tasks)
+    read = text_reader(data or [], tasks, answered=last is not None)
     network, tokenizer = options.load(model, device, dtype)
     check_positions(network, max(wanted))
     texts = [text for length in sorted(set(wanted)) for text in read(tokenizer, length, documents, seed)]
@@ -107,16 +108,29 @@ def measure(
         output.result(str(found))
 
 
-def text_reader(data: list[str], tasks: str | None):  # type: ignore[no-untyped-def]  # a function of tokenizer, length, count, seed
-    """What gives `count` texts of every source at a length. Raises UserError for unknown sources before any model is loaded."""
+def text_reader(data: list[str], tasks: str | None, *, answered: bool) -> Callable[[Any, int, int, int], list[list[int]]]:
+    """What gives token ids of `count` texts of every source, from a tokenizer, a length, count and a seed. answered: texts of tasks end
+    in the answer of one question; questions are spread over their documents.
+
+    Raises UserError for unknown sources, and for tasks that ask nothing, before any model is loaded.
+    """
     from attnsieve.evaluation import make_task
+    from attnsieve.evaluation.tasks.questions import QuestionTask, answered_ids
+    from attnsieve.evaluation.tasks.records import RecordTask
     from attnsieve.evaluation.text import text_source
 
     sources = [text_source(name) for name in data]
     chosen = [make_task(name) for name in options.parts_of(tasks)] if tasks else []
+    for task in chosen if answered else []:
+        asks = isinstance(task, QuestionTask | RecordTask)
+        require(asks, f"--last measures a question and its answer, and {task.name!r} has none: expected tasks such as kv")
 
     def read(tokenizer: Any, length: int, count: int, seed: int) -> list[list[int]]:
-        items = [task.ids(tokenizer, item) for task in chosen for item in task.items(tokenizer, length, count, seed)]
+        made = [(task, x, item) for task in chosen for x, item in enumerate(task.items(tokenizer, length, count, seed))]
+        items = [
+            answered_ids(tokenizer, item, (x + 0.5) / count) if answered else task.ids(tokenizer, item)
+            for task, x, item in made
+        ]
         # Measurements are kept per length, and items of a task are as long as they happen to be: the shortest decides.
         shortest = min(map(len, items), default=length)
         windows = text_windows(sources, tokenizer, shortest, count * len(sources), seed) if sources else []

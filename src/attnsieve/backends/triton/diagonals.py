@@ -41,7 +41,7 @@ _LOOKED_UP = tl.constexpr(256)
 
 
 class Distances(NamedTuple):
-    """What kernels read of `Scattered`: offsets [H, room], below [2, H, tiles]."""
+    """What kernels read of `Scattered`: offsets [H, room], below [2, H, tiles] for query tiles of as many positions as theirs."""
 
     offsets: Any
     below: Any
@@ -50,7 +50,7 @@ class Distances(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """Of the layout without the diagonals: ends int32 [H, n], corner_rows int32 [H] or None."""
+    """Of the layout without the diagonals, of n positions: ends int32 [H, n], corner_rows int32 [H] or None."""
 
     ends: Any
     corner_rows: Any
@@ -199,7 +199,8 @@ def _attend_to_tile(
     if PARTS == 2:
         q_high = _load(p_q + _PART, ok)
         high = tl.load(p_part + _PART, mask=ok, other=0.0)
-    peak = tl.load(p_part_lse + at_lse, mask=row_ok, other=0.0) * LOG2E
+    # Rows that are no queries weigh nothing.
+    peak = tl.load(p_part_lse + at_lse, mask=row_ok, other=float("inf")) * LOG2E
     empty = peak == -float("inf")
     base = tl.where(empty, 0.0, peak)
     total = tl.where(empty, 0.0, 1.0)
@@ -225,7 +226,7 @@ def _attend_to_tile(
         inside = tl.where((t + 1) * M <= k_len, tl.load(p_below), 0)
         low, high, total = _add_relative(low, high, total, base, rows, keys, p_offset, inside, count, scale * LOG2E, D)
         # Weights of finite values can add up beyond float32 where their products with small values do not.
-        beyond = tl.max(((empty & row_ok) | (total == float("inf"))).to(tl.int32), 0) == 1
+        beyond = tl.max((row_ok & (empty | (total == float("inf")))).to(tl.int32), 0) == 1
         again = (beyond | (is_finite(low) == 0) | (is_finite(high) == 0)).to(tl.int32)
 
     nothing = total == 0
@@ -241,8 +242,8 @@ def _attend_to_tile(
 @triton.jit
 def _tile_of(x, y, query_tiles, together, k_len, H: tl.constexpr, GP: tl.constexpr, M: tl.constexpr):
     """Layout head and query tile of program (x, y) of a sequence: where heads have masks of their own, the longest tiles of `together`
-    heads first, then those of the next ones, and y is 0; else those of head y. Only what needs no division is to the compiler the same
-    for all threads, and takes none of their registers."""
+    heads first, then those of the next ones, and y is 0; else those of head y. Without a division h is the same for all threads to the
+    compiler too, which keeps addresses in registers that they share: shared masks have none to spare."""
     if GP == 1:
         first = x // (query_tiles * together) * together
         heads = tl.minimum(H - first, together)
@@ -317,14 +318,14 @@ def diagonals_again_kernel(
     D: tl.constexpr,
 ):
     """Attends once more to the tiles of those of `total` programs that `diagonals_kernel` marked in p_again."""
-    width: tl.constexpr = H if GP == 1 else 1
+    in_x: tl.constexpr = H if GP == 1 else 1
     programs = tl.num_programs(0)
     for start in range(tl.program_id(0), total, programs * _LOOKED_UP):
         own = start + tl.arange(0, _LOOKED_UP) * programs
         if tl.max(tl.load(p_again + own, mask=own < total, other=0), 0) == 1:
             for z in range(start, tl.minimum(total, start + programs * _LOOKED_UP), programs):
                 if tl.load(p_again + z) == 1:
-                    x, y = z % (query_tiles * width), z // (query_tiles * width) % (H // width)
+                    x, y = z % (query_tiles * in_x), z // (query_tiles * in_x) % (H // in_x)
                     span = span_of(places, z // (query_tiles * H))
                     _, _, _, _, k_len = span
                     h, t = _tile_of(x, y, query_tiles, together, k_len, H, GP, M)
@@ -371,6 +372,8 @@ def _geometry(call: Call) -> Geometry:
 
 
 def _together(geometry: Geometry) -> int:
-    """How many layout heads' tiles are begun together: at least those that read the same keys. All tiles of one head after those of
-    another would leave multiprocessors idle at the end, all heads' at once would need more keys than the second cache holds."""
-    return max(geometry.call.group if geometry.packed == 1 else 1, _BEGUN // geometry.query_tiles)
+    """How many layout heads' tiles are begun together: all those that read the same keys, of one KV head or several. All tiles of one
+    head after those of another would leave multiprocessors idle at the end, all heads' at once would need more keys than the second
+    cache holds."""
+    same_keys = geometry.call.group if geometry.packed == 1 else 1
+    return same_keys * max(1, _BEGUN // (geometry.query_tiles * same_keys))

@@ -1,9 +1,9 @@
 """Which diagonals of a layout lie alone: a tile of keys that they cross keeps hardly any of its pairs.
 
-A tile of 64 x 64 scores takes as long as some 120 pairs one by one, and a diagonal crosses two tiles of each row of tiles. So
-diagonals pay by tiles where several of them share those. Scattered ones are attended to pair by pair (`diagonals`), the rest of the
-layout by tiles, or by lists of single keys where the kernels for Hopper GPUs serve those: there they take less time. Only prefill
-makes that difference: gradients go by tiles.
+A tile of 64 x 64 scores takes as long as some 240 pairs one by one (120 when `_SHARING` was chosen), and a diagonal crosses two tiles
+of each row of tiles. So diagonals pay by tiles where several of them share those. Scattered ones are attended to pair by pair
+(`diagonals`), the rest of the layout by tiles, or by lists of single keys where the kernels for Hopper GPUs serve those: there they
+take less time. Only prefill makes that difference: gradients go by tiles.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton import hopper
-from attnsieve.backends.triton.schedule import longest_row, only_lists
+from attnsieve.backends.triton.schedule import beyond_end, longest_row
 from attnsieve.layout import Layout
 
 # Diagonals that share a tile lie less than this apart; as many as `_SHARING` of them are worth a tile.
@@ -89,7 +89,7 @@ def _split(layout: Layout, listed: bool) -> Scattered | None:
 
 def _listed(rest: Layout) -> Layout:
     """The layout as one that lists serve, if they can and it pays."""
-    if not only_lists(replace(rest, most_keys=rest.length)):
+    if beyond_end(rest):
         return rest
     most = int(longest_row(rest.end))
     few = most <= _LISTED_SHARE * rest.length and most * rest.length * rest.heads <= _MOST_LISTED

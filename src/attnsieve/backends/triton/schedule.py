@@ -84,7 +84,7 @@ def schedule(layout: Layout, positions: int, keys: int, *, listing: bool = True)
 
 def only_lists(layout: Layout) -> bool:
     """Whether lists of single keys serve every pair (unless `listing=False`), which no longer depends on tile shapes."""
-    return layout.most_keys is not None and not _beyond_end(layout)
+    return layout.most_keys is not None and not beyond_end(layout)
 
 
 def longest_row(end: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def _build(layout: Layout, positions: int, keys: int, listing: bool) -> Schedule
     if choice.listed == LISTED_ALL.value:
         marks = _marks(layout, built)
         built = replace(built, singles=_key_lists(layout, built, positions, marks, drop=True), marks=marks)
-        found = survey(layout, positions, keys, choice.listed) if _beyond_end(layout) else None
+        found = survey(layout, positions, keys, choice.listed) if beyond_end(layout) else None
     return built if found is None else _with_tiles(layout, built, found)
 
 
@@ -152,7 +152,8 @@ def _choose_by(found: Survey, layout: Layout, listing: bool) -> _Choice:
     return _Choice(LISTED_FLAGGED.value if flagged else LISTED_NOTHING.value, flagged, windows)
 
 
-def _beyond_end(layout: Layout) -> bool:
+def beyond_end(layout: Layout) -> bool:
+    """Whether rows keep keys by other than `end`."""
     return layout.offset is not None or layout.blocks is not None or layout.corner is not None
 
 
@@ -165,7 +166,7 @@ def _mask(layout: Layout, choice: _Choice, found: Survey | None, positions: int,
     words = words_of_distances(layout, found, by_bits) if by_bits or layout.offset is not None else None
     bits = None if layout.blocks is None else bits_of_blocks(layout.blocks)
     corner = None if layout.corner is None else layout.corner.contiguous()
-    needs_cut = choice.listed == LISTED_FLAGGED.value or (choice.listed == LISTED_ALL.value and _beyond_end(layout))
+    needs_cut = choice.listed == LISTED_FLAGGED.value or (choice.listed == LISTED_ALL.value and beyond_end(layout))
     return Mask(
         ends,
         words,

@@ -109,6 +109,12 @@ class QuestionTask(Task):
         return replace(item, queries=tuple(replace(query, prompt=as_chat(tokenizer, query.prompt)) for query in item.queries))
 
 
+def answered_ids(tokenizer: Any, item: Item, place: float) -> list[int]:
+    """Ids of one question of an item, its document first and its answer last: of the question at `place` among them, 0 to 1."""
+    query = item.queries[int(place * len(item.queries))]
+    return encode(tokenizer, query.prompt + query.gap + query.answers[0])
+
+
 def forced_answers(model: Any, tokenizer: Any, items: Sequence[Item]) -> Iterator[Answered]:
     """Of every item, the means over its queries of the teacher-forced scores."""
     asked = ([(query.prompt + query.gap, query.answers[0]) for query in item.queries] for item in items)
