@@ -226,7 +226,7 @@ def _attend_to_tile(
         inside = tl.where((t + 1) * M <= k_len, tl.load(p_below), 0)
         low, high, total = _add_relative(low, high, total, base, rows, keys, p_offset, inside, count, scale * LOG2E, D)
         # Weights of finite values can add up beyond float32 where their products with small values do not.
-        beyond = tl.max((row_ok & (empty | (total == float("inf")))).to(tl.int32), 0) == 1
+        beyond = tl.max(((empty & row_ok) | (total == float("inf"))).to(tl.int32), 0) == 1
         again = (beyond | (is_finite(low) == 0) | (is_finite(high) == 0)).to(tl.int32)
 
     nothing = total == 0
