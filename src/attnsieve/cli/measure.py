@@ -29,7 +29,8 @@ def measure(
     last: Annotated[
         int | None,
         typer.Option(
-            help="Judge candidates by so many last rows of each text alone: with --tasks a question and its answer, about 16.",
+            help="Judge candidates by so many last rows of each text alone, such as 16. Texts of tasks then end in one question's "
+            "answer. Measure one task at a time and give fit all of them: the worst decides.",
             min=1,
         ),
     ] = None,
@@ -126,10 +127,10 @@ def text_reader(data: list[str], tasks: str | None, *, answered: bool) -> Callab
         require(asks, f"--last measures a question and its answer, and {task.name!r} has none: expected tasks such as kv")
 
     def read(tokenizer: Any, length: int, count: int, seed: int) -> list[list[int]]:
-        made = [(task, x, item) for task in chosen for x, item in enumerate(task.items(tokenizer, length, count, seed))]
         items = [
             answered_ids(tokenizer, item, (x + 0.5) / count) if answered else task.ids(tokenizer, item)
-            for task, x, item in made
+            for task in chosen
+            for x, item in enumerate(task.items(tokenizer, length, count, seed))
         ]
         # Measurements are kept per length, and items of a task are as long as they happen to be: the shortest decides.
         shortest = min(map(len, items), default=length)

@@ -372,8 +372,8 @@ def _geometry(call: Call) -> Geometry:
 
 
 def _together(geometry: Geometry) -> int:
-    """How many layout heads' tiles are begun together: all those that read the same keys, of one KV head or several. All tiles of one
-    head after those of another would leave multiprocessors idle at the end, all heads' at once would need more keys than the second
-    cache holds."""
-    same_keys = geometry.call.group if geometry.packed == 1 else 1
-    return same_keys * max(1, _BEGUN // (geometry.query_tiles * same_keys))
+    """How many layout heads' tiles are begun together, where heads have masks of their own: all those that read the same keys, of one
+    KV head or several. All tiles of one head after those of another would leave multiprocessors idle at the end, all heads' at once
+    would need more keys than the second cache holds."""
+    group = geometry.call.group
+    return group * max(1, _BEGUN // (geometry.query_tiles * group))

@@ -16,7 +16,6 @@ from attnsieve.backends.triton.common import Places, Rows, places_of, rows_of, r
 from attnsieve.backends.triton.forward_tile import forward_tile
 from attnsieve.backends.triton.geometry import Geometry, Tiles, rounding
 from attnsieve.backends.triton.launch import Launch
-from attnsieve.backends.triton.nonfinite import has_nan
 from attnsieve.backends.triton.outputs import clear_uncovered, new_outputs
 from attnsieve.backends.triton.product_columns import bias_of
 from attnsieve.backends.triton.schedule import Schedule, schedule
@@ -75,7 +74,7 @@ def again_kernel(
         row_ok = row_ok & (t >= 0)
         heads = shape.H if shape.GP == 1 else shape.H * shape.G
         lse = tl.load(p_lse + (batch * heads + head) * q_slots + slot, mask=row_ok, other=0.0)
-        if has_nan(lse):
+        if tl.max((lse != lse).to(tl.int32), 0) == 1:
             forward_tile(q, k, v, bias, out, p_lse, mask, None, singles, marks, scale, q_slots, h, i_s, t, span, shape)
 
 

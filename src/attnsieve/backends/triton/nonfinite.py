@@ -21,12 +21,6 @@ def is_finite(sums):
 
 
 @triton.jit
-def has_nan(values):
-    """Whether one of the values [R] is NaN."""
-    return tl.max((values != values).to(tl.int32), 0) == 1
-
-
-@triton.jit
 def _absorb_finite(acc, spoilt, s, base, scale, keep, v, p_v, j, ok, shape: tl.constexpr):
     """acc [R, DVP] += weights of the finite values at keys j, and spoilt [R]: whether a row keeps a key with others."""
     v_tile = load_rows(p_v, j, v.s_row, ok, shape.DV, shape.DVP, True)
