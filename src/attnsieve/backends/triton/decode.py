@@ -19,18 +19,9 @@ from attnsieve.backends.triton.common import Places, Rows, head_base, places_of,
 from attnsieve.backends.triton.decode_places import Row, plain_heads, row_places, sections_of
 from attnsieve.backends.triton.decode_rule import rule
 from attnsieve.backends.triton.geometry import padded_value
-from attnsieve.backends.triton.launch import Launch, can_follow, follows
+from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.outputs import clear_slots, new_outputs
-from attnsieve.backends.triton.shares import (
-    COMBINED,
-    Source,
-    Tuning,
-    attend_share,
-    await_shares,
-    combine_shares,
-    release_next,
-    shape_of,
-)
+from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, combine_shares, shape_of
 from attnsieve.backends.triton.tuning import decode_tuning
 from attnsieve.device import padded
 
@@ -82,14 +73,12 @@ def decode_kernel(
     Q: tl.constexpr,
     QH: tl.constexpr,
     PARTS: tl.constexpr,
-    FOLLOWED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One share of one query and word: p_acc and p_sum as `shares.attend_share` says, p_range [S * Tq, H, 2] what is whose.
 
     PARTS words read the same KV head.
     """
-    release_next(FOLLOWED)
     x, programs, first_query = tl.program_id(0), tl.num_programs(0), tl.program_id(1) * Q
     pair, first_x, stop_x, length = _deal(rule, places, x, programs, first_query, queries, q_slots, H, Q, QH, shape)
     if pair >= QH:
@@ -118,9 +107,7 @@ def decode_kernel(
 
 
 @triton.jit
-def combine_kernel(
-    p_acc, p_sum, p_range, out, p_lse, places, n_spans, n_slots, q_slots, shape, STEP: tl.constexpr, FOLLOWS: tl.constexpr
-):
+def combine_kernel(p_acc, p_sum, p_range, out, p_lse, places, n_spans, n_slots, q_slots, shape, STEP: tl.constexpr):
     """Combine the shares of one query and head; and clear slots that no sequence covers, of B * Tq in all."""
     head, o_query = tl.program_id(0), tl.program_id(1)
     heads = tl.num_programs(0)
@@ -129,7 +116,6 @@ def combine_kernel(
         clear_slots(out, p_lse, places, n_spans, batch, head, heads, slot, 1, q_slots, shape.DV, shape.DVP)
     batch, q_start, first, _, k_len = span_of(places, o_query // q_slots)
     p = first + o_query % q_slots
-    await_shares(FOLLOWS)
     if p >= k_len:
         return
     p_mine = p_range + (o_query * (heads // shape.G) + head // shape.G) * 2
@@ -157,12 +143,11 @@ class Decode:
         found = rule(call.layout, bits)
         self._shares = (deals * programs, group, padded_value(v_width))
         self._ranges = (queries, words, 2)
-        early = can_follow(call.q.device)
-        sides = (words, together, triton.next_power_of_2(together * words), call.group // group, early)
+        sides = (words, together, triton.next_power_of_2(together * words), call.group // group)
         rest = (found, call.scale, queries, q_slots, shape, call.layout.sequences > 1, *sides)
         self._attend = Launch(decode_kernel, (programs, deals, 1), *rest, **tuning.options(found.listed))
         slots = (len(call.spans), batch * q_slots, q_slots)
-        self._combine = Launch(combine_kernel, (heads, queries, 1), *slots, shape, COMBINED, early, **follows(early))
+        self._combine = Launch(combine_kernel, (heads, queries, 1), *slots, shape, COMBINED)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places) -> tuple[Tensor, Tensor]:
         acc = q.new_empty(self._shares, dtype=torch.float32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.runtime import driver
 
@@ -100,17 +99,6 @@ class _Code:
             bare = (*addresses, *own) if served else None
             self._same = x, bare
         return bare
-
-
-def can_follow(device: torch.device) -> bool:
-    """Whether a kernel can begin before the one in front of it has ended, and wait for that itself (programmatic dependent launch):
-    what launching it takes is then hidden."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def follows(early: bool) -> dict[str, bool]:
-    """Options of a launch that does so."""
-    return {"launch_pdl": True} if early else {}
 
 
 def _numbers(x: Any) -> tuple[int, ...]:

@@ -17,17 +17,8 @@ from torch import Tensor
 from attnsieve.backends.ragged import Index, Memory
 from attnsieve.backends.triton.common import head_base, rows_of
 from attnsieve.backends.triton.geometry import padded_value
-from attnsieve.backends.triton.launch import Launch, can_follow, follows
-from attnsieve.backends.triton.shares import (
-    COMBINED,
-    Source,
-    Tuning,
-    attend_share,
-    await_shares,
-    combine_shares,
-    release_next,
-    shape_of,
-)
+from attnsieve.backends.triton.launch import Launch
+from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, combine_shares, shape_of
 from attnsieve.backends.triton.tuning import decode_tuning
 from attnsieve.device import padded
 
@@ -99,9 +90,8 @@ def _places(index, at, x, shape):
 
 
 @triton.jit
-def attend_kernel(q, p_acc, p_sum, memory, index, scale, kv_heads, slots, shape, FOLLOWED: tl.constexpr, STAGES: tl.constexpr):
+def attend_kernel(q, p_acc, p_sum, memory, index, scale, kv_heads, slots, shape, STAGES: tl.constexpr):
     """One share of one group: p_acc, p_sum [B, items, ...] as `shares.attend_share` says."""
-    release_next(FOLLOWED)
     item, b = tl.program_id(0), tl.program_id(1)
     p_item = index.items + item * 4
     h, is_column = tl.load(p_item), tl.load(p_item + 1) != 0
@@ -119,9 +109,8 @@ def attend_kernel(q, p_acc, p_sum, memory, index, scale, kv_heads, slots, shape,
 
 
 @triton.jit
-def combine_kernel(p_acc, p_sum, p_out, p_lse, first_item, items, shape, STEP: tl.constexpr, FOLLOWS: tl.constexpr):
+def combine_kernel(p_acc, p_sum, p_out, p_lse, first_item, items, shape, STEP: tl.constexpr):
     """Combine the shares of one query head."""
-    await_shares(FOLLOWS)
     head, b = tl.program_id(0), tl.program_id(1)
     p_first = first_item + head // shape.G
     start, stop = b * items + tl.load(p_first), b * items + tl.load(p_first + 1)
@@ -142,14 +131,11 @@ class Step:
         widths = (width, padded(width), v_width, padded(v_width))
         tuning = decode_tuning(padded(width) + padded_value(v_width), q.dtype) if tuning is None else tuning
         shape = shape_of(group, group, tuning.keys, width, v_width, q.dtype)
-        early = can_follow(q.device)
-        attend = (memory, index, scale, kv_heads, slots, shape, early)
+        attend = (memory, index, scale, kv_heads, slots, shape)
         self._shares, self._out = (batch, items, group, padded_value(v_width)), (batch, heads, 1, v_width)
         self._append = Launch(append_kernel, (kv_heads, batch, 1), memory, index.heads, index.entries, kv_heads, slots, *widths)
         self._attend = Launch(attend_kernel, (items, batch, 1), *attend, **tuning.options(listed=True))
-        self._combine = Launch(
-            combine_kernel, (heads, batch, 1), index.first_item, items, shape, COMBINED, early, **follows(early)
-        )
+        self._combine = Launch(combine_kernel, (heads, batch, 1), index.first_item, items, shape, COMBINED)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the next token of every batch row, k [B, Hkv, 1, D] and v [B, Hkv, 1, Dv], and attend: out [B, Hq, 1, Dv] in q's

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from attnsieve.backends.triton.common import LN2, LOG2E, load_rows
 from attnsieve.backends.triton.geometry import padded_value
@@ -155,20 +154,6 @@ def attend_share(
     tl.store(p_sum + o_row, tl.where(empty, -float("inf"), peak + tl.log2(total)), mask=r < shape.G)
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     tl.store(p_acc + o_row[:, None] * shape.DVP + tl.arange(0, shape.DVP)[None, :], acc, mask=(r < shape.G)[:, None])
-
-
-@triton.jit
-def release_next(FOLLOWED: tl.constexpr):
-    """Let the programs of the next kernel begin once all of this one have; what they read they wait for."""
-    if FOLLOWED:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def await_shares(FOLLOWS: tl.constexpr):
-    """Wait until the kernel in front has ended and its shares are there, where nobody else waits for that."""
-    if FOLLOWS:
-        gdc_wait()
 
 
 @triton.jit
