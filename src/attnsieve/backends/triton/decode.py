@@ -21,7 +21,7 @@ from attnsieve.backends.triton.decode_rule import rule
 from attnsieve.backends.triton.geometry import padded_value
 from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.outputs import clear_slots, new_outputs
-from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, combine_shares, shape_of
+from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, columns, combine_shares, shape_of
 from attnsieve.backends.triton.tuning import decode_tuning
 from attnsieve.device import padded
 
@@ -107,24 +107,27 @@ def decode_kernel(
 
 
 @triton.jit
-def combine_kernel(p_acc, p_sum, p_range, out, p_lse, places, n_spans, n_slots, q_slots, shape, STEP: tl.constexpr):
-    """Combine the shares of one query and head; and clear slots that no sequence covers, of B * Tq in all."""
-    head, o_query = tl.program_id(0), tl.program_id(1)
+def combine_kernel(
+    p_acc, p_sum, p_range, out, p_lse, places, n_spans, n_slots, q_slots, shape, C: tl.constexpr, STEP: tl.constexpr
+):
+    """Combine the shares of one query and head, C numbers of the output; and clear slots that no sequence covers, of B * Tq in all."""
+    head, o_query, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(0)
-    for o_slot in range(o_query, n_slots, tl.num_programs(1)):
-        batch, slot = o_slot // q_slots, o_slot % q_slots
-        clear_slots(out, p_lse, places, n_spans, batch, head, heads, slot, 1, q_slots, shape.DV, shape.DVP)
+    if part == 0:
+        for o_slot in range(o_query, n_slots, tl.num_programs(1)):
+            batch, slot = o_slot // q_slots, o_slot % q_slots
+            clear_slots(out, p_lse, places, n_spans, batch, head, heads, slot, 1, q_slots, shape.DV, shape.DVP)
     batch, q_start, first, _, k_len = span_of(places, o_query // q_slots)
     p = first + o_query % q_slots
     if p >= k_len:
         return
     p_mine = p_range + (o_query * (heads // shape.G) + head // shape.G) * 2
-    value, lse = combine_shares(p_acc, p_sum, tl.load(p_mine), tl.load(p_mine + 1), head % shape.G, shape, STEP)
+    o_dv = part * C + tl.arange(0, C)
+    value, lse = combine_shares(p_acc, p_sum, tl.load(p_mine), tl.load(p_mine + 1), head % shape.G, o_dv, shape, STEP)
     slot = q_start + p - first
-    o_dv = tl.arange(0, shape.DVP)
     p_out = head_base(out, batch, head) + slot * out.s_row + o_dv
     tl.store(p_out, value.to(out.p.dtype.element_ty), mask=o_dv < shape.DV)
-    tl.store(p_lse + (batch * heads + head) * q_slots + slot, lse)
+    tl.store(p_lse + (batch * heads + head) * q_slots + slot, lse, mask=part == 0)
 
 
 class Decode:
@@ -147,7 +150,8 @@ class Decode:
         rest = (found, call.scale, queries, q_slots, shape, call.layout.sequences > 1, *sides)
         self._attend = Launch(decode_kernel, (programs, deals, 1), *rest, **tuning.options(found.listed))
         slots = (len(call.spans), batch * q_slots, q_slots)
-        self._combine = Launch(combine_kernel, (heads, queries, 1), *slots, shape, COMBINED)
+        size, parts = columns(v_width)
+        self._combine = Launch(combine_kernel, (heads, queries, parts), *slots, shape, size, COMBINED)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places) -> tuple[Tensor, Tensor]:
         acc = q.new_empty(self._shares, dtype=torch.float32)

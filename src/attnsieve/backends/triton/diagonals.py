@@ -27,12 +27,10 @@ from attnsieve.backends.triton.nonfinite import is_finite
 from attnsieve.backends.triton.outputs import new_outputs
 from attnsieve.backends.triton.scattered import Scattered
 
-# Numbers of K that a row takes at a time: 128 bytes, which eight threads hold. More threads per row would repeat more of what is done
-# once per pair.
-_PART = tl.constexpr(64)
 # Less than any row.
 _NEVER = tl.constexpr(-(2**31))
-_ROWS = 128
+# Numbers of q that a program holds.
+_NUMBERS = 2**14
 # Query tiles that are begun before the next layout heads' are: enough for all multiprocessors until the last ones, which are short.
 _BEGUN = 256
 # What looks for tiles to attend to again, and how many of them each program looks up at a time.
@@ -76,26 +74,47 @@ def _load(p, ok):
 
 
 @triton.jit
-def _dot(q_low, q_high, p_k, at, PARTS: tl.constexpr):
-    """Products [R] of rows of q [R, 64], twice where PARTS is 2, with the rows of K at `at`."""
-    s = _sums_of_threads(q_low * _load(p_k + at, None))
-    if PARTS == 2:
-        s += _sums_of_threads(q_high * _load(p_k + _PART + at, None))
+def _halves(i, D: tl.constexpr):
+    """Where numbers of rows i [R] lie in a row, in halves [R or 1, D / 2]. A thread holds 8 numbers of each, so that D / 16 threads
+    repeat what is done once per pair. The first cache gives out 128 bytes at a time, halves of two rows at width 64: of different
+    banks, since every second row is turned."""
+    o_d = tl.arange(0, D // 2)[None, :]
+    turn = (i & 1)[:, None] * 32 if D == 64 else 0
+    return turn + o_d, D // 2 - turn + o_d
+
+
+@triton.jit
+def _at(rows, halves, s_row):
+    """Where the numbers of rows [R] of so many lie, in halves."""
+    start = rows[:, None] * s_row
+    return start + halves[0], start + halves[1]
+
+
+@triton.jit
+def _second(p, at, D: tl.constexpr):
+    """Addresses of second halves: of whole rows at a constant distance, which takes no instruction."""
+    return p + at[1] if D == 64 else p + D // 2 + at[0]
+
+
+@triton.jit
+def _dot(q_low, q_high, p_k, at, D: tl.constexpr):
+    """Products [R] of rows of q, in halves, with the rows of K at `at`."""
+    s = _sums_of_threads(q_low * _load(p_k + at[0], None))
+    s += _sums_of_threads(q_high * _load(_second(p_k, at, D), None))
     return tl.sum(s, 1)
 
 
 @triton.jit
 def _sums_of_threads(x):
-    """Sums [R, 8] of the numbers of a row [R, 64] that one thread holds: both parts are then passed on between threads as one."""
-    return tl.sum(tl.reshape(x, [x.shape[0], 8, 8]), 2)
+    """Sums [R, D / 16] of the numbers of a row's half that one thread holds: both halves are then passed on between threads as one."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 2)
 
 
 @triton.jit
-def _add(low, high, weight, p_v, at, ok, PARTS: tl.constexpr):
-    """Sums [R, 64] plus weight [R] times the rows of V at `at`."""
-    low += weight[:, None] * _load(p_v + at, ok)
-    if PARTS == 2:
-        high += weight[:, None] * _load(p_v + _PART + at, ok)
+def _add(low, high, weight, p_v, at, ok, D: tl.constexpr):
+    """Sums, in halves, plus weight [R] times the rows of V at `at`."""
+    low += weight[:, None] * _load(p_v + at[0], ok)
+    high += weight[:, None] * _load(_second(p_v, at, D), ok)
     return low, high
 
 
@@ -103,14 +122,14 @@ def _add(low, high, weight, p_v, at, ok, PARTS: tl.constexpr):
 def _edge_pair(rows, keys, distance, D: tl.constexpr):
     """Of rows some of which lie, or are led by a distance, outside the text: where their keys' rows are, whether they keep them, and
     products."""
-    q_low, q_high, i, end, last = rows
+    q_low, q_high, i, halves, end, last = rows
     p_k, _, p_bias, s_bias, p_end = keys
     # Rows beyond the text read as its last row.
     i = tl.minimum(i, end)
     j = tl.maximum(i - distance, 0)
     keep = (i >= distance) & (tl.load(p_end + j) <= last)
-    at = j[:, None] * D + tl.arange(0, _PART)[None, :]
-    s = _dot(q_low, q_high, p_k, at, D // _PART)
+    at = _at(j, halves, D)
+    s = _dot(q_low, q_high, p_k, at, D)
     if p_bias is not None:
         s += tl.load(p_bias + j * s_bias)
     return at, keep, s
@@ -118,29 +137,28 @@ def _edge_pair(rows, keys, distance, D: tl.constexpr):
 
 @triton.jit
 def _add_relative(low, high, total, base, rows, keys, p_offset, inside, count, scale, D: tl.constexpr):
-    """Sums low and high [R, 64] and total [R] with weights relative to base [R] of a head's first `count` diagonals, of which `inside`
-    lead every row to a key. rows: queries [R, 64] in two parts, positions, the text's last one, and the greatest end of keys that rows
-    keep by their distance alone; keys: addresses of K, V, the bias with its stride, and ends."""
-    PARTS: tl.constexpr = D // _PART
-    q_low, q_high, i, _, last = rows
+    """Sums low and high [R, D / 2] and total [R] with weights relative to base [R] of a head's first `count` diagonals, of which
+    `inside` lead every row to a key. rows: queries in halves, positions, which halves those are, the text's last position, and the
+    greatest end of keys that rows keep by their distance alone; keys: addresses of K, V, the bias with its stride, and ends."""
+    q_low, q_high, i, halves, _, last = rows
     p_k, p_v, p_bias, s_bias, p_end = keys
-    at = i[:, None] * D + tl.arange(0, _PART)[None, :]
+    at = _at(i, halves, D)
     p_row_end = p_end + i
     distance = tl.load(p_offset)
     for x in tl.range(0, inside, num_stages=1):
         back = distance * D
         keep = tl.load(p_row_end - distance) <= last
-        s = _dot(q_low, q_high, p_k - back, at, PARTS)
+        s = _dot(q_low, q_high, p_k - back, at, D)
         if p_bias is not None:
             s += tl.load(p_bias + (i - distance) * s_bias)
         weight = tl.where(keep, tl.exp2(s * scale - base), 0.0)
-        low, high = _add(low, high, weight, p_v - back, at, None, PARTS)
+        low, high = _add(low, high, weight, p_v - back, at, None, D)
         total += weight
         distance = tl.load(p_offset + x + 1)
     for x in tl.range(inside, count, num_stages=1):
         edge, keep, s = _edge_pair(rows, keys, distance, D)
         weight = tl.where(keep, tl.exp2(s * scale - base), 0.0)
-        low, high = _add(low, high, weight, p_v, edge, keep[:, None], PARTS)
+        low, high = _add(low, high, weight, p_v, edge, keep[:, None], D)
         total += weight
         distance = tl.load(p_offset + x + 1)
     return low, high, total
@@ -156,7 +174,7 @@ def _add_online(low, high, total, peak, rows, keys, p_offset, count, scale, D: t
         new_peak = tl.maximum(peak, s)
         base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
         weight, fade = tl.exp2(s - base), tl.exp2(peak - base)
-        low, high = _add(low * fade[:, None], high * fade[:, None], weight, keys[1], edge, keep[:, None], D // _PART)
+        low, high = _add(low * fade[:, None], high * fade[:, None], weight, keys[1], edge, keep[:, None], D)
         total = total * fade + weight
         peak = new_peak
         distance = tl.load(p_offset + x + 1)
@@ -182,23 +200,18 @@ def _attend_to_tile(
 ):
     """Query tile t of layout head h, see `diagonals_kernel`; 1 if it has to be attended to again, ONLINE, else 0."""
     q, k, v, bias, part, p_part_lse, out, p_lse = tensors
-    PARTS: tl.constexpr = D // _PART
     batch, _, _, k_start, k_len = span
     i, head, slot, row_ok = rows_of_tile(tl.arange(0, M * GP), h, t, span, G, GP, M)
     kv_head = h // G if GP == 1 else h
     heads = H if GP == 1 else H * G
     at_lse = (batch * heads + head) * q_slots + slot
-    o_d = tl.arange(0, _PART)
     ok = row_ok[:, None]
-    p_q = (q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head + slot * q.s_row)[:, None] + o_d[None, :]
-    q_low = _load(p_q, ok)
-    q_high = q_low
-    p_part = (part.p + batch * part.s_batch + head.to(tl.int64) * part.s_head + slot * part.s_row)[:, None] + o_d[None, :]
-    low = tl.load(p_part, mask=ok, other=0.0)
-    high = low
-    if PARTS == 2:
-        q_high = _load(p_q + _PART, ok)
-        high = tl.load(p_part + _PART, mask=ok, other=0.0)
+    halves = _halves(i, D)
+    at_q, at_part = _at(slot, halves, q.s_row), _at(slot, halves, part.s_row)
+    p_q = (q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head)[:, None]
+    q_low, q_high = _load(p_q + at_q[0], ok), _load(_second(p_q, at_q, D), ok)
+    p_part = (part.p + batch * part.s_batch + head.to(tl.int64) * part.s_head)[:, None]
+    low, high = tl.load(p_part + at_part[0], mask=ok, other=0.0), tl.load(_second(p_part, at_part, D), mask=ok, other=0.0)
     # Rows that are no queries weigh nothing.
     peak = tl.load(p_part_lse + at_lse, mask=row_ok, other=float("inf")) * LOG2E
     empty = peak == -float("inf")
@@ -215,7 +228,7 @@ def _attend_to_tile(
     last = i
     if ends.corner_rows is not None:
         last = tl.where(i >= tl.load(ends.corner_rows + h), i, _NEVER)
-    rows, keys = (q_low, q_high, i, k_len - 1, last), (p_k, p_v, p_bias, s_bias, ends.ends + h * ends.n)
+    rows, keys = (q_low, q_high, i, halves, k_len - 1, last), (p_k, p_v, p_bias, s_bias, ends.ends + h * ends.n)
     p_offset = distances.offsets + h * distances.room
     p_below = distances.below + h * distances.tiles + t
     count = tl.load(p_below + H * distances.tiles)
@@ -231,10 +244,10 @@ def _attend_to_tile(
 
     nothing = total == 0
     share = (1 / tl.where(nothing, 1.0, total))[:, None]
-    p_out = (out.p + batch * out.s_batch + head.to(tl.int64) * out.s_head + slot * out.s_row)[:, None] + o_d[None, :]
-    tl.store(p_out, (low * share).to(out.p.dtype.element_ty), mask=ok)
-    if PARTS == 2:
-        tl.store(p_out + _PART, (high * share).to(out.p.dtype.element_ty), mask=ok)
+    at_out = _at(slot, halves, out.s_row)
+    p_out = (out.p + batch * out.s_batch + head.to(tl.int64) * out.s_head)[:, None]
+    tl.store(p_out + at_out[0], (low * share).to(out.p.dtype.element_ty), mask=ok)
+    tl.store(_second(p_out, at_out, D), (high * share).to(out.p.dtype.element_ty), mask=ok)
     tl.store(p_lse + at_lse, tl.where(nothing, -float("inf"), (base + tl.log2(total)) * LN2), mask=row_ok)
     return again
 
@@ -365,10 +378,9 @@ class PrefillInParts:
 
 def _geometry(call: Call) -> Geometry:
     """32 warps of 64 registers a thread; half as many where the heads of a KV group share a mask, so that threads hold rows of several
-    heads and read their key once, and at width 64, where as many threads would hold a part of a row."""
-    geometry = Geometry(call, Tiles(rows=_ROWS, keys=64, warps=32, stages=1))
-    wide = geometry.packed == 1 and call.q.shape[-1] == 128
-    return geometry if wide else replace(geometry, tiles=replace(geometry.tiles, warps=16))
+    heads and read their key once."""
+    geometry = Geometry(call, Tiles(rows=_NUMBERS // call.q.shape[-1], keys=64, warps=32, stages=1))
+    return geometry if geometry.packed == 1 else replace(geometry, tiles=replace(geometry.tiles, warps=16))
 
 
 def _together(geometry: Geometry) -> int:

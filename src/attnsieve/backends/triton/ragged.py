@@ -18,7 +18,7 @@ from attnsieve.backends.ragged import Index, Memory
 from attnsieve.backends.triton.common import head_base, rows_of
 from attnsieve.backends.triton.geometry import padded_value
 from attnsieve.backends.triton.launch import Launch
-from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, combine_shares, shape_of
+from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, columns, combine_shares, shape_of
 from attnsieve.backends.triton.tuning import decode_tuning
 from attnsieve.device import padded
 
@@ -109,16 +109,16 @@ def attend_kernel(q, p_acc, p_sum, memory, index, scale, kv_heads, slots, shape,
 
 
 @triton.jit
-def combine_kernel(p_acc, p_sum, p_out, p_lse, first_item, items, shape, STEP: tl.constexpr):
-    """Combine the shares of one query head."""
-    head, b = tl.program_id(0), tl.program_id(1)
+def combine_kernel(p_acc, p_sum, p_out, p_lse, first_item, items, shape, C: tl.constexpr, STEP: tl.constexpr):
+    """Combine the shares of one query head, C numbers of the output."""
+    head, b, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     p_first = first_item + head // shape.G
     start, stop = b * items + tl.load(p_first), b * items + tl.load(p_first + 1)
-    out, lse = combine_shares(p_acc, p_sum, start, stop, head % shape.G, shape, STEP)
+    o_dv = part * C + tl.arange(0, C)
+    out, lse = combine_shares(p_acc, p_sum, start, stop, head % shape.G, o_dv, shape, STEP)
     o_head = b.to(tl.int64) * tl.num_programs(0) + head
-    o_dv = tl.arange(0, shape.DVP)
     tl.store(p_out + o_head * shape.DV + o_dv, out.to(p_out.dtype.element_ty), mask=o_dv < shape.DV)
-    tl.store(p_lse + o_head, lse)
+    tl.store(p_lse + o_head, lse, mask=part == 0)
 
 
 class Step:
@@ -135,7 +135,8 @@ class Step:
         self._shares, self._out = (batch, items, group, padded_value(v_width)), (batch, heads, 1, v_width)
         self._append = Launch(append_kernel, (kv_heads, batch, 1), memory, index.heads, index.entries, kv_heads, slots, *widths)
         self._attend = Launch(attend_kernel, (items, batch, 1), *attend, **tuning.options(listed=True))
-        self._combine = Launch(combine_kernel, (heads, batch, 1), index.first_item, items, shape, COMBINED)
+        size, parts = columns(v_width)
+        self._combine = Launch(combine_kernel, (heads, batch, parts), index.first_item, items, shape, size, COMBINED)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the next token of every batch row, k [B, Hkv, 1, D] and v [B, Hkv, 1, Dv], and attend: out [B, Hq, 1, Dv] in q's

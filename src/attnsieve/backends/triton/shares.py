@@ -20,8 +20,10 @@ from attnsieve.backends.triton.geometry import padded_value
 from attnsieve.backends.triton.nonfinite import is_finite
 from attnsieve.device import padded
 
-# Shares that are combined at a time.
-COMBINED = 64
+# Shares that are combined at a time: about as many as there are, so that their loads are on their way together.
+COMBINED = 128
+# Numbers of an output that one program combines, at most: more programs have more loads on their way.
+_COLUMNS = 32
 
 
 @dataclass(frozen=True)
@@ -156,16 +158,22 @@ def attend_share(
     tl.store(p_acc + o_row[:, None] * shape.DVP + tl.arange(0, shape.DVP)[None, :], acc, mask=(r < shape.G)[:, None])
 
 
+def columns(v_width: int) -> tuple[int, int]:
+    """Numbers of an output that a program combines, and programs that combine all."""
+    width = padded_value(v_width)
+    return min(width, _COLUMNS), -(-width // _COLUMNS)
+
+
 @triton.jit
-def combine_shares(p_acc, p_sum, start, stop, r, shape, STEP: tl.constexpr):
-    """Output [DVP] and natural LSE of query head r of a group, from shares start .. stop - 1 weighed by their sums."""
-    acc = tl.zeros([shape.DVP], tl.float32)
+def combine_shares(p_acc, p_sum, start, stop, r, o_dv, shape, STEP: tl.constexpr):
+    """Numbers o_dv [C] of the output and natural LSE of query head r of a group, from shares start .. stop - 1 weighed by sums."""
+    acc = tl.zeros([o_dv.shape[0]], tl.float32)
     total = 0.0
     peak = -float("inf")
     for x in range(start, stop, STEP):
         share = x + tl.arange(0, STEP)
         o_row = share.to(tl.int64) * shape.G + r
-        p_part = p_acc + o_row[:, None] * shape.DVP + tl.arange(0, shape.DVP)[None, :]
+        p_part = p_acc + o_row[:, None] * shape.DVP + o_dv[None, :]
         sums = tl.load(p_sum + o_row, mask=share < stop, other=-float("inf"))
         parts = tl.load(p_part, mask=(share < stop)[:, None], other=0.0)
         new_peak = tl.maximum(peak, tl.max(sums, 0))
