@@ -26,10 +26,14 @@ class Times:
         ordered = sorted(times)
         return cls(*(ordered[int(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8)))
 
+    def each(self, parts: int) -> Times:
+        """Of one of as many equal parts that were timed together."""
+        return Times(self.p20 / parts, self.p50 / parts, self.p80 / parts)
+
 
 def measure(run: Callable[[], object], budget_ms: float = 200.0, cold: bool = True, device: str = "cuda") -> Times:
-    """Times of `run` after a warm-up, by device events on a GPU and by the clock on a CPU. `cold` overwrites a GPU's L2 cache
-    before every repeat.
+    """Times of `run` after a warm-up, by device events on a GPU and by the clock on a CPU. `cold` fills a GPU's L2 cache with other
+    data before every repeat; they are read, as a model's weights are: what was written would have to be written back meanwhile.
 
     On a GPU repeats are queued without waiting, so the host's part shows only where it is longer than the device's.
     """
@@ -37,7 +41,7 @@ def measure(run: Callable[[], object], budget_ms: float = 200.0, cold: bool = Tr
     if torch.device(device).type == "cpu":
         once = _clock(run, 1)[0]
         return Times.of(_clock(run, min(50, max(3, int(budget_ms / max(once, 1e-3))))))
-    flush = torch.empty(64 * 2**20, dtype=torch.int32, device=device) if cold else None
+    flush = torch.zeros(64 * 2**20, dtype=torch.int32, device=device) if cold else None
     once = _queue(run, flush, 1)[0]
     fewest = 5 if once < _LONG_MS else 3
     return Times.of(_queue(run, flush, min(100, max(fewest, int(budget_ms / max(once, 1e-3))))))
@@ -45,13 +49,18 @@ def measure(run: Callable[[], object], budget_ms: float = 200.0, cold: bool = Tr
 
 def measure_with_peak(run: Callable[[], object], device: str, budget_ms: float) -> tuple[Times, int | None]:
     """Times, and on a GPU the memory in use at the peak of one run, in bytes."""
+    peak = peak_of(run, device)
+    return measure(run, budget_ms, device=device), peak
+
+
+def peak_of(run: Callable[[], object], device: str) -> int | None:
+    """On a GPU the memory in use at the peak of one run, in bytes."""
     if torch.device(device).type == "cpu":
-        return measure(run, budget_ms, device=device), None
+        return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     run()
-    peak = torch.cuda.max_memory_allocated()
-    return measure(run, budget_ms, device=device), peak
+    return torch.cuda.max_memory_allocated()
 
 
 def recorded(run: Callable[[], object], device: str = "cuda") -> Callable[[], object]:
@@ -78,7 +87,7 @@ def _queue(run: Callable[[], object], flush: torch.Tensor | None, repeats: int) 
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, stop in marks:
         if flush is not None:
-            flush.zero_()
+            flush.sum()
         start.record()
         run()
         stop.record()

@@ -113,6 +113,9 @@ def combine_kernel(
     """Combine the shares of one query and head, C numbers of the output; and clear slots that no sequence covers, of B * Tq in all."""
     head, o_query, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(0)
+    # Before anything that waits for other loads: what is read here is nothing if the query is none.
+    p_mine = p_range + (o_query * (heads // shape.G) + head // shape.G) * 2
+    start, stop = tl.load(p_mine), tl.load(p_mine + 1)
     if part == 0:
         for o_slot in range(o_query, n_slots, tl.num_programs(1)):
             batch, slot = o_slot // q_slots, o_slot % q_slots
@@ -121,9 +124,8 @@ def combine_kernel(
     p = first + o_query % q_slots
     if p >= k_len:
         return
-    p_mine = p_range + (o_query * (heads // shape.G) + head // shape.G) * 2
     o_dv = part * C + tl.arange(0, C)
-    value, lse = combine_shares(p_acc, p_sum, tl.load(p_mine), tl.load(p_mine + 1), head % shape.G, o_dv, shape, STEP)
+    value, lse = combine_shares(p_acc, p_sum, start, stop, head % shape.G, o_dv, shape, STEP)
     slot = q_start + p - first
     p_out = head_base(out, batch, head) + slot * out.s_row + o_dv
     tl.store(p_out, value.to(out.p.dtype.element_ty), mask=o_dv < shape.DV)
