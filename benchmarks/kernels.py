@@ -78,8 +78,9 @@ STANDARD = {
     "scattered": [
         ("prefill", "A;A+", LLAMA, "32768", "triton", "fa4"),
         ("prefill", "A;A+", LLAMA, "8192", "triton", "fa4"),
+        ("prefill", "A;A+", OTHERS[0], "8192", "triton", "cudnn,fa4"),
         ("prefill", "A", LLAMA, "131072", "triton", "fa4"),
-        ("prefill", "A", OTHERS[0], "32768", "triton", "fa4"),
+        ("prefill", "A;A+", OTHERS[0], "32768,131072", "triton", "fa4"),
     ],
     # Who is fastest, measured and not chosen: what costs of other shapes are fitted to.
     "choices": [
