@@ -60,14 +60,15 @@ def main() -> None:
         return
     figures, usual = arguments.figures or arguments.out.parent, main_dtype(rows)
     rows, others = [row for row in rows if row.dtype == usual], [row for row in rows if row.dtype != usual]
+    largest = of_most_documents(rows)
     for model, metric in product(sorted({row.model for row in rows}), METRICS):
-        own = answerable([row for row in rows if row.model == model and row.task in DRAWN])
+        own = answerable([row for row in largest if row.model == model and row.task in DRAWN])
         for shown, mark in ((SHOWN, ""), (SHOWN_PROMPT, "-prompt")):
             if any(family(row.plan) in shown for row in own):
                 print(save(curves(own, shown, metric), figures / f"{arguments.out.name}-{model}-{metric}{mark}.png"))
-    text = "\n\n".join([targets(rows), caches(rows), table(rows), *(other_dtype(others, dtype) for dtype in dtypes(others))])
+    text = "\n\n".join([targets(largest), caches(rows), table(rows), *(other_dtype(others, dtype) for dtype in dtypes(others))])
     arguments.out.with_name(f"{arguments.out.name}.md").write_text(text + "\n", encoding="utf-8")
-    print(targets(rows))
+    print(targets(largest))
 
 
 def joined(folder: Path, out: Path) -> list[Row]:
@@ -83,6 +84,18 @@ def joined(folder: Path, out: Path) -> list[Row]:
 
 def plan_key(summary: dict[str, Any]) -> tuple[str, int, str]:
     return summary["model"], summary["length"], summary["plan_digest"]
+
+
+def of_most_documents(rows: Sequence[Row]) -> list[Row]:
+    """Of runs that differ in their number of documents alone, those with the most."""
+    most: dict[tuple[Any, ...], int] = defaultdict(int)
+    for row in rows:
+        most[cell_of(row)] = max(most[cell_of(row)], row.items)
+    return [row for row in rows if row.items == most[cell_of(row)]]
+
+
+def cell_of(row: Row) -> tuple[Any, ...]:
+    return row.model, row.dtype, row.plan, row.task, row.variant, row.length
 
 
 def answerable(rows: Sequence[Row]) -> list[Row]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
-from pareto_figures import MOST_DENSITY, cached, camp_of, holds
+from pareto_figures import MOST_DENSITY, cached, camp_of, holds, of_most_documents
 
 from attnsieve.evaluation.rows import Row, read_rows
 from attnsieve.evaluation.tasks.aligned import MANY
@@ -85,7 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [row for row in read_rows(arguments.rows) if row.model == arguments.model and row.dtype == arguments.dtype]
     runs: dict[tuple[str, str, int], Run] = {}
-    for row in rows:
+    for row in of_most_documents(rows):
         runs.setdefault((row.plan, row.task, row.length), {})[row.metric] = row
     places = list(product(arguments.tasks, arguments.lengths))
     print(table(runs, places), kept_target(runs, places), above(runs, places), trailing(runs, places), sep="\n\n")

@@ -286,10 +286,21 @@ def test_the_summary_says_who_holds_and_who_is_above(script, capsys):
     assert cells["budget-prompt-0.2"][:3] == ["3", "3", "3"]
     assert cells["kv 4K, rails"][0].startswith("-")
     runs, trail, _, fewer = cells["without"]
-    # Of kv alone, where all trail one of ours with no more pairs, the nearest of 8K by nine errors.
+    # Of kv alone, where all trail one of ours with no more pairs, the nearest of 8K by ten errors.
     assert int(runs) == int(trail) > 50
-    assert cells["kv 8K"][0].startswith("-9.2: minference-0.7, 6.5 %")
+    assert cells["kv 8K"][0].startswith("-10.8: xattention-0.9, 33 %")
     assert fewer == "0"
+
+
+def test_of_a_plan_run_twice_the_run_with_more_documents_is_shown(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    figures = importlib.import_module("pareto_figures")
+    some = {field.name: 1 for field in fields(Row)}
+    few, many, other = (
+        Row(**some | {"plan": plan, "items": items}) for plan, items in (("a-0.2", 12), ("a-0.2", 32), ("b-0.2", 12))
+    )
+    assert figures.of_most_documents([many, few, other]) == [many, other]
+    assert figures.of_most_documents([few, other]) == [few, other]
 
 
 def test_coverage_lists_what_was_measured_of_every_family(script, capsys):
