@@ -21,7 +21,7 @@ from attnsieve.backends.triton.decode_rule import rule
 from attnsieve.backends.triton.geometry import padded_value
 from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.outputs import clear_slots, new_outputs
-from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, columns, combine_shares, shape_of
+from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, combine_shares, shape_of, split_output
 from attnsieve.backends.triton.tuning import decode_tuning
 from attnsieve.device import padded
 
@@ -152,7 +152,7 @@ class Decode:
         rest = (found, call.scale, queries, q_slots, shape, call.layout.sequences > 1, *sides)
         self._attend = Launch(decode_kernel, (programs, deals, 1), *rest, **tuning.options(found.listed))
         slots = (len(call.spans), batch * q_slots, q_slots)
-        size, parts = columns(v_width)
+        size, parts = split_output(v_width)
         self._combine = Launch(combine_kernel, (heads, queries, parts), *slots, shape, size, COMBINED)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places) -> tuple[Tensor, Tensor]:

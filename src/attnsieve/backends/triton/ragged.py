@@ -18,7 +18,7 @@ from attnsieve.backends.ragged import Index, Memory
 from attnsieve.backends.triton.common import head_base, rows_of
 from attnsieve.backends.triton.geometry import padded_value
 from attnsieve.backends.triton.launch import Launch
-from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, columns, combine_shares, shape_of
+from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, combine_shares, shape_of, split_output
 from attnsieve.backends.triton.tuning import decode_tuning
 from attnsieve.device import padded
 
@@ -135,7 +135,7 @@ class Step:
         self._shares, self._out = (batch, items, group, padded_value(v_width)), (batch, heads, 1, v_width)
         self._append = Launch(append_kernel, (kv_heads, batch, 1), memory, index.heads, index.entries, kv_heads, slots, *widths)
         self._attend = Launch(attend_kernel, (items, batch, 1), *attend, **tuning.options(listed=True))
-        size, parts = columns(v_width)
+        size, parts = split_output(v_width)
         self._combine = Launch(combine_kernel, (heads, batch, parts), index.first_item, items, shape, size, COMBINED)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

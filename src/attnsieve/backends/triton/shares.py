@@ -23,7 +23,7 @@ from attnsieve.device import padded
 # Shares that are combined at a time: about as many as there are, so that their loads are on their way together.
 COMBINED = 128
 # Numbers of an output that one program combines, at most: more programs have more loads on their way.
-_COLUMNS = 32
+_COMBINED_NUMBERS = 32
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,10 @@ def attend_share(
     tl.store(p_acc + o_row[:, None] * shape.DVP + tl.arange(0, shape.DVP)[None, :], acc, mask=(r < shape.G)[:, None])
 
 
-def columns(v_width: int) -> tuple[int, int]:
+def split_output(v_width: int) -> tuple[int, int]:
     """Numbers of an output that a program combines, and programs that combine all."""
     width = padded_value(v_width)
-    return min(width, _COLUMNS), -(-width // _COLUMNS)
+    return min(width, _COMBINED_NUMBERS), -(-width // _COMBINED_NUMBERS)
 
 
 @triton.jit
