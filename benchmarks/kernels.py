@@ -44,7 +44,7 @@ STANDARD = {
     ],
     "auto": [
         ("prefill", f"{HALF};blocks-10;C;B;A;{WINDOW}", LLAMA, "8192,32768", "auto", "cudnn,flash,fa4"),
-        ("prefill", f"{HALF};columns-10;columns-5;C;B;{WINDOW}", LLAMA, "131072", "auto", "cudnn,fa4"),
+        ("prefill", f"{HALF};columns-10;columns-5;B-10;B-5;C;B;{WINDOW}", LLAMA, "131072", "auto", "cudnn,fa4"),
     ],
     "decode": [
         ("decode", "columns-10;columns-5;columns-10+;columns-5+;dense()", LLAMA, "131072", "triton", "cudnn,flash"),

@@ -39,17 +39,23 @@ def columns_and_window(n: int, heads: int, device: torch.device | str, columns: 
     return Layout(n, torch.where(_random_keys(n, heads, columns, device), FOREVER, end))
 
 
-def clusters_and_bands(n: int, heads: int, device: torch.device | str) -> Layout:
-    """64 sinks, 39 clusters of 24 columns, a band of 256 diagonals and 4 random bands of 61 diagonals per head."""
+def clusters_and_bands(n: int, heads: int, device: torch.device | str, clusters: int = 39, bands: int = 4) -> Layout:
+    """64 sinks, clusters of 24 columns, a band of 256 diagonals and random bands of 61 diagonals per head."""
     position = torch.arange(n, device=device)
-    starts = torch.randint(0, n, (heads, 39, 1), generator=_generator(device), device=device)
+    starts = torch.randint(0, n, (heads, clusters, 1), generator=_generator(device), device=device)
     kept = (position < 64).expand(heads, n).clone()
     kept.scatter_(1, ((starts + torch.arange(24, device=device)) % n).flatten(1), True)
     end = torch.where(kept, FOREVER, position + 256).to(torch.int32)[None]
-    first = torch.randint(256, n - 61, (heads, 4, 1), generator=_generator(device, 1), device=device)
+    first = torch.randint(256, n - 61, (heads, bands, 1), generator=_generator(device, 1), device=device)
     offset = torch.zeros(heads, n, dtype=torch.bool, device=device)
     offset.scatter_(1, (first + torch.arange(61, device=device)).flatten(1), True)
     return Layout(n, end, offset[None])
+
+
+def clusters_and_bands_of(n: int, heads: int, device: torch.device | str, density: float) -> Layout:
+    """About that share of the pairs, half of it columns and half diagonals."""
+    keys = density * n / 2
+    return clusters_and_bands(n, heads, device, max(1, int(keys / 24)), max(1, int(keys / 61)))
 
 
 def columns_and_diagonals(n: int, heads: int, device: torch.device | str, columns: int, diagonals: int) -> Layout:
@@ -75,6 +81,7 @@ MASKS: dict[str, Callable[[int, int, torch.device | str], Layout]] = {
     **{f"blocks-{percent}": partial(blocks, density=percent / 100) for percent in (50, 25, 10, 5)},
     "A": lambda n, heads, device: columns_and_diagonals(n, heads, device, n // 32, n // 64),
     "B": clusters_and_bands,
+    **{f"B-{percent}": partial(clusters_and_bands_of, density=percent / 100) for percent in (10, 5)},
     "C": partial(columns_and_window, columns=1000, window=1024),
     "columns-50": lambda n, heads, device: columns_and_window(n, heads, device, n // 2, 256),
     "columns-10": lambda n, heads, device: columns_and_window(n, heads, device, n // 11, 256),
