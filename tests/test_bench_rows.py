@@ -18,6 +18,7 @@ from attnsieve.bench.masks import mask, patterns_of
 from attnsieve.bench.rows import Dense, Row, write
 from attnsieve.bench.shapes import SHAPES, shape_of
 from attnsieve.bench.suite import Skipped, Suite
+from attnsieve.bench.timing import Times
 from attnsieve.cli.app import app
 from attnsieve.cli.bench import bench
 from attnsieve.environment import command
@@ -88,6 +89,16 @@ def test_density_is_that_of_the_mask():
     assert row.density == pytest.approx(kept / (150 * 151 / 2))
     (row,) = kernels.decode(SMALL, "portable", **FAST)
     assert row.density == pytest.approx(32 / 150)
+
+
+def test_a_decode_step_has_eight_layers_of_their_own_or_as_many_as_have_room():
+    assert [kernels._layers(nbytes) for nbytes in (1, 2**30, 2**31, 2**33, 2**34)] == [8, 8, 4, 1, 1]
+    call = replace(SMALL, q_len=1).call()
+    others = kernels._others(call, 2)
+    assert len({layer.k.data_ptr() for layer in (call, *others)} | {layer.v.data_ptr() for layer in (call, *others)}) == 6
+    outputs = [kernels.run_backend(layer, "portable")[0] for layer in (call, *others)]
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
+    assert Times(2.0, 4.0, 8.0).each(4) == Times(0.5, 1.0, 2.0)
 
 
 @pytest.mark.parametrize("wrong", ["out", "lse", "nan"])

@@ -51,7 +51,7 @@ def prefill(case: Case, backend: str, baseline: Dense | None = None, budget_ms: 
 
 def decode(case: Case, backend: str, baseline: Dense | None = None, budget_ms: float = 200.0) -> Iterator[Row]:
     """One query against n keys, which no cache holds: times and memory of one layer. On a GPU several are replayed from a CUDA graph,
-    each with keys and masks of its own, as a model decodes: launching a graph takes 5 us, a quarter of what one layer can."""
+    each with keys and lists of its own, as a model decodes: launching a graph takes 5 us, a layer can take 12."""
     case = replace(case, q_len=1)
     call = case.call()
     verdict = check_rows(call, *run_backend(call, backend), rows=1)
@@ -60,18 +60,21 @@ def decode(case: Case, backend: str, baseline: Dense | None = None, budget_ms: f
 
 
 def _step(call: Call, run: Callable[[Call], object], device: str, budget_ms: float) -> tuple[Times, int | None]:
-    peak, layers = peak_of(lambda: run(call), device), _layers(call)
+    peak = peak_of(lambda: run(call), device)
+    count = _layers(call.k.nbytes + call.v.nbytes) if call.q.is_cuda else 1
+    layers = [call, *_others(call, count - 1)]
     times = measure(recorded(lambda: [run(layer) for layer in layers], device), budget_ms, device=device)
     return times.each(len(layers)), peak
 
 
-def _layers(call: Call) -> list[Call]:
-    """The call, and on a GPU others like it."""
-    if not call.q.is_cuda:
-        return [call]
-    room = _LAYERS_BYTES // (call.k.nbytes + call.v.nbytes)
-    others = range(min(_LAYERS, room) - 1)
-    return [call, *(replace(call, k=call.k.clone(), v=call.v.clone(), layout=replace(call.layout)) for _ in others)]
+def _layers(nbytes: int) -> int:
+    """How many layers with keys and values of so many bytes have room."""
+    return max(1, min(_LAYERS, _LAYERS_BYTES // nbytes))
+
+
+def _others(call: Call, count: int) -> list[Call]:
+    """Calls like it with keys and values of their own, and nothing remembered of their layouts."""
+    return [replace(call, k=call.k.clone(), v=call.v.clone(), layout=replace(call.layout)) for _ in range(count)]
 
 
 def forward_backward(case: Case, backend: str, baseline: Dense | None = None, budget_ms: float = 200.0) -> Iterator[Row]:
@@ -148,10 +151,10 @@ def _dense_row(op: str, case: Case, call: Call, name: str, budget_ms: float) -> 
     kernel = dense.attention(name)
     verdict = check_rows(call, kernel(call), None, rows=1 if op == "decode" else 12)
     if op == "decode":
-        found = _step(call, kernel, case.device, budget_ms)
+        times, peak = _step(call, kernel, case.device, budget_ms)
     else:
-        found = measure_with_peak(_dense_run(op, call, kernel), case.device, budget_ms)
-    return _Made(op, case, name, call, None, verdict).row(*found)
+        times, peak = measure_with_peak(_dense_run(op, call, kernel), case.device, budget_ms)
+    return _Made(op, case, name, call, None, verdict).row(times, peak)
 
 
 def _dense_run(op: str, call: Call, kernel: Callable[[Call], Tensor]) -> Callable[[], object]:

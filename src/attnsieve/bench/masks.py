@@ -53,8 +53,8 @@ def clusters_and_bands(n: int, heads: int, device: torch.device | str, clusters:
 
 
 def clusters_and_bands_of(n: int, heads: int, device: torch.device | str, density: float) -> Layout:
-    """About that share of the pairs, half of it columns and half diagonals."""
-    keys = density * n / 2
+    """About that share of the pairs: beside sinks and the first band half of it columns, half diagonals."""
+    keys = max(0.0, density * n - 64 - 256) / 2
     return clusters_and_bands(n, heads, device, max(1, int(keys / 24)), max(1, int(keys / 61)))
 
 

@@ -160,8 +160,7 @@ def attend_share(
 
 def split_output(v_width: int) -> tuple[int, int]:
     """Numbers of an output that a program combines, and programs that combine all."""
-    width = padded_value(v_width)
-    return min(width, _COMBINED_NUMBERS), -(-width // _COMBINED_NUMBERS)
+    return min(padded_value(v_width), _COMBINED_NUMBERS), -(-v_width // _COMBINED_NUMBERS)
 
 
 @triton.jit
