@@ -33,6 +33,10 @@ def blocks(n: int, heads: int, device: torch.device | str, density: float) -> La
     return Layout(n, torch.zeros(1, heads, n, dtype=torch.int32, device=device), blocks=Blocks(size, size, count, index))
 
 
+# Sides of mask B: keys at the beginning, columns of a cluster, the first band of diagonals, and the others.
+_SINKS, _CLUSTER, _NEAR, _BAND = 64, 24, 256, 61
+
+
 def columns_and_window(n: int, heads: int, device: torch.device | str, columns: int, window: int) -> Layout:
     """`columns` random kept columns per head and a sliding window."""
     end = torch.arange(n, dtype=torch.int32, device=device).expand(1, heads, n) + window
@@ -40,22 +44,22 @@ def columns_and_window(n: int, heads: int, device: torch.device | str, columns: 
 
 
 def clusters_and_bands(n: int, heads: int, device: torch.device | str, clusters: int = 39, bands: int = 4) -> Layout:
-    """64 sinks, clusters of 24 columns, a band of 256 diagonals and random bands of 61 diagonals per head."""
+    """Sinks, clusters of columns, a wide band of diagonals from 0 on and random bands of diagonals per head."""
     position = torch.arange(n, device=device)
     starts = torch.randint(0, n, (heads, clusters, 1), generator=_generator(device), device=device)
-    kept = (position < 64).expand(heads, n).clone()
-    kept.scatter_(1, ((starts + torch.arange(24, device=device)) % n).flatten(1), True)
-    end = torch.where(kept, FOREVER, position + 256).to(torch.int32)[None]
-    first = torch.randint(256, n - 61, (heads, bands, 1), generator=_generator(device, 1), device=device)
+    kept = (position < _SINKS).expand(heads, n).clone()
+    kept.scatter_(1, ((starts + torch.arange(_CLUSTER, device=device)) % n).flatten(1), True)
+    end = torch.where(kept, FOREVER, position + _NEAR).to(torch.int32)[None]
+    first = torch.randint(_NEAR, n - _BAND, (heads, bands, 1), generator=_generator(device, 1), device=device)
     offset = torch.zeros(heads, n, dtype=torch.bool, device=device)
-    offset.scatter_(1, (first + torch.arange(61, device=device)).flatten(1), True)
+    offset.scatter_(1, (first + torch.arange(_BAND, device=device)).flatten(1), True)
     return Layout(n, end, offset[None])
 
 
 def clusters_and_bands_of(n: int, heads: int, device: torch.device | str, density: float) -> Layout:
     """About that share of the pairs: beside sinks and the first band half of it columns, half diagonals."""
-    keys = max(0.0, density * n - 64 - 256) / 2
-    return clusters_and_bands(n, heads, device, max(1, int(keys / 24)), max(1, int(keys / 61)))
+    keys = max(0.0, density * n - _SINKS - _NEAR) / 2
+    return clusters_and_bands(n, heads, device, max(1, int(keys / _CLUSTER)), max(1, int(keys / _BAND)))
 
 
 def columns_and_diagonals(n: int, heads: int, device: torch.device | str, columns: int, diagonals: int) -> Layout:

@@ -208,9 +208,9 @@ def _attend_to_tile(
     ok = row_ok[:, None]
     halves = _halves(i, D)
     at_q, at_part = _at(slot, halves, q.s_row), _at(slot, halves, part.s_row)
-    p_q = (q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head)[:, None]
+    p_q = head_base(q, batch, head)[:, None]
     q_low, q_high = _load(p_q + at_q[0], ok), _load(_second(p_q, at_q, D), ok)
-    p_part = (part.p + batch * part.s_batch + head.to(tl.int64) * part.s_head)[:, None]
+    p_part = head_base(part, batch, head)[:, None]
     low, high = tl.load(p_part + at_part[0], mask=ok, other=0.0), tl.load(_second(p_part, at_part, D), mask=ok, other=0.0)
     # Rows that are no queries weigh nothing.
     peak = tl.load(p_part_lse + at_lse, mask=row_ok, other=float("inf")) * LOG2E
@@ -245,7 +245,7 @@ def _attend_to_tile(
     nothing = total == 0
     share = (1 / tl.where(nothing, 1.0, total))[:, None]
     at_out = _at(slot, halves, out.s_row)
-    p_out = (out.p + batch * out.s_batch + head.to(tl.int64) * out.s_head)[:, None]
+    p_out = head_base(out, batch, head)[:, None]
     tl.store(p_out + at_out[0], (low * share).to(out.p.dtype.element_ty), mask=ok)
     tl.store(_second(p_out, at_out, D), (high * share).to(out.p.dtype.element_ty), mask=ok)
     tl.store(p_lse + at_lse, tl.where(nothing, -float("inf"), (base + tl.log2(total)) * LN2), mask=row_ok)
