@@ -145,7 +145,7 @@ def _add_relative(low, high, total, base, rows, keys, p_offset, inside, count, s
     at = _at(i, halves, D)
     p_row_end = p_end + i
     distance = tl.load(p_offset)
-    for x in tl.range(0, inside, num_stages=1):
+    for _ in tl.range(0, inside, num_stages=1):
         back = distance * D
         keep = tl.load(p_row_end - distance) <= last
         s = _dot(q_low, q_high, p_k - back, at, D)
@@ -154,13 +154,16 @@ def _add_relative(low, high, total, base, rows, keys, p_offset, inside, count, s
         weight = tl.where(keep, tl.exp2(s * scale - base), 0.0)
         low, high = _add(low, high, weight, p_v - back, at, None, D)
         total += weight
-        distance = tl.load(p_offset + x + 1)
-    for x in tl.range(inside, count, num_stages=1):
+        # By the loop's own number the compiler would count in 64 bits, two instructions more a step.
+        p_offset += 1
+        distance = tl.load(p_offset)
+    for _ in tl.range(inside, count, num_stages=1):
         edge, keep, s = _edge_pair(rows, keys, distance, D)
         weight = tl.where(keep, tl.exp2(s * scale - base), 0.0)
         low, high = _add(low, high, weight, p_v, edge, keep[:, None], D)
         total += weight
-        distance = tl.load(p_offset + x + 1)
+        p_offset += 1
+        distance = tl.load(p_offset)
     return low, high, total
 
 
@@ -168,7 +171,7 @@ def _add_relative(low, high, total, base, rows, keys, p_offset, inside, count, s
 def _add_online(low, high, total, peak, rows, keys, p_offset, count, scale, D: tl.constexpr):
     """`_add_relative` by an online softmax from peak [R] on; reads no value of a key that a row does not keep."""
     distance = tl.load(p_offset)
-    for x in tl.range(0, count, num_stages=1):
+    for _ in tl.range(0, count, num_stages=1):
         edge, keep, s = _edge_pair(rows, keys, distance, D)
         s = tl.where(keep, s * scale, -float("inf"))
         new_peak = tl.maximum(peak, s)
@@ -177,7 +180,8 @@ def _add_online(low, high, total, peak, rows, keys, p_offset, count, scale, D: t
         low, high = _add(low * fade[:, None], high * fade[:, None], weight, keys[1], edge, keep[:, None], D)
         total = total * fade + weight
         peak = new_peak
-        distance = tl.load(p_offset + x + 1)
+        p_offset += 1
+        distance = tl.load(p_offset)
     return low, high, total, tl.where(peak == -float("inf"), 0.0, peak)
 
 
