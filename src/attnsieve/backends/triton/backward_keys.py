@@ -25,9 +25,9 @@ from attnsieve.backends.triton.product_columns import DELTA_COLUMN, LSE_COLUMN, 
 @triton.jit
 def _load_rows(q, d_out, columns, batch, head, slot, row_ok, shape: tl.constexpr):
     """Rows `slot` [R] of Q, dO and their columns; zeros where not `row_ok`, which add nothing: dO and delta are 0."""
-    p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head
-    p_d = d_out.p + batch * d_out.s_batch + head.to(tl.int64) * d_out.s_head
-    p_c = columns.p + batch * columns.s_batch + head.to(tl.int64) * columns.s_head
+    p_q = head_base(q, batch, head)
+    p_d = head_base(d_out, batch, head)
+    p_c = head_base(columns, batch, head)
     q_tile = load_rows(p_q, slot, q.s_row, row_ok, shape.D, shape.DP, True)
     d_tile = load_rows(p_d, slot, d_out.s_row, row_ok, shape.DV, shape.DVP, True)
     return q_tile, d_tile, load_rows(p_c, slot, columns.s_row, row_ok, 16, 16, True)

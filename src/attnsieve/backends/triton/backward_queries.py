@@ -112,8 +112,8 @@ def dq_kernel(
     kv_head = h // shape.G if shape.GP == 1 else h
     heads = shape.H if shape.GP == 1 else shape.H * shape.G
     o_d, o_dv = tl.arange(0, DP), tl.arange(0, shape.DVP)
-    p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head + slot * q.s_row
-    p_d = d_out.p + batch * d_out.s_batch + head.to(tl.int64) * d_out.s_head + slot * d_out.s_row
+    p_q = head_base(q, batch, head) + slot * q.s_row
+    p_d = head_base(d_out, batch, head) + slot * d_out.s_row
     q_tile = tl.load(p_q[:, None] + o_d[None, :], mask=row_ok[:, None] & (o_d < shape.D)[None, :], other=0.0)
     d_tile = tl.load(p_d[:, None] + o_dv[None, :], mask=row_ok[:, None] & (o_dv < shape.DV)[None, :], other=0.0)
     o_row = (batch * heads + head) * q_slots + slot
@@ -169,12 +169,12 @@ def dq_kernel(
                 s = listed_scores(s, mask, marks, rows, chunk, cut, M, N, shape.LISTED)
             dq, rest = _add_dq(dq, rest, s, k_tile, d_tile, lse2, delta, v, p_v, j, j, scale2, shape, False, bias is not None)
 
-    p_dq = d_q.p + batch * d_q.s_batch + head.to(tl.int64) * d_q.s_head + slot * d_q.s_row
+    p_dq = head_base(d_q, batch, head) + slot * d_q.s_row
     tl.store(
         p_dq[:, None] + o_d[None, :], (dq * scale).to(d_q.p.dtype.element_ty), mask=row_ok[:, None] & (o_d < shape.D)[None, :]
     )
     if bias is not None:
         if d_lse is not None:
-            p_d_lse = d_lse.p + batch * d_lse.s_batch + head.to(tl.int64) * d_lse.s_head + slot * d_lse.s_row
+            p_d_lse = head_base(d_lse, batch, head) + slot * d_lse.s_row
             rest -= tl.load(p_d_lse, mask=row_ok & (lse != -float("inf")), other=0.0)
         tl.store(p_delta + o_row, delta + rest, mask=row_ok)

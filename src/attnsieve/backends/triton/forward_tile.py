@@ -53,7 +53,7 @@ def forward_tile(q, k, v, bias, out, p_lse, mask, tiles, singles, marks, scale, 
     heads = shape.H if shape.GP == 1 else shape.H * shape.G
 
     o_d = tl.arange(0, shape.DP)
-    p_q = q.p + batch * q.s_batch + head.to(tl.int64) * q.s_head + slot * q.s_row
+    p_q = head_base(q, batch, head) + slot * q.s_row
     q_tile = tl.load(p_q[:, None] + o_d[None, :], mask=row_ok[:, None] & (o_d < shape.D)[None, :], other=0.0)
     p_k = head_base(k, batch, kv_head) + k_start * k.s_row
     p_v = head_base(v, batch, kv_head) + k_start * v.s_row
@@ -151,6 +151,6 @@ def forward_tile(q, k, v, bias, out, p_lse, mask, tiles, singles, marks, scale, 
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, -float("inf"), (peak + tl.log2(total)) * LN2)
     o_dv = tl.arange(0, DVP)
-    p_out = out.p + batch * out.s_batch + head.to(tl.int64) * out.s_head + slot * out.s_row
+    p_out = head_base(out, batch, head) + slot * out.s_row
     tl.store(p_out[:, None] + o_dv[None, :], acc.to(out.p.dtype.element_ty), mask=row_ok[:, None] & (o_dv < shape.DV)[None, :])
     tl.store(p_lse + (batch * heads + head) * q_slots + slot, lse, mask=row_ok)

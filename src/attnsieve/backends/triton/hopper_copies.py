@@ -13,8 +13,8 @@ from attnsieve.backends.triton import common
 from attnsieve.backends.triton.bits import in_runs
 
 # The same functions, compiled as Gluon.
-_span_of, _base, _in_runs = gluon.jit(common.span_of.fn), gluon.jit(common.head_base.fn), gluon.jit(in_runs.fn)
-rows_of_tile = gluon.jit(common.rows_of_tile.fn)
+_span_of, _in_runs = gluon.jit(common.span_of.fn), gluon.jit(in_runs.fn)
+rows_of_tile, head_base = gluon.jit(common.rows_of_tile.fn), gluon.jit(common.head_base.fn)
 
 
 @gluon.jit
@@ -100,20 +100,20 @@ def produce(
             rest = n_chunks * N
             j_tail, few_tail = gl.load(p_list + rest + o_tail), gl.load(p_list + rest + o_tail_f)
             i, head, slot, ok = rows_of_tile(r, h, t, span, G, GP, M)
-            p_q = q.p + batch * q.s_batch + head.to(gl.int64) * q.s_head + slot * q.s_row
+            p_q = head_base(q, batch, head) + slot * q.s_row
             mbarrier.wait(q_empty, (n_tiles & 1) ^ 1)
             async_copy.async_copy_global_to_shared(q_tile, p_q[:, None] + o_d[None, :], mask=ok[:, None])
             async_copy.mbarrier_arrive(q_full, increment_count=False)
             n_tiles += 1
             kv_head = h // G if GP == 1 else h
-            p_k = _base(k, batch, kv_head) + k_start * k.s_row
-            p_v = _base(v, batch, kv_head) + k_start * v.s_row
+            p_k = head_base(k, batch, kv_head) + k_start * k.s_row
+            p_v = head_base(v, batch, kv_head) + k_start * v.s_row
             if has_tail:
                 here = gl.minimum(gl.where(rest + o_tail < count, j_tail, t * M), k_len - 1)
                 mbarrier.wait(tail_empty, (n_tails & 1) ^ 1)
                 if bias is not None:
                     alone = gl.minimum(gl.where(rest + o_tail_f < count, few_tail, t * M), k_len - 1)
-                    p_bias = _base(bias, batch, kv_head) + (k_start + alone) * bias.s_row
+                    p_bias = head_base(bias, batch, kv_head) + (k_start + alone) * bias.s_row
                     async_copy.async_copy_global_to_shared(b_tail, p_bias)
                 _copy_keys(k_tail, p_k, here, k.s_row, D, wide)
                 _copy_keys(v_tail, p_v, here, v.s_row, D, wide)
@@ -126,7 +126,7 @@ def produce(
                 j, few = gl.load(p_list + (y + 1) * N + o_n), gl.load(p_list + (y + 1) * N + o_f)
                 mbarrier.wait(k_empty.index(stage), phase)
                 if bias is not None:
-                    p_bias = _base(bias, batch, kv_head) + (k_start + alone) * bias.s_row
+                    p_bias = head_base(bias, batch, kv_head) + (k_start + alone) * bias.s_row
                     async_copy.async_copy_global_to_shared(b_tiles.index(stage), p_bias)
                 _copy_keys(k_tiles.index(stage), p_k, here, k.s_row, D, wide)
                 async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)

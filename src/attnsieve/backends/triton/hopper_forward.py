@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attnsieve.backends.triton.common import LN2 as _LN2
 from attnsieve.backends.triton.common import LOG2E as _LOG2E
 from attnsieve.backends.triton.geometry import Geometry, Tiles, rounding
-from attnsieve.backends.triton.hopper_copies import chunks_of, list_of, next_stage, produce, rows_of_tile, tile_of
+from attnsieve.backends.triton.hopper_copies import chunks_of, head_base, list_of, next_stage, produce, rows_of_tile, tile_of
 from attnsieve.backends.triton.hopper_softmax import base_of, masked, parts_of, peaks_of, weights_of, words_of
 from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.schedule import Schedule
@@ -97,7 +97,7 @@ def _store(
     gl.store(p_lse + (batch * (H if GP == 1 else H * G) + head) * q_slots + slot, lse, mask=ok)
     spoilt = (ok & (lse != lse)).to(gl.int32)
     i, head, slot, ok = rows_of_tile(r0 + gl.arange(0, R, layout=gl.SliceLayout(1, wide)), h, t, span, G, GP, M)
-    p_out = out.p + batch * out.s_batch + head.to(gl.int64) * out.s_head + slot * out.s_row
+    p_out = head_base(out, batch, head) + slot * out.s_row
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
     gl.store(p_out[:, None] + o_d[None, :], gl.convert_layout(acc.to(out.p.dtype.element_ty), wide), mask=ok[:, None])
     return spoilt
