@@ -44,7 +44,7 @@ STANDARD = {
     ],
     "auto": [
         ("prefill", f"{HALF};blocks-10;C;B;A;{WINDOW}", LLAMA, "8192,32768", "auto", "cudnn,flash,fa4"),
-        ("prefill", f"{HALF};columns-10;columns-5;B-10;B-5;C;B;{WINDOW}", LLAMA, "131072", "auto", "cudnn,fa4"),
+        ("prefill", f"{HALF};columns-10;columns-5;C;B;{WINDOW}", LLAMA, "131072", "auto", "cudnn,fa4"),
     ],
     "decode": [
         ("decode", "columns-10;columns-5;columns-10+;columns-5+;dense()", LLAMA, "131072", "triton", "cudnn,flash"),
@@ -82,6 +82,8 @@ STANDARD = {
         ("prefill", "A", LLAMA, "131072", "triton", "fa4"),
         ("prefill", "A;A+", OTHERS[0], "32768,131072", "triton", "fa4"),
     ],
+    # Bands of diagonals as many as columns.
+    "bands": [("prefill", "B-10;B-5", LLAMA, "131072", "auto", "fa4")],
     # Who is fastest, measured and not chosen: what costs of other shapes are fitted to.
     "choices": [
         *(("prefill", "blocks-10;C;columns-50", shape, "32768", "triton,fa4", "fa4") for shape in OTHERS),
