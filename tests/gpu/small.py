@@ -1,8 +1,8 @@
 """Every Triton kernel once on small odd shapes: `PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m tests.gpu.small`.
 
 Without torch's own allocator each tensor is an allocation, so that reading or writing behind one shows. Run it once without
-the sanitizer first, which compiles the kernels faster; with `--kernel-name-exclude kns=at6native --kernel-name-exclude kns=cub`, which
-leaves out torch's own kernels, a tool takes 20 seconds instead of minutes. Tools: memcheck, racecheck, initcheck, synccheck. On Hopper GPUs racecheck
+the sanitizer first, which compiles the kernels faster; `--kernel-name-exclude kns=at6native --kernel-name-exclude kns=cub` leaves
+out torch's own kernels: 20 seconds instead of minutes. Tools: memcheck, racecheck, initcheck, synccheck. On Hopper GPUs racecheck
 names the bytes by which Triton's warp specialisation tells warps what to run, written and read around a barrier (docs/KERNELS.md).
 """
 
