@@ -84,6 +84,8 @@ STANDARD = {
     ],
     # Bands of diagonals as many as columns.
     "bands": [("prefill", "B-10;B-5", LLAMA, "131072", "auto", "fa4")],
+    # Keys chosen from random q and k, which leave out less than text does: with choosing, and without.
+    "chosen": [("prefill", CHOSEN, LLAMA, lengths, "auto", "fa4") for lengths in ("8192,32768", "131072")],
     # Who is fastest, measured and not chosen: what costs of other shapes are fitted to.
     "choices": [
         *(("prefill", "blocks-10;C;columns-50", shape, "32768", "triton,fa4", "fa4") for shape in OTHERS),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from attnsieve import UserError, attention, environment
+from attnsieve import UserError, attention, environment, selection
 from attnsieve.backends import portable
 from attnsieve.bench import kernels, ttft
 from attnsieve.bench.case import Case
@@ -22,10 +22,13 @@ from attnsieve.bench.timing import Times
 from attnsieve.cli.app import app
 from attnsieve.cli.bench import bench
 from attnsieve.environment import command
+from attnsieve.evaluation.density import pattern_density
 from attnsieve.fingerprint import Fingerprint
+from attnsieve.hf import fingerprint, load_model
 from attnsieve.hf.random_model import CONFIGS
 from attnsieve.patterns import Pattern, columns, sink, window
 from attnsieve.plan import Plan
+from tests.cli_tiny import save_tiny_model
 from tests.interpreter import needs_interpreter
 
 SMALL = Case("sink(2) | window(30)", 150, None, 4, 2, 16, torch.float32, device="cpu", shape="small")
@@ -209,7 +212,9 @@ def test_whole_models_refuse_unknown_masks_before_anything_is_measured():
 
 def test_the_help_says_which_shapes_there_are_whole_models_of():
     told = get_type_hints(bench, include_extras=True)["shapes"].__metadata__[0].help
-    both, kernels_alone = (set(names.split(", ")) for names in told.removesuffix(".").split("; except for ttft also "))
+    both, kernels_alone = (
+        set(names.split(", ")) for names in told.split("; for ttft also real")[0].split("; except for ttft also ")
+    )
     assert both == SHAPES.keys() & CONFIGS.keys()
     assert kernels_alone == SHAPES.keys() - CONFIGS.keys()
 
@@ -241,6 +246,31 @@ def test_selection_is_measured():
         list(kernels.select(SMALL, **FAST))
 
 
+def test_what_chooses_from_the_input_is_measured_with_and_without_choosing(monkeypatch):
+    case = replace(SMALL, mask="sink(2) | window(9) | probed_keys(mass=0.5)")
+    counted, choose = [], selection.choose
+
+    def counting(*arguments, **options):
+        counted.append(choose(*arguments, **options))
+        return counted[-1]
+
+    monkeypatch.setattr(selection, "choose", counting)
+    rows = kernels.prefill(case, "portable", **FAST)
+    given, before = next(rows), len(counted)
+    built = next(rows)
+    assert (given.includes_mask_building, built.includes_mask_building) == (False, True)
+    assert before == 1, "chosen once for attention alone"
+    assert len(counted) > 3, "and in every repeat"
+    assert given.density == kernels.density(counted[0], 150, 150)
+    assert 0 < given.density < 1
+    assert given.error <= given.error_budget
+    (step,) = kernels.decode(case, "portable", **FAST)
+    assert (step.q_len, step.kv_len) == (1, 150)
+    for change in ({"batch": 2}, {"shared": True}):
+        with pytest.raises(UserError, match="batch of 1, without"):
+            next(kernels.prefill(replace(case, **change), "portable", **FAST))
+
+
 @needs_interpreter
 @pytest.mark.parametrize("mask", ["top_blocks(1, block=16)", "window(20)"])
 def test_building_is_measured_for_chosen_and_static_layouts(mask):
@@ -260,6 +290,30 @@ def test_time_to_first_token_of_a_tiny_model():
     for n in (96, 160):
         dense = min(row.ms_p50 for row in rows if row.kv_len == n and row.mask == "dense()" and not row.includes_mask_building)
         assert all(row.baseline_ms_p50 == dense for row in rows if row.kv_len == n and row.backend == "auto")
+
+
+def test_time_to_first_token_of_a_real_model_by_its_plan(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    mark = fingerprint(load_model(folder)[0])
+    dynamic = Pattern.parse("sink(1) | window(8) | probed_keys(mass=0.6)")
+    Plan(mark, ((window(24),) * 4, (dynamic, window(9)) * 2)).save_pretrained(tmp_path / "plan")
+    masks = [str(tmp_path / "plan"), "window(24)"]
+    setting = ttft.Setting(str(folder), [130], masks, dtype=torch.float32, device="cpu")
+    dense, _, planned, again, given, _ = ttft.rows(setting)
+    assert (dense.mask, planned.mask, given.mask, given.shape) == ("dense()", "plan", "window(24)", "model")
+    assert planned.includes_mask_building
+    assert not again.includes_mask_building
+    assert given.density == pattern_density(window(24), 130)
+    # Half of the plan is that window, a quarter a narrower one.
+    assert given.density / 2 < planned.density < 1
+    assert planned.error <= planned.error_budget
+
+    other = fingerprint(load_model(save_tiny_model(tmp_path / "deeper", layers=3))[0])
+    Plan(other, ((window(24),) * 4,) * 3).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="made for another model"):
+        next(ttft.rows(replace(setting, masks=[str(tmp_path / "other")])))
+    with pytest.raises(UserError, match="all its layers"):
+        next(ttft.rows(replace(setting, layers=1)))
 
 
 def test_running_out_of_memory_is_a_row_that_says_so(monkeypatch):

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from attnsieve.backends.call import Call
-from attnsieve.bench.masks import is_selected, mask, reselected
+from attnsieve.bench.masks import is_dynamic, is_selected, mask, patterns_of, reselected
 from attnsieve.bench.shapes import Shape
+from attnsieve.errors import require
 from attnsieve.layout import Layout
 from attnsieve.spans import Spans
 
@@ -54,20 +55,27 @@ class Case:
         """The same shape with nothing left out."""
         return replace(self, mask=DENSE, shared=False, bias=False)
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether the mask is of patterns of which some choose their keys from the input."""
+        return is_dynamic(self.mask, self.q_heads)
+
     def layout(self) -> Layout:
-        """The mask for all positions."""
+        """The mask for all positions, where nothing has to be chosen from the input."""
         return mask(self.mask, self.n, self.kv_heads if self.shared else self.q_heads, self.device)
 
-    def fresh(self, layout: Layout) -> Layout:
-        """`layout` with nothing remembered that backends derive from it; keys that DMA selects are selected again."""
+    def fresh(self, call: Call) -> Call:
+        """`call` with nothing remembered that backends derive from its layout; keys that are chosen from the input, or selected by
+        DMA, are chosen again."""
         if is_selected(self.mask):
-            return reselected(self.mask, layout)
-        return replace(layout)
+            return replace(call, layout=reselected(self.mask, call.layout))
+        return self._chosen(call) if self.dynamic else replace(call, layout=replace(call.layout))
 
     def call(self) -> Call:
-        """Random inputs and the mask."""
+        """Random inputs and the mask, chosen from them where it is dynamic. Raises UserError for a dynamic mask in a batch, or named
+        with a +: what is measured is chosen for one sequence, by each query head's pattern."""
         q_len = self.n if self.q_len is None else self.q_len
-        layout = self.layout()
+        layout = self.dense().layout() if self.dynamic else self.layout()
         torch.manual_seed(0)
         q, k, v = (
             torch.randn(self.batch, heads, length, self.head_dim, device=self.device, dtype=self.dtype)
@@ -75,4 +83,13 @@ class Case:
         )
         bias = torch.randn(self.batch, self.kv_heads, self.n, device=self.device) if self.bias else None
         spans = Spans.full(self.batch, q_len, self.n, self.device)
-        return Call(q, k, v, layout, spans, self.head_dim**-0.5, bias)
+        call = Call(q, k, v, layout, spans, self.head_dim**-0.5, bias)
+        return self._chosen(call) if self.dynamic else call
+
+    def _chosen(self, call: Call) -> Call:
+        from attnsieve.selection import choose
+
+        require(
+            self.batch == 1 and not self.shared, f"{self.label} chooses from the input: measure it in a batch of 1, without +"
+        )
+        return replace(call, layout=choose(patterns_of(self.mask, self.q_heads), call.q, call.k, spans=call.spans))

@@ -17,7 +17,7 @@ from attnsieve.backends.call import Call
 from attnsieve.bench import dense, flex
 from attnsieve.bench.case import DENSE, Case
 from attnsieve.bench.check import Verdict, check_gradients, check_rows
-from attnsieve.bench.masks import is_dynamic, is_selected, patterns_of, selection
+from attnsieve.bench.masks import is_selected, selection
 from attnsieve.bench.rows import Dense, Row
 from attnsieve.bench.timing import Times, measure, measure_with_peak, peak_of, recorded
 from attnsieve.errors import require
@@ -34,7 +34,7 @@ FLEX = {"flex-triton": "TRITON", "flex-flash": "FLASH"}
 
 
 def prefill(case: Case, backend: str, baseline: Dense | None = None, budget_ms: float = 200.0) -> Iterator[Row]:
-    """Forward pass over a whole sequence, or a chunk of it: with everything built before, and with building included."""
+    """Forward pass over a whole sequence, or a chunk of it: with everything chosen and built before, and with both included."""
     call = case.call()
     out, lse = run_backend(call, backend)
     verdict = check_rows(call, out, lse)
@@ -43,9 +43,7 @@ def prefill(case: Case, backend: str, baseline: Dense | None = None, budget_ms: 
     times, peak = measure_with_peak(lambda: run_backend(call, backend), case.device, budget_ms)
     yield made.row(times, peak)
     if backend not in FLEX:
-        built = measure_with_peak(
-            lambda: run_backend(replace(call, layout=case.fresh(call.layout)), backend), case.device, budget_ms / 2
-        )
+        built = measure_with_peak(lambda: run_backend(case.fresh(call), backend), case.device, budget_ms / 2)
         yield made.row(*built, building=True)
 
 
@@ -89,7 +87,7 @@ def forward_backward(case: Case, backend: str, baseline: Dense | None = None, bu
     yield made.row(*measure_with_peak(lambda: _gradients(call, backend, d_out), case.device, budget_ms))
 
     def rebuilt() -> object:
-        return _gradients(replace(call, layout=case.fresh(call.layout)), backend, d_out)
+        return _gradients(case.fresh(call), backend, d_out)
 
     yield made.row(*measure_with_peak(rebuilt, case.device, budget_ms / 2), building=True)
 
@@ -110,11 +108,7 @@ def fastest(rows: list[Row]) -> Dense | None:
 
 def layout(case: Case, backend: str, budget_ms: float = 200.0) -> Iterator[Row]:
     """Building what a backend derives from a layout for prefill, nothing remembered; the layout itself is given, or chosen before."""
-    if is_dynamic(case.mask, case.q_heads):
-        dense_call = case.dense().call()
-        call = replace(dense_call, layout=_choosing(case, dense_call)())
-    else:
-        call = case.call()
+    call = case.call()
     build = _builder(call, backend)
     times, peak = measure_with_peak(lambda: build(replace(call.layout)), case.device, budget_ms)
     yield _Made("layout", case, backend, call, None, None).row(times, peak)
@@ -130,21 +124,11 @@ def select(case: Case, budget_ms: float = 200.0) -> Iterator[Row]:
         times, peak = measure_with_peak(run, case.device, budget_ms)
         yield _Made("select", case, "attnsieve", call, None, None).row(times, peak, building=True)
         return
-    dynamic = is_dynamic(case.mask, case.q_heads)
-    require(dynamic, f"{case.mask} chooses nothing from the input: use op layout")
+    require(case.dynamic, f"{case.mask} chooses nothing from the input: use op layout")
     call = case.dense().call()
-    run = _choosing(case, call)
-    times, peak = measure_with_peak(run, case.device, budget_ms)
+    times, peak = measure_with_peak(lambda: case.fresh(call), case.device, budget_ms)
     # Chosen last, since lists of single keys are too large to be held beside those of the runs that are timed.
-    yield _Made("select", case, "attnsieve", replace(call, layout=run()), None, None).row(times, peak, building=True)
-
-
-def _choosing(case: Case, call: Call) -> Callable[[], Layout]:
-    """Choosing by a dynamic pattern from the q and k of a call."""
-    from attnsieve.selection import choose
-
-    patterns = patterns_of(case.mask, case.q_heads)
-    return lambda: choose(patterns, call.q, call.k, spans=call.spans)
+    yield _Made("select", case, "attnsieve", case.fresh(call), None, None).row(times, peak, building=True)
 
 
 def _dense_row(op: str, case: Case, call: Call, name: str, budget_ms: float) -> Row:

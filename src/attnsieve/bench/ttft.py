@@ -1,4 +1,4 @@
-"""Time to first token and peak memory of whole models with random weights: dense beside plans."""
+"""Time to first token and peak memory of whole models: dense beside plans."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from attnsieve.bench import kernels
 from attnsieve.bench.case import DENSE, Case
 from attnsieve.bench.check import Verdict, check_rows
 from attnsieve.bench.masks import patterns_of
-from attnsieve.bench.rows import Dense, Row
+from attnsieve.bench.rows import Row
 from attnsieve.bench.shapes import Shape
 from attnsieve.bench.timing import Times
 from attnsieve.errors import require
@@ -27,12 +28,17 @@ _CHECKED_LENGTH = 8192
 # A run this long is measured once more, a shorter one three times.
 _LONG_SECONDS = 2.0
 DENSE_IMPLEMENTATIONS = ("sdpa", "eager")
+TEXT = "python-docs"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What to measure: a model's size (see `hf.random_model`), prompts of `lengths` tokens in `batch` rows, masks for every
-    head of every layer, and who computes: backends of `hf.apply` for masks, transformers' implementations for dense."""
+    """What to measure: a model, prompts of `lengths` tokens in `batch` rows, masks, and who computes: backends of `hf.apply` for
+    masks, transformers' implementations for dense.
+
+    model: a size of `hf.random_model`, with random weights and prompts, or what `hf.load_model` takes, with prompts of TEXT.
+    masks: patterns for every head of every layer, or folders of plans saved for the model.
+    """
 
     model: str
     lengths: Sequence[int]
@@ -45,69 +51,122 @@ class Setting:
     layers: int | None = None
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """A model, and its prompts [batch, n] by length."""
+
+    model: Any
+    prompts: Callable[[int], torch.Tensor]
+
+
 def rows(setting: Setting) -> Iterator[Row]:
     """For every length, dense first: the first call (masks built in it) and later ones. What runs out of memory is a row
     without times that says so. Raises `WrongResult` where a backend fails the oracle on a layer's call, UserError for masks that
-    are no patterns."""
+    are neither patterns nor plans of the model."""
     from attnsieve.hf import fingerprint
+
+    subject = _subject(setting)
+    mark = fingerprint(subject.model)
+    plans = {mask: _plan(mask, mark) for mask in setting.masks}
+    for n in setting.lengths:
+        yield from _of_length(setting, subject, _case(setting, mark, n), plans)
+
+
+def _subject(setting: Setting) -> _Subject:
+    from attnsieve.hf.random_model import CONFIGS
+
+    return _random(setting) if setting.model in CONFIGS else _real(setting)
+
+
+def _random(setting: Setting) -> _Subject:
     from attnsieve.hf.random_model import random_model
 
     model = random_model(setting.model, setting.device, setting.dtype, setting.layers)
-    mark = fingerprint(model)
-    plans = {mask: Plan(mark, (patterns_of(mask, mark.heads),) * mark.layers) for mask in setting.masks}
-    for n in setting.lengths:
-        yield from _of_length(setting, model, _case(setting, mark, n), plans)
+
+    def prompts(n: int) -> torch.Tensor:
+        return torch.randint(model.config.vocab_size, (setting.batch, n), generator=torch.Generator().manual_seed(0))
+
+    return _Subject(model, prompts)
 
 
-def _of_length(setting: Setting, model: Any, case: Case, plans: dict[str, Plan]) -> Iterator[Row]:
+def _real(setting: Setting) -> _Subject:
+    from attnsieve.evaluation.text import text_source, token_windows
+    from attnsieve.hf import load_model
+
+    require(setting.layers is None, f"{setting.model} is a real model: it is measured with all its layers")
+    model, tokenizer = load_model(setting.model, dtype=setting.dtype, device=setting.device)
+    source = text_source(TEXT)
+    return _Subject(model, lambda n: torch.tensor(token_windows(source, tokenizer, n, setting.batch)))
+
+
+def _plan(mask: str, mark: Fingerprint) -> Plan:
+    if not Path(mask).is_dir():
+        return Plan(mark, (patterns_of(mask, mark.heads),) * mark.layers)
+    plan = Plan.from_pretrained(mask)
+    plan.check(mark)
+    return plan
+
+
+def _of_length(setting: Setting, subject: _Subject, case: Case, plans: dict[str, Plan]) -> Iterator[Row]:
     from attnsieve.hf import apply
 
+    model, ids = subject.model, subject.prompts(case.n).to(case.device)
     dense: list[Row] = []
     for implementation in setting.dense:
         require(implementation in DENSE_IMPLEMENTATIONS, f"dense runs as {' or '.join(DENSE_IMPLEMENTATIONS)}")
         model.set_attn_implementation(implementation)
-        for row in _measured(case, model, implementation, nullcontext, None, None):
+        made = partial(Row.of, "ttft", implementation, case, density=1.0)
+        for row in _measured(model, ids, nullcontext, made):
             dense += [] if row.includes_mask_building else [row]
             yield row
     model.set_attn_implementation("sdpa")
     fastest = kernels.fastest(dense)
     for mask, plan in plans.items():
+        named = replace(case, mask=Path(mask).name if Path(mask).is_dir() else mask)
+        density = _density(model, plan, ids[0])
         for backend in setting.backends:
-            verdict = _verdict(replace(case, mask=mask), backend)
+            verdict = _verdict(case, mask, plan, backend)
+            made = partial(Row.of, "ttft", backend, named, density=density, baseline=fastest, verdict=verdict)
             under = lambda plan=plan, backend=backend: apply(model, plan, backend=backend)  # noqa: E731
-            yield from _measured(replace(case, mask=mask), model, backend, under, fastest, verdict)
+            yield from _measured(model, ids, under, made)
 
 
 def _case(setting: Setting, mark: Fingerprint, n: int) -> Case:
-    shape = Shape(setting.model, mark.heads, mark.kv_heads, mark.head_dim)
+    # Rows do not name folders of the machine.
+    name = Path(setting.model).name.removesuffix(".gguf")
+    shape = Shape(name, mark.heads, mark.kv_heads, mark.head_dim)
     return Case.of(DENSE, n, shape, setting.dtype, setting.device, setting.batch)
 
 
-def _verdict(case: Case, backend: str) -> Verdict:
-    call = replace(case, n=min(case.n, _CHECKED_LENGTH), batch=1).call()
+def _verdict(case: Case, mask: str, plan: Plan, backend: str) -> Verdict:
+    """Of random inputs, under the patterns of a layer in the middle."""
+    mask = f"{mask}:{len(plan.patterns) // 2}" if Path(mask).is_dir() else mask
+    call = replace(case, mask=mask, n=min(case.n, _CHECKED_LENGTH), batch=1).call()
     return check_rows(call, *kernels.run_backend(call, "auto" if backend == "fastest" else backend))
 
 
+def _density(model: Any, plan: Plan, ids: torch.Tensor) -> float:
+    """Of all layers and heads; where keys are chosen from the input, on this prompt."""
+    from attnsieve.evaluation.density import plan_density
+    from attnsieve.evaluation.fidelity import layer_fidelity
+
+    if not plan.dynamic:
+        return plan_density(plan, len(ids))
+    return float(layer_fidelity(model, plan, ids.tolist()).density.mean())
+
+
 def _measured(
-    case: Case,
-    model: Any,
-    name: str,
-    under: Callable[[], AbstractContextManager[Any]],
-    dense: Dense | None,
-    verdict: Verdict | None,
+    model: Any, ids: torch.Tensor, under: Callable[[], AbstractContextManager[Any]], row: Callable[..., Row]
 ) -> Iterator[Row]:
     """The first call and later ones, in milliseconds, or one row that ran out of memory."""
-    ids = torch.randint(model.config.vocab_size, (case.batch, case.n), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(case.device)
-    density = 1.0 if case.mask == DENSE else kernels.density(replace(case, device="cpu").layout(), case.n, case.n)
-    row = partial(Row.of, "ttft", name, case, density=density, baseline=dense, verdict=verdict)
+    device = str(ids.device)
     try:
         with under(), torch.inference_mode():
-            first = _first_token(model, ids, case.device)
-            yield row(Times.of([first]), _peak(case.device), building=True)
+            first = _first_token(model, ids, device)
+            yield row(Times.of([first]), _peak(device), building=True)
             repeats = 1 if first > _LONG_SECONDS * 1e3 else 3
-            times = Times.of([_first_token(model, ids, case.device) for _ in range(repeats)])
-            yield row(times, _peak(case.device), building=False)
+            times = Times.of([_first_token(model, ids, device) for _ in range(repeats)])
+            yield row(times, _peak(device), building=False)
     except torch.OutOfMemoryError:
         yield row(None, None, building=False)
 

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 WRONG_RESULT = 1
 Masks = Annotated[
-    str, typer.Option(help="Names such as blocks-10, C, dma-1024, patterns, or PLAN:LAYER, separated by semicolons.")
+    str,
+    typer.Option(
+        help="Names such as blocks-10, C, dma-1024, patterns, or PLAN:LAYER, separated by semicolons; "
+        "for ttft patterns, or folders of plans."
+    ),
 ]
 
 
@@ -29,7 +33,10 @@ def bench(
     masks: Masks = "blocks-10",
     shapes: Annotated[
         str,
-        typer.Option(help="llama-3.1-8b, llama-3.2-1b, llama-3.2-3b; except for ttft also qwen3-32b, 70b-layer, smollm2-135m."),
+        typer.Option(
+            help="llama-3.1-8b, llama-3.2-1b, llama-3.2-3b; except for ttft also qwen3-32b, 70b-layer, smollm2-135m; "
+            "for ttft also real models by name, folder or .gguf file."
+        ),
     ] = "llama-3.1-8b",
     lengths: Annotated[str, typer.Option(help="Keys, such as 8K,32K.")] = "8K",
     backends: Annotated[str, typer.Option(help="auto, triton, fa4, portable, flex-triton and others.")] = "auto",
@@ -46,8 +53,8 @@ def bench(
 ) -> None:
     """Measure attention. Every kernel is compared with a float64 oracle first; one that fails stops with exit code 1, no row.
 
-    ttft is the time to first token of a whole model with random weights; its baselines are sdpa and eager, its backends those
-    of apply, "fastest" included.
+    ttft is the time to first token of a whole model, with random weights or a real one with prompts of text; its baselines are
+    sdpa and eager, its backends those of apply, "fastest" included.
 
     Example: attnsieve bench prefill --masks "blocks-10;C;sink(4) | window(1024)" --lengths 8K,32K --backends triton,fa4
     """
