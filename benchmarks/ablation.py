@@ -7,7 +7,8 @@ at its base. A row holds density, retained mass on the calibration text and on h
 the same items, and what calibration cost. Rows that the file holds already are not measured again; a setting that leaves heads
 without any key is a row with that failure. Calibration reads the first part of each text, scoring the rest.
 
-With --shard i/k, k processes share the settings; each writes a file of its own, and the table is of all of them.
+With --shard i/k, k processes share the settings; each writes a file of its own, and the table is of all of them. With --table
+nothing is measured: the table is of the rows that OUT holds.
 """
 
 import argparse
@@ -56,6 +57,9 @@ class Setting:
 
 def main() -> None:
     arguments = parse()
+    if arguments.table:
+        write_table(Rows(arguments.out).all, arguments)
+        return
     model, tokenizer = load_model(arguments.model, dtype=getattr(torch, arguments.dtype), device=arguments.device)
     number, count = arguments.shard
     lab, stop = Lab(model, tokenizer, arguments), time.monotonic() + arguments.seconds
@@ -63,6 +67,10 @@ def main() -> None:
         if time.monotonic() < stop:
             print(line(lab.row(factor, setting)), flush=True)
     rows = [row for path in sorted(arguments.out.parent.glob(shard_file(arguments.out, "*"))) for row in Rows(path).all]
+    write_table(rows, arguments)
+
+
+def write_table(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     text = table(sorted(rows, key=order(arguments)))
     arguments.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
 
@@ -105,6 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add_sharing_options(parser)
+    parser.add_argument("--table", action="store_true", help="measure nothing, write the table of OUT's rows")
     parser.add_argument("--out", type=Path, required=True, help="rows go to OUT with the shard's number in its name")
     return parser.parse_args()
 
@@ -253,8 +262,8 @@ def score(row: dict[str, Any], task: str, metric: str) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Every row as a line."""
-    header = ["factor", "level", "density %", "retained %", "KL", "NLL - dense", "kv NLL - dense", "calibration s", "MiB"]
-    return markdown(header, [cells(row) for row in rows], left=(0, 1))
+    scores = ["density %", "retained %", "KL", "NLL - dense", "kv NLL - dense"]
+    return markdown(["factor", "level", "texts", *scores, "calibration s", "MiB"], [cells(row) for row in rows], left=(0, 1))
 
 
 def line(row: dict[str, Any]) -> str:
@@ -264,11 +273,11 @@ def line(row: dict[str, Any]) -> str:
 
 def cells(row: dict[str, Any]) -> list[str]:
     level = "" if row["factor"] == "base" else str(row[row["factor"]])
+    start = [row["factor"], level, str(row["documents"])]
     if row["failure"]:
-        return [row["factor"], level, "-", "-", "-", "-", "-", row["failure"][:60], "-"]
+        return [*start, "-", "-", "-", "-", "-", row["failure"][:60], "-"]
     return [
-        row["factor"],
-        level,
+        *start,
         percent(row["density"]),
         percent(score(row, "fidelity", "retained_mass").get("value")),
         f"{score(row, 'fidelity', 'kl').get('value', float('nan')):.3g}",

@@ -42,8 +42,9 @@ FLEX_LINES = (
     ("scattered diagonals and columns", "A", (32,)),
 )
 FLEX_HEADER = ("prefill", "tokens", "Flex, Triton", "Flex, FLASH", "ours", "dense")
-MODEL, PATTERN = "llama-3.1-8b", "sink(4) | window(1024)"
-MODEL_HEADER = ("tokens", "density", "SDPA", "ours", "ours, first prompt of its length")
+PATTERN = "sink(4) | window(1024)"
+MODEL_HEADER = ("model", "prompts", "density", "SDPA", "ours", "ours, first of their length", "peak, SDPA", "peak, ours")
+MODEL_CELLS = (("sdpa", False), ("auto", False), ("auto", True))
 
 
 def newest(rows: Iterable[dict[str, Any]]) -> Rows:
@@ -87,17 +88,18 @@ def flex_lines(rows: Rows) -> list[list[str]]:
 
 
 def model_lines(rows: Iterable[dict[str, Any]]) -> list[list[str]]:
-    """Seconds to the first token, by the number of tokens."""
+    """Seconds to the first token and peak memory, by model, number of prompts and their length."""
     found: Rows = {
-        (row["kv_len"], row["backend"], row["includes_mask_building"]): row
+        (row["shape"], row["batch"], row["kv_len"], row["backend"], row["includes_mask_building"]): row
         for row in rows
-        if row["op"] == "ttft" and row["shape"] == MODEL and row["backend"] in ("sdpa", "auto") and row["batch"] == 1
+        if row["op"] == "ttft" and row["backend"] in ("sdpa", "auto")
     }
     lines = []
-    for length in sorted({length for length, *_ in found}):
-        shown = [found[length, *which] for which in (("sdpa", False), ("auto", False), ("auto", True))]
-        seconds = [written(row["ms_p50"] / 1000, "s") for row in shown]
-        lines.append([f"{length // K}K", f"{percent(shown[1]['density'])} %", *seconds])
+    for model, batch, length in sorted({key[:3] for key in found if key[3] == "auto"}):
+        dense, ours, first = (found[model, batch, length, *cell] for cell in MODEL_CELLS)
+        seconds = [written(row["ms_p50"] / 1000, "s") for row in (dense, ours, first)]
+        memory = [written(row["peak_bytes"] / 2**30, "GiB") for row in (dense, ours)]
+        lines.append([model, f"{batch} x {length // K}K", f"{percent(ours['density'])} %", *seconds, *memory])
     return lines
 
 
@@ -118,7 +120,7 @@ def main() -> None:
     print(markdown(LAYER_HEADER, layer_lines(newest(rows))))
     print()
     print(markdown(FLEX_HEADER, flex_lines(newest(rows))))
-    print(f"\n{MODEL}, random weights, {PATTERN} in all layers:\n")
+    print(f"\nRandom weights, {PATTERN} in all layers:\n")
     print(markdown(MODEL_HEADER, model_lines([row for row in rows if row["mask"] in ("dense()", PATTERN)])))
 
 

@@ -65,6 +65,9 @@ def test_one_factor_at_a_time(ablation, tmp_path, capsys):
     table = (tmp_path / "rows.md").read_text()
     assert table.count("\n") == 2 + len(rows)
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [row["factor"] for row in rows]
+    (tmp_path / "joined.jsonl").write_text(out.read_text())
+    ablation.run("of no matter", *levels, *sizes, "--table", "--out", tmp_path / "joined.jsonl")
+    assert (tmp_path / "joined.md").read_text() == table
     again = ["--text", tmp_path / "text.txt", *levels, *sizes, "--out", tmp_path / "rows.jsonl"]
     ablation.run(model, *again)
     assert len(out.read_text().splitlines()) == len(rows)

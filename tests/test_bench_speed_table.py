@@ -53,4 +53,6 @@ def test_numbers_have_three_digits(table):
 
 def test_models_are_told_by_length(table):
     lines = table.model_lines([row for row in rows() if row["mask"] in ("dense()", table.PATTERN)])
-    assert [line[0] for line in lines] == ["8K", "32K", "128K"]
+    assert [line[:2] for line in lines[:3]] == [["llama-3.1-8b", f"1 x {length}"] for length in ("8K", "32K", "128K")]
+    assert lines[3][:2] == ["llama-3.2-3b", "16 x 8K"]
+    assert lines[2][-2:] == ["45.6 GiB", "45.6 GiB"]
