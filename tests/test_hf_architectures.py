@@ -5,10 +5,11 @@ import torch
 import transformers as tr
 
 from attnsieve import UserError
-from attnsieve.hf import apply, fingerprint, profile
+from attnsieve.evaluation import layer_fidelity
+from attnsieve.hf import apply, fingerprint, measure, profile
 from attnsieve.patterns import Pattern, dense
 from attnsieve.plan import Plan
-from tests.hf_tiny import GQA, MHA, SIZES, close, logits, oracle, tokens
+from tests.hf_tiny import GQA, MHA, SIZES, close, head_masks, logits, oracle, tokens
 
 EXPERTS = {"num_local_experts": 2, "n_routed_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
 MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 6, "head_dim": 4}
@@ -135,6 +136,21 @@ def test_layers_that_attend_twice_are_refused_a_cache_of_ours():
         close(in_steps(model, ids, tr.DynamicCache(config=model.config), [7, 1, 4]), logits(model, ids, use_cache=False))
         with pytest.raises(UserError, match="attends twice to what it stores"):
             logits(model, ids, past_key_values=handle.cache(20))
+
+
+def test_layers_that_attend_twice_count_once():
+    model, ids = built("DiffLlamaConfig", **MHA), tokens(1, 12)
+    measured = measure(model, [ids], [RULE], progress=False)
+    assert measured.candidates == (RULE, "dense()")
+    keep = head_masks([Pattern.parse(RULE)], 12)
+    close(measured.density[0, 0], torch.full((2, 4), float(keep.sum() / 78)))
+    close(measured.retained[0, 1], torch.ones(2, 4))
+    plan = Plan.uniform(fingerprint(model), RULE)
+    before = layer_fidelity(model, plan, ids[0].tolist())
+    with torch.no_grad():
+        values = model.model.layers[1].self_attn.v_proj.weight
+        values.copy_(values.roll(len(values) // 2, 0))
+    close(layer_fidelity(model, plan, ids[0].tolist()).error[1], before.error[1], 1e-5)
 
 
 def test_a_cache_is_refused_where_the_configuration_counts_other_kv_heads():

@@ -65,6 +65,8 @@ class _Probe:
 
     def __init__(self, plan: Plan, mark: Fingerprint, result: LayerFidelity, last: int, backend: str) -> None:
         self._plan, self._mark, self._result, self._last, self._backend = plan, mark, result, last, backend
+        # Sums over the calls of a layer: DiffLlama's attend twice to a text, with other values.
+        self._change, self._size = torch.zeros_like(result.error), torch.zeros_like(result.error)
         self._dense: dict[tuple[torch.device, int | None], Layout] = {}
         self._memo = SpanMemo()
 
@@ -90,7 +92,9 @@ class _Probe:
         seen = effect(call, layout, whole, self._backend, self._last)
         place = self._mark.row(index)
         self._result.density[place], self._result.retained[place] = seen.density, seen.retained
-        self._result.error[place] = (seen.change / seen.size).sqrt()
+        self._change[place] += seen.change.cpu()
+        self._size[place] += seen.size.cpu()
+        self._result.error[place] = (self._change[place] / self._size[place]).sqrt()
         finite = bool(self._result.error[place].isfinite().all())
         require(finite, f"layer {index} has NaN or infinite attention outputs: check the model's weights and dtype")
 

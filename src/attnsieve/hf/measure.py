@@ -65,21 +65,23 @@ def measure(
         for document in tqdm(documents, desc="measure", unit="text", disable=not progress):
             recorder.row = lengths.index(len(document))
             model.base_model(input_ids=document[None].to(model.device), use_cache=False)
-    counts = torch.tensor([sum(len(document) == n for document in documents) for n in lengths])
+    counts = [sum(len(document) == n for document in documents) for n in lengths]
     sums = (recorder.density, recorder.retained, recorder.error)
-    density, retained, error = ((total / counts[:, None, None, None]).float() for total in sums)
-    provenance = {"documents": counts.tolist(), "token_digest": digest(groups), "attnsieve": attnsieve.__version__}
+    density, retained, error = ((total / recorder.calls[:, None, :, None].clamp_min(1)).float() for total in sums)
+    provenance = {"documents": counts, "token_digest": digest(groups), "attnsieve": attnsieve.__version__}
     rows = {} if last is None else {"last": last}
     return Measurement(mark, tuple(map(str, patterns)), tuple(lengths), density, retained, error, provenance | rows)
 
 
 class Recorder:
-    """Sums of what every candidate keeps and changes; float64 [lengths, candidates, layers, heads]."""
+    """Sums of what every candidate keeps and changes, float64 [lengths, candidates, layers, heads], over so many calls of a layer,
+    [lengths, layers]: DiffLlama's attend twice to a text."""
 
     def __init__(self, patterns: list[Pattern], lengths: int, mark: Fingerprint, backend: str, last: int | None) -> None:
         self._patterns, self._mark, self._backend, self._last = patterns, mark, backend, last
         shape = (lengths, len(patterns), mark.layers, mark.heads)
         self.density, self.retained, self.error = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
+        self.calls = torch.zeros((lengths, mark.layers), dtype=torch.float64)
         self.row, self._memo = 0, SpanMemo()
         self._layouts: dict[tuple[Pattern, int, int | None], Layout] = {}
 
@@ -97,9 +99,11 @@ class Recorder:
                 all(bool(part.isfinite().all()) for part in whole),
                 f"layer {layer.index} has NaN or infinite attention: check the weights, or measure in float32 or bfloat16",
             )
+            row = self._mark.row(layer.index)
+            self.calls[self.row, row] += 1
             for c, pattern in enumerate(self._patterns):
                 seen = effect(call, self._layout(call, pattern, window), whole, self._backend, self._last)
-                cell = self.row, c, self._mark.row(layer.index)
+                cell = self.row, c, row
                 self.density[cell] += seen.density.cpu()
                 self.retained[cell] += seen.retained.cpu()
                 self.error[cell] += (seen.change / seen.size.sum()).cpu()
