@@ -1,5 +1,6 @@
 """Model loading: names, files, errors, and the one-time conversion of a GGUF file (a tiny one written here)."""
 
+import json
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from attnsieve import UserError
 from attnsieve.hf import loading
 from attnsieve.hf.loading import load_model, packaged_gguf
+from tests.cli_tiny import save_tiny_model
 
 
 def byte_tokens() -> list[str]:
@@ -167,6 +169,30 @@ def test_missing_directories_are_named(name):
 def test_a_directory_without_a_model(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"9 of its weights are missing, such as model\.layers\.2"),
+        ({"num_attention_heads": 3}, r"hidden size \(32\) is not a multiple of the number of attention heads \(3\)"),
+        (None, "the directory is damaged"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(tmp_path, changes, message):
+    path = save_tiny_model(tmp_path / "model") / "config.json"
+    path.write_text("[]" if changes is None else json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=message):
+        load_model(path.parent)
+
+
+def test_a_gguf_without_all_weights_is_not_kept(tiny_gguf, tmp_path):
+    """One whose table of tensors lacks the last layer's."""
+    data = tiny_gguf.read_bytes()
+    tiny_gguf.write_bytes(data.replace(b"llama.block_count\x04\0\0\0\x02", b"llama.block_count\x04\0\0\0\x03"))
+    with pytest.raises(UserError, match="9 of its weights are missing"):
+        load_model(tiny_gguf, cache_dir=tmp_path)
+    assert not list((tmp_path / "models").iterdir())
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "./notes.txt", "weights.safetensors"])

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from attnsieve.errors import UserError, require
@@ -38,7 +37,8 @@ def load_model(
     file, a model directory, or a hub id. A GGUF file is dequantised to float32 once (20-80 s, with progress) and kept under
     `cache_dir`, by default the user's cache folder; later loads take seconds. Remote code is never run.
 
-    Raises UserError when the model, a package it needs or the device is missing, or the packaged file has changed.
+    Raises UserError when the model, any of its weights, a package it needs or the device is missing, or the packaged file has
+    changed.
     """
     require(isinstance(dtype, torch.dtype) and dtype.is_floating_point, f"dtype must be a floating torch.dtype, got {dtype!r}")
     _check_device(torch.device(device))
@@ -46,9 +46,9 @@ def load_model(
     options: dict[str, Any] = {"local_files_only": local}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load a model from {str(source)!r}: {_first_line(error)}; {_remedy(local)}") from error
+        model = _complete(source, dtype=dtype, **options)
+    except Exception as error:  # of whatever kind: what lies there is not ours
+        raise UserError(f"cannot load a model from {str(source)!r}: {_one_line(error)}; {_remedy(local)}") from error
     # What results are labelled with; a conversion's folder in the cache says nothing to a reader.
     model.config._name_or_path = Path(name_or_path).stem if str(name_or_path).endswith(".gguf") else str(name_or_path)
     return model.to(device).eval(), tokenizer
@@ -129,11 +129,9 @@ def _convert(gguf: Path, target: Path) -> None:
     """Write `gguf` as a float32 safetensors model with its tokenizer; transformers shows the progress."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
-        )
+        model = _complete(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True)
     except Exception as error:
-        raise UserError(f"transformers cannot read {gguf}: {_first_line(error)}; use a GGUF of a supported model") from error
+        raise UserError(f"transformers cannot read {gguf}: {_one_line(error)}; use a GGUF of a supported model") from error
     # The weights are plain floats by now, but save_pretrained refuses while the model still calls itself quantised.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -141,6 +139,16 @@ def _convert(gguf: Path, target: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _complete(source: str | Path, **options: Any) -> Any:
+    """The causal language model in `source`. Raises ValueError where weights are missing, which transformers makes up at random."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
+    return model
 
 
 def _publish(fresh: Path, target: Path) -> None:
@@ -157,8 +165,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _remedy(local: bool) -> str:
