@@ -19,6 +19,8 @@ from attnsieve.evaluation.tasks.questions import forced_answers
 from attnsieve.hf import apply, fingerprint, measure
 from attnsieve.hf.loading import load_model
 from tests.evaluation_tiny import model, tokenizer
+from tests.hf_tiny import MHA
+from tests.test_hf_architectures import built
 
 FIELDS = (
     "model plan density task variant length items metric value stderr dense_value paired_difference paired_stderr device "
@@ -310,6 +312,16 @@ def test_dynamic_plans_report_a_measured_density():
     rows = run({"chosen": plan("vertical_slash(mass=0.5, probe=8, strided=0)")})
     (density,) = {row.density for row in rows if row.plan == "chosen"}
     assert 0 < density < 1
+
+
+def test_layers_that_stay_dense_count_as_dense():
+    """Llama 4 restricts its first layer by a rule of its own."""
+    changes = {"vocab_size": len(tokenizer()), "attention_chunk_size": 16, "intermediate_size_mlp": 8, "num_local_experts": 2}
+    network = built("Llama4TextConfig", **MHA, **changes, layer_types=["chunked_attention", "full_attention"])
+    chosen = Plan.uniform(fingerprint(network), "window(8)")
+    rows = evaluate(network, tokenizer(), {"sparse": chosen}, [make_task("kv")], [120], 1)
+    (density,) = {row.density for row in rows if row.plan == "sparse"}
+    assert density == pytest.approx((1 + pattern_density(Pattern.parse("window(8)"), 120)) / 2, abs=0.03)
 
 
 def test_density_is_counted_over_all_heads():

@@ -87,9 +87,9 @@ class Runs:
                 self._ledger.record(missing[DENSE], 1.0, dense_measures, None)
             for name in sparse:
                 plan = plans[name]
-                seen = self._observe_sparse(cell.task, made, plan, bar)
+                seen, planned = self._observe_sparse(cell.task, made, plan, bar)
                 measures = self._measure(cell.task, made, plan, seen, seen_dense)
-                self._ledger.record(missing[name], self._density(cell, plan, made[0]), measures, dense_measures)
+                self._ledger.record(missing[name], self._density(cell, plan, made[0], planned), measures, dense_measures)
 
     def _items(self, cell: Cell) -> list[Any]:
         """Raises UserError for texts that a model was not made for: some tasks write beyond the length, or know none."""
@@ -118,13 +118,14 @@ class Runs:
             bar.update()
         return seen
 
-    def _observe_sparse(self, task: Task, made: Sequence[Any], plan: Plan, bar: Any) -> list[Any]:
+    def _observe_sparse(self, task: Task, made: Sequence[Any], plan: Plan, bar: Any) -> tuple[list[Any], bool]:
+        """What the plan made of the items, and whether every call ran as it says."""
         with attnsieve.apply(self._model, plan) as handle:
             seen = self._observe(task, made, bar)
         report = handle.report()
         sparse = any(pattern != dense() for row in plan.patterns for pattern in row)
         require(not sparse or report.sparse_calls > 0, f"the plan is sparse, but nothing ran sparse: {report}")
-        return seen
+        return seen, not report.unplanned
 
     def _measure(
         self, task: Task, made: Sequence[Any], plan: Plan | None, seen: list[Any], seen_dense: list[Any]
@@ -134,8 +135,9 @@ class Runs:
             for item, one, other in zip(made, seen, seen_dense, strict=True)
         ]
 
-    def _density(self, cell: Cell, plan: Plan, item: Any) -> float:
-        """Counted for static plans at the target length; measured on the first item for plans that choose from the input."""
-        if not plan.dynamic:
+    def _density(self, cell: Cell, plan: Plan, item: Any, planned: bool) -> float:
+        """Counted for static plans at the target length; measured on the first item for plans that choose from the input, and where
+        layers stayed dense by name."""
+        if planned and not plan.dynamic:
             return plan_density(plan, cell.length)
         return float(layer_fidelity(self._model, plan, cell.task.ids(self._tokenizer, item)).density.mean())
