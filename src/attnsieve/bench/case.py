@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -11,6 +12,7 @@ from attnsieve.bench.masks import is_dynamic, is_selected, mask, patterns_of, re
 from attnsieve.bench.shapes import Shape
 from attnsieve.errors import require
 from attnsieve.layout import Layout
+from attnsieve.patterns import Pattern
 from attnsieve.spans import Spans
 
 # What dense rows are named, and the pattern that they keep.
@@ -55,10 +57,10 @@ class Case:
         """The same shape with nothing left out."""
         return replace(self, mask=DENSE, shared=False, bias=False)
 
-    @property
-    def dynamic(self) -> bool:
-        """Whether the mask is of patterns of which some choose their keys from the input."""
-        return is_dynamic(self.mask, self.q_heads)
+    @cached_property
+    def choosers(self) -> tuple[Pattern, ...] | None:
+        """The patterns of a mask that chooses keys from the input; of a plan's layer they are read once, not in every repeat."""
+        return patterns_of(self.mask, self.q_heads) if is_dynamic(self.mask, self.q_heads) else None
 
     def layout(self) -> Layout:
         """The mask for all positions, where nothing has to be chosen from the input."""
@@ -69,13 +71,15 @@ class Case:
         DMA, are chosen again."""
         if is_selected(self.mask):
             return replace(call, layout=reselected(self.mask, call.layout))
-        return self._chosen(call) if self.dynamic else replace(call, layout=replace(call.layout))
+        return self._chosen(call) if self.choosers else replace(call, layout=replace(call.layout))
 
     def call(self) -> Call:
         """Random inputs and the mask, chosen from them where it is dynamic. Raises UserError for a dynamic mask in a batch, or named
         with a +: what is measured is chosen for one sequence, by each query head's pattern."""
+        alone = self.batch == 1 and not self.shared
+        require(alone or not self.choosers, f"{self.label} chooses from the input: measure it in a batch of 1, without +")
         q_len = self.n if self.q_len is None else self.q_len
-        layout = self.dense().layout() if self.dynamic else self.layout()
+        layout = self.dense().layout() if self.choosers else self.layout()
         torch.manual_seed(0)
         q, k, v = (
             torch.randn(self.batch, heads, length, self.head_dim, device=self.device, dtype=self.dtype)
@@ -84,12 +88,10 @@ class Case:
         bias = torch.randn(self.batch, self.kv_heads, self.n, device=self.device) if self.bias else None
         spans = Spans.full(self.batch, q_len, self.n, self.device)
         call = Call(q, k, v, layout, spans, self.head_dim**-0.5, bias)
-        return self._chosen(call) if self.dynamic else call
+        return self._chosen(call) if self.choosers else call
 
     def _chosen(self, call: Call) -> Call:
         from attnsieve.selection import choose
 
-        require(
-            self.batch == 1 and not self.shared, f"{self.label} chooses from the input: measure it in a batch of 1, without +"
-        )
-        return replace(call, layout=choose(patterns_of(self.mask, self.q_heads), call.q, call.k, spans=call.spans))
+        assert self.choosers is not None
+        return replace(call, layout=choose(self.choosers, call.q, call.k, spans=call.spans))

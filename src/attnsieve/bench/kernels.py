@@ -124,7 +124,7 @@ def select(case: Case, budget_ms: float = 200.0) -> Iterator[Row]:
         times, peak = measure_with_peak(run, case.device, budget_ms)
         yield _Made("select", case, "attnsieve", call, None, None).row(times, peak, building=True)
         return
-    require(case.dynamic, f"{case.mask} chooses nothing from the input: use op layout")
+    require(case.choosers is not None, f"{case.mask} chooses nothing from the input: use op layout")
     call = case.dense().call()
     times, peak = measure_with_peak(lambda: case.fresh(call), case.device, budget_ms)
     # Chosen last, since lists of single keys are too large to be held beside those of the runs that are timed.

@@ -59,6 +59,15 @@ class _Subject:
     prompts: Callable[[int], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class _Masked:
+    """A plan, what rows call it, and the mask of a layer with attention in its middle, as `masks.mask` knows it."""
+
+    plan: Plan
+    label: str
+    layer: str
+
+
 def rows(setting: Setting) -> Iterator[Row]:
     """For every length, dense first: the first call (masks built in it) and later ones. What runs out of memory is a row
     without times that says so. Raises `WrongResult` where a backend fails the oracle on a layer's call, UserError for masks that
@@ -67,9 +76,9 @@ def rows(setting: Setting) -> Iterator[Row]:
 
     subject = _subject(setting)
     mark = fingerprint(subject.model)
-    plans = {mask: _plan(mask, mark) for mask in setting.masks}
+    masked = [_masked(mask, mark) for mask in setting.masks]
     for n in setting.lengths:
-        yield from _of_length(setting, subject, _case(setting, mark, n), plans)
+        yield from _of_length(setting, subject, _case(setting, mark, n), masked)
 
 
 def _subject(setting: Setting) -> _Subject:
@@ -99,15 +108,15 @@ def _real(setting: Setting) -> _Subject:
     return _Subject(model, lambda n: torch.tensor(token_windows(source, tokenizer, n, setting.batch)))
 
 
-def _plan(mask: str, mark: Fingerprint) -> Plan:
+def _masked(mask: str, mark: Fingerprint) -> _Masked:
     if not Path(mask).is_dir():
-        return Plan(mark, (patterns_of(mask, mark.heads),) * mark.layers)
+        return _Masked(Plan(mark, (patterns_of(mask, mark.heads),) * mark.layers), mask, mask)
     plan = Plan.from_pretrained(mask)
     plan.check(mark)
-    return plan
+    return _Masked(plan, Path(mask).name, f"{mask}:{mark.indices[mark.layers // 2]}")
 
 
-def _of_length(setting: Setting, subject: _Subject, case: Case, plans: dict[str, Plan]) -> Iterator[Row]:
+def _of_length(setting: Setting, subject: _Subject, case: Case, masked: Sequence[_Masked]) -> Iterator[Row]:
     from attnsieve.hf import apply
 
     model, ids = subject.model, subject.prompts(case.n).to(case.device)
@@ -121,13 +130,13 @@ def _of_length(setting: Setting, subject: _Subject, case: Case, plans: dict[str,
             yield row
     model.set_attn_implementation("sdpa")
     fastest = kernels.fastest(dense)
-    for mask, plan in plans.items():
-        named = replace(case, mask=Path(mask).name if Path(mask).is_dir() else mask)
-        density = _density(model, plan, ids[0])
+    for each in masked:
+        named = replace(case, mask=each.label)
+        density = _density(model, each.plan, ids[0])
         for backend in setting.backends:
-            verdict = _verdict(case, mask, plan, backend)
+            verdict = _verdict(replace(case, mask=each.layer), backend)
             made = partial(Row.of, "ttft", backend, named, density=density, baseline=fastest, verdict=verdict)
-            under = lambda plan=plan, backend=backend: apply(model, plan, backend=backend)  # noqa: E731
+            under = lambda plan=each.plan, backend=backend: apply(model, plan, backend=backend)  # noqa: E731
             yield from _measured(model, ids, under, made)
 
 
@@ -138,10 +147,8 @@ def _case(setting: Setting, mark: Fingerprint, n: int) -> Case:
     return Case.of(DENSE, n, shape, setting.dtype, setting.device, setting.batch)
 
 
-def _verdict(case: Case, mask: str, plan: Plan, backend: str) -> Verdict:
-    """Of random inputs, under the patterns of a layer in the middle."""
-    mask = f"{mask}:{len(plan.patterns) // 2}" if Path(mask).is_dir() else mask
-    call = replace(case, mask=mask, n=min(case.n, _CHECKED_LENGTH), batch=1).call()
+def _verdict(case: Case, backend: str) -> Verdict:
+    call = replace(case, n=min(case.n, _CHECKED_LENGTH), batch=1).call()
     return check_rows(call, *kernels.run_backend(call, "auto" if backend == "fastest" else backend))
 
 
