@@ -165,7 +165,7 @@ def test_the_search_finds_what_sorting_finds(kind, width, in_registers, monkeypa
     weights = WEIGHTS[kind](width)
     if not in_registers:
         monkeypatch.setattr(fewest, "MOST_IN_REGISTERS", 0)
-        monkeypatch.setattr(fewest, "STEP", 128)
+        monkeypatch.setattr(fewest, "PER_WARP", 16)
     for mass in (0.3, 0.6, 1.0):
         kept = fewest.fewest_with_mass(weights, mass)
         total, held = weights.double().sum(-1), (weights.double() * kept).sum(-1)
@@ -182,11 +182,18 @@ def test_the_search_finds_what_sorting_finds(kind, width, in_registers, monkeypa
             assert torch.equal(kept, fewest_with_mass(weights, mass))
 
 
-def test_entries_beyond_the_end_of_a_row_are_not_read():
+@pytest.mark.parametrize("in_registers", [True, False])
+def test_entries_beyond_the_end_of_a_row_are_not_read(in_registers, monkeypatch):
+    """Of rows in memory those up to the next multiple of 4 are, and are 0."""
     from attnsieve.selection.fused import fewest
 
+    if not in_registers:
+        monkeypatch.setattr(fewest, "MOST_IN_REGISTERS", 0)
+        monkeypatch.setattr(fewest, "PER_WARP", 2)
     weights, stops = torch.rand(2, 3, 50), torch.tensor([7, 50, 1], dtype=torch.int32)
-    poisoned = weights.masked_fill(torch.arange(50) >= stops[:, None], torch.nan)
+    place, room = torch.arange(50), 1 if in_registers else 4
+    weights.masked_fill_(place >= stops[:, None], 0)
+    poisoned = weights.masked_fill(place >= -(-stops[:, None] // room) * room, torch.nan)
     assert torch.equal(fewest.fewest_with_mass(poisoned, 0.6, stops), fewest_with_mass(weights, 0.6, stops))
 
 

@@ -35,7 +35,7 @@ n, tensor = 1000, lambda heads: torch.zeros(1, heads, 1000, 128, dtype=torch.bfl
 layout = Layout(n, torch.zeros(1, 2, n, dtype=torch.int32), (torch.arange(n) % 40 == 0).expand(1, 2, n))
 call = Call(tensor(14), tensor(2), tensor(2), layout, Spans.full(1, n, n), 0.1)
 bias = rows_of(torch.zeros(1, 2, n, 4))
-run = PrefillInParts(call, lambda q, k, v, bias, places, out_dtype: new_outputs(q, v, out_dtype), scattered(call))
+run = PrefillInParts(call, lambda q, k, v, bias, places: new_outputs(q, v), scattered(call))
 run(call.q, call.k, call.v, bias, places_of(call.spans))
 """
 

@@ -119,11 +119,9 @@ class Prefill:
                 **options,
             )
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places, out_dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """out [B, Hq, Tq, Dv] in out_dtype, q's by default, and LSE [B, Hq, Tq] in float32."""
-        out, lse = new_outputs(q, v, out_dtype)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places) -> tuple[Tensor, Tensor]:
+        """out [B, Hq, Tq, Dv] in q's dtype and LSE [B, Hq, Tq] in float32."""
+        out, lse = new_outputs(q, v)
         if not self._programs:
             self._launch(rows_of(q), rows_of(k), rows_of(v), bias, rows_of(out), lse, places)
             return out, lse

@@ -13,13 +13,13 @@ from attnsieve.backends.triton.common import places_of, rows_of
 from attnsieve.device import padded
 
 
-def new_outputs(q: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Room for out, in q's dtype unless another is given, and LSE. The heads of a token lie together in memory, as whoever projects
+def new_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for out, in q's dtype, and LSE. The heads of a token lie together in memory, as whoever projects
     them wants them."""
     batch, heads, queries, _ = q.shape
     width = v.shape[-1]
     row = heads * width
-    out = q.new_empty_strided((batch, heads, queries, width), (queries * row, width, row, 1), dtype=dtype or q.dtype)
+    out = q.new_empty_strided((batch, heads, queries, width), (queries * row, width, row, 1))
     return out, q.new_empty((batch, heads, queries), dtype=torch.float32)
 
 

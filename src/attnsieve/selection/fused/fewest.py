@@ -14,7 +14,10 @@ from torch import Tensor
 
 # Rows up to this width stay in registers during the search.
 MOST_IN_REGISTERS = 1 << 13
-STEP = 1 << 11
+# Entries that a warp looks at together: 8 a thread.
+PER_WARP = 1 << 8
+# An H100's.
+MULTIPROCESSORS = 132
 
 
 @triton.jit
@@ -74,27 +77,46 @@ def _narrowed(low, high, limits, enough):
 
 @triton.jit
 def _collect(p_row, p_candidates, stop, low, high, STEP: tl.constexpr):
-    """Copy a row's entries above low and up to high; their number, and the sum of what is above high."""
+    """Copy a row's entries above low and up to high, those of each lane behind each other, with zeros up to as many as the longest
+    lane has; where they end, and the sum of what is above high."""
+    lane = tl.arange(0, STEP)
     above = tl.zeros([STEP], tl.float32)
-    count = 0
+    count = tl.zeros([STEP], tl.int32)
+    for start in tl.range(0, stop, STEP, num_stages=3):
+        w = tl.load(p_row + start + lane, mask=start + lane < stop, other=0.0)
+        bits = w.to(tl.int32, bitcast=True)
+        above += tl.where(bits > high, w, 0.0)
+        chosen = (bits > low) & (bits <= high) & (start + lane < stop)
+        tl.store(p_candidates + count * STEP + lane, w, mask=chosen)
+        count += chosen.to(tl.int32)
+    most = tl.max(count, 0)
+    for step in range(tl.min(count, 0), most):
+        tl.store(p_candidates + step * STEP + lane, 0.0, mask=step >= count)
+    return most * STEP, tl.sum(above, 0)
+
+
+@triton.jit
+def _sum_above(p_row, stop, least, STEP: tl.constexpr):
+    """The sum of a row's entries whose bits are above `least`, and how many there are of these."""
+    above = tl.zeros([STEP], tl.float32)
+    ties = tl.zeros([STEP], tl.int32)
     for start in tl.range(0, stop, STEP, num_stages=3):
         o = start + tl.arange(0, STEP)
         w = tl.load(p_row + o, mask=o < stop, other=0.0)
         bits = w.to(tl.int32, bitcast=True)
-        above += tl.where(bits > high, w, 0.0)
-        chosen = (bits > low) & (bits <= high) & (o < stop)
-        tl.store(p_candidates + count + tl.cumsum(chosen.to(tl.int32), 0) - 1, w, mask=chosen)
-        count += tl.sum(chosen.to(tl.int32), 0)
-    return count, tl.sum(above, 0)
+        above += tl.where(bits > least, w, 0.0)
+        ties += (bits == least).to(tl.int32)
+    return tl.sum(above, 0), tl.sum(ties, 0)
 
 
 @triton.jit
-def long_kernel(weights, stops, candidates, kept, mass, width, blocks, WAYS: tl.constexpr, STEP: tl.constexpr):
+def long_kernel(weights, stops, candidates, kept, mass, width, room, blocks, WAYS: tl.constexpr, STEP: tl.constexpr):
     """As `short_kernel` with rows in memory, which are read four times: twice WAYS limits are tried, what is left between two of
-    them is searched in `candidates`, as large as weights."""
+    them is searched in `candidates`, float32 [R, room]. Entries from a row's stop up to the next multiple of 4 are 0."""
     i_r = tl.program_id(0).to(tl.int64)
-    p_row, p_candidates = weights + i_r * width, candidates + i_r * width
-    stop = tl.load(stops + i_r % blocks) if stops is not None else width
+    p_row, p_candidates = weights + i_r * width, candidates + i_r * room
+    # A multiple of 4 to the compiler too, which then loads four at a time.
+    stop = tl.minimum(tl.cdiv(tl.load(stops + i_r % blocks), 4) * 4, width) if stops is not None else width
     way = tl.arange(0, WAYS)
     # First powers of 4 from 2^-16 on, among which the least sum of probabilities kept is likely; the first way sums everything.
     limits = tl.where(way == 0, -1, (109 + 2 * way) << 23)
@@ -103,24 +125,34 @@ def long_kernel(weights, stops, candidates, kept, mass, width, blocks, WAYS: tl.
     low, high = _narrowed(-1, 0x7F800000, limits, sums >= target)
     limits = _limits(low, high, way, WAYS)
     low, high = _narrowed(low, high, limits, _sums_above(p_row, stop, limits, WAYS, STEP) >= target)
-    count, above = _collect(p_row, p_candidates, stop, low, high, STEP)
+    end, above = _collect(p_row, p_candidates, stop, low, high, STEP)
     # Candidates were written by other threads than those that read them.
     tl.debug_barrier()
     while low + 1 < high:
         limits = _limits(low, high, way, WAYS)
-        enough = above + _sums_above(p_candidates, count, limits, WAYS, STEP) >= target
+        enough = above + _sums_above(p_candidates, end, limits, WAYS, STEP) >= target
         low, high = _narrowed(low, high, limits, enough)
-    above += tl.max(_sums_above(p_candidates, count, way * 0 + high, WAYS, STEP), 0)
-    ties = 0
-    for start in tl.range(0, width, STEP, num_stages=3):
-        o = start + tl.arange(0, STEP)
-        w = tl.load(p_row + o, mask=o < stop, other=0.0)
-        ties = _store_kept(kept + i_r * width, o, w, o < width, high, above, target, ties)
+    more, ties = _sum_above(p_candidates, end, high, STEP)
+    above += more
+    value = tl.cast(high, tl.int32).to(tl.float32, bitcast=True)
+    if above + (ties - 1) * value < target:
+        # All of the equal ones are kept, mostly one.
+        for start in tl.range(0, width, STEP, num_stages=3):
+            o = start + tl.arange(0, STEP)
+            w = tl.load(p_row + o, mask=o < stop, other=0.0)
+            flag = (w.to(tl.int32, bitcast=True) >= high) & (w > 0)
+            tl.store(kept + i_r * width + o, flag.to(tl.uint8), mask=o < width)
+    else:
+        before = 0
+        for start in tl.range(0, width, STEP, num_stages=3):
+            o = start + tl.arange(0, STEP)
+            w = tl.load(p_row + o, mask=o < stop, other=0.0)
+            before = _store_kept(kept + i_r * width, o, w, o < width, high, above, target, before)
 
 
 def fewest_with_mass(weights: Tensor, mass: float, stops: Tensor | None = None) -> Tensor:
     """bool like weights, float32 [..., B, W]: the fewest entries whose sum reaches `mass` of the row's. stops: int32 [B], the
-    entries of a row that count; those beyond are not read."""
+    entries of a row that count; those up to the next multiple of 4 are 0, those beyond are not read."""
     weights, width = weights.contiguous(), weights.shape[-1]
     kept = torch.empty_like(weights, dtype=torch.uint8)
     rows = weights.numel() // width
@@ -130,6 +162,11 @@ def fewest_with_mass(weights: Tensor, mass: float, stops: Tensor | None = None) 
         size = int(triton.next_power_of_2(width))
         short_kernel[(rows,)](weights, stops, kept, share, width, blocks, WIDTH=size, num_warps=max(1, size // 1024))
     else:
-        rest = {"WAYS": 8, "STEP": STEP, "num_warps": 8, "maxnreg": 128}
-        long_kernel[(rows,)](weights, stops, torch.empty_like(weights), kept, share, width, blocks, **rest)
+        # Few rows have a multiprocessor each, of many two share one.
+        warps = 16 if rows <= MULTIPROCESSORS else 8
+        step = PER_WARP * warps
+        room = triton.cdiv(width, step) * step
+        candidates = weights.new_empty(rows, room)
+        rest = {"WAYS": 8, "STEP": step, "num_warps": warps, "maxnreg": 128}
+        long_kernel[(rows,)](weights, stops, candidates, kept, share, width, room, blocks, **rest)
     return kept.view(torch.bool)

@@ -82,8 +82,8 @@ def keys_kernel(
 
 
 def by_key(probed: ProbedRows, k: Tensor, sums: Sums) -> Tensor:
-    """float32 [S, C, B, n] of B = Y / rows blocks of rows: for every block up to the last key that it reads, beyond that nothing
-    is written."""
+    """float32 [S, C, B, n] of B = Y / rows blocks of rows: for every block up to the last key that it reads, zeros up to the
+    next multiple of 4; beyond that nothing is written."""
     members = probed.group if sums.together else 1
     blocks, most = probed.q.shape[2] // sums.rows, max(1, Sides.of(probed.q, probed.count).rows // members)
     shape = (k.shape[0] * k.shape[1], probed.group // members, blocks, k.shape[2])

@@ -24,6 +24,39 @@ SUMS_AT_ONCE = 1 << 28
 
 
 @triton.jit
+def _add_up(cells, own, first_key, start, n, p_column, p_offset, p_keys, p_distances, cut, EDGE: tl.constexpr):
+    """Store the sums of cells [ROWS, N], of keys from `first_key` on and of `own` rows from position `start` on, see `slash_kernel`.
+    EDGE: there are fewer rows than ROWS, or some do not read some keys."""
+    ROWS: tl.constexpr = cells.shape[0]
+    N: tl.constexpr = cells.shape[1]
+    x, o = tl.arange(0, ROWS)[:, None], tl.arange(0, N)[None, :]
+    j = first_key + tl.arange(0, N)
+    if cut is not None:
+        cells = tl.where(cells >= cut, 1.0, 0.0)
+    if EDGE:
+        read = (x < own) & (o - x <= start - first_key)
+        cells = tl.where(read, cells, 0.0)
+    by_distance = cells
+    # The first key's distance from row 0 stands here; that of key o from row x stands o - x behind.
+    place = n - 1 - start + first_key
+    if p_column is not None:
+        of_column = tl.load(p_column + j, mask=j < n, other=0.0)
+        p_cells = p_offset + place + (o - x)
+        of_offset = tl.load(p_cells, mask=read, other=0.0) if EDGE else tl.load(p_cells)
+        for_column = of_column[None, :] >= of_offset
+        by_distance = tl.where(for_column, 0.0, cells)
+        cells = tl.where(for_column, cells, 0.0)
+    tl.store(p_keys + j, tl.sum(cells, 0), mask=j < n)
+
+    turned = tl.gather(by_distance, (x + o) % N, 1)
+    # Key x + o of row x has the distance of key o of row 0, and what runs over the edge that of the key N before.
+    for over in tl.static_range(2):
+        sums = tl.sum(tl.where((x + o < N) == (over == 0), turned, 0.0), 0)
+        o_out = place - over * N + tl.arange(0, N)
+        tl.store(p_distances + over * n + o_out, sums, mask=(o_out >= 0) & (o_out < n))
+
+
+@triton.jit
 def slash_kernel(
     q,
     position,
@@ -45,7 +78,8 @@ def slash_kernel(
     AT_ONCE: tl.constexpr,
     N: tl.constexpr,
 ):
-    """of_keys [S * C, stretches, n] and of_distances [S * C, stretches, 2, n], to be added up over what lies between.
+    """of_keys [S * C, stretches, n] and of_distances [S * C, stretches, 2, n], to be added up over what lies between. Distances
+    descend, so that a row's lie in memory as its keys do.
 
     A stretch is AT_ONCE of `count` rows from the first one on, whose positions ascend one by one. A cell counts the sum of its
     heads; with `cut` 1, if their mean is at least `cut`. With `column` and `offset`, float32 [S * C, n], it counts for the larger
@@ -55,14 +89,12 @@ def slash_kernel(
     GU: tl.constexpr = shape.G // GX
     i_sk = i_c // GU
     x = tl.arange(0, ROWS)
-    y = i_x * AT_ONCE + x
-    ok = (x < AT_ONCE) & (y < count)
-    y += first
-    last = tl.load(position + y, mask=ok, other=-1)
-    o = tl.arange(0, N)
-    j = tl.program_id(0) * N + o
+    own = tl.minimum(AT_ONCE, count - i_x * AT_ONCE)
+    ok, y = x < own, first + i_x * AT_ONCE + x
+    start = tl.load(position + first + i_x * AT_ONCE)
+    first_key = tl.program_id(0) * N
+    j = first_key + tl.arange(0, N)
     k_tile = load_keys(head_of(keys, i_sk, KV), keys, j, j >= 0, 0, shape)
-    read = j[None, :] <= last[:, None]
     cells = tl.zeros([ROWS, N], tl.float32)
     for g_x in range(GX):
         g = i_c % GU + g_x + x * 0
@@ -70,41 +102,33 @@ def slash_kernel(
         row_lse = tl.load(lse + i_sk * rows + y * shape.G + g, mask=ok, other=0.0)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=shape.PRECISION) * scale
         cells += tl.exp2(s - row_lse[:, None])
-    cells = tl.where(read, cells, 0.0)
     if cut is not None:
-        cells = tl.where(read & (cells / GX >= cut), 1.0, 0.0)
-    by_distance = cells
+        cells /= GX
     n = keys.tokens
+    p_column, p_offset = None, None
     if column is not None:
-        distance = last[:, None] - j[None, :]
-        of_column = tl.load(column + i_c * n + j, mask=j < n, other=0.0)
-        of_offset = tl.load(offset + i_c * n + distance, mask=read, other=0.0)
-        for_column = of_column[None, :] >= of_offset
-        by_distance = tl.where(for_column, 0.0, cells)
-        cells = tl.where(for_column, cells, 0.0)
+        p_column, p_offset = column + i_c * n, offset + i_c * n
     o_out = i_c * tl.num_programs(1) + i_x
-    tl.store(of_keys + o_out * n + j, tl.sum(cells, 0), mask=j < n)
-
-    turned = tl.gather(by_distance, (x[:, None] + o[None, :]) % N, 1)
-    inside = x[:, None] + o[None, :] < N
-    # Key x + o of row x has the distance of key o of row 0, and what runs over the edge that of the key N before.
-    distance = tl.load(position + first + i_x * AT_ONCE) - j
-    for over in tl.static_range(2):
-        sums = tl.sum(tl.where(inside if over == 0 else inside == 0, turned, 0.0), 0)
-        p_out = of_distances + (o_out * 2 + over) * n + distance + over * N
-        tl.store(p_out, sums, mask=(distance + over * N >= 0) & (distance + over * N < n))
+    p_keys, p_distances = of_keys + o_out * n, of_distances + o_out * 2 * n
+    # Most programs need no predicate.
+    if (own == ROWS) & (first_key + N <= start + 1):
+        _add_up(cells, own, first_key, start, n, p_column, p_offset, p_keys, p_distances, cut, False)
+    else:
+        _add_up(cells, own, first_key, start, n, p_column, p_offset, p_keys, p_distances, cut, True)
 
 
 def larger_shares(sequence: SequenceQK, rows: Tensor, last: int) -> tuple[Tensor, Tensor]:
     """float32 [S, C, n] twice: the attention of the queries at `rows`, int64 [P] ascending, the last of them one by one, by key and
     by distance; every cell is counted where the sum of all cells is larger, by key where they are equal."""
     cells = Cells.of(sequence, rows)
-    return cells.sums(last, by=cells.sums(last))
+    column, offset = cells.sums(last, by=cells.sums(last))
+    return column, offset.flip(-1)
 
 
 def counts(sequence: SequenceQK, rows: Tensor, last: int, cut: float) -> tuple[Tensor, Tensor]:
     """As `larger_shares`: the number of cells, by key and by distance, that hold at least `cut`, exact in float32."""
-    return Cells.of(sequence, rows).sums(last, cut=cut)
+    column, offset = Cells.of(sequence, rows).sums(last, cut=cut)
+    return column, offset.flip(-1)
 
 
 @dataclass(frozen=True)
@@ -138,8 +162,8 @@ class Cells:
         return 1 if self.together else self.probed.group
 
     def sums(self, last: int, *, cut: float | None = None, by: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """float32 [S, C, n] twice: added up by key and by distance. The last `last` positions ascend one by one, those before are
-        anywhere. See `slash_kernel` for `cut` and `by`, its column and offset."""
+        """float32 [S, C, n] twice: added up by key and by distance, which descends. The last `last` positions ascend one by one, those
+        before are anywhere. See `slash_kernel` for `cut` and `by`, its column and offset."""
         earlier = len(self.probed.position) - last
         stretches = [Stretch(earlier, last, 64), Stretch(0, earlier, 1)]
         parts = [self._in_parts(stretch, cut, by) for stretch in stretches if stretch.count]
@@ -202,4 +226,4 @@ class Cells:
             num_warps=4,
         )
         shape = (k.shape[0], -1, n)
-        return of_keys.sum(1).view(shape), of_distances.sum((1, 2)).view(shape)
+        return (of_keys if stretches == 1 else of_keys.sum(1)).view(shape), of_distances.sum((1, 2)).view(shape)
