@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from attnsieve import Pattern, UserError, attend
+from attnsieve.bench.case import DENSE, Case
 from attnsieve.bench.timing import measure
 from attnsieve.layout import Blocks, Layout
 from attnsieve.selection import choose
@@ -81,19 +82,8 @@ def compile_one(pattern: str) -> None:
 
 def inputs(n: int, device: str, random: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """bf16 q [1, 32, n, 128], k and v [1, 8, n, 128]."""
-    torch.manual_seed(0)
-    if random:
-        q, k = (alike(heads, n, 1, device) for heads in (HEADS, KV_HEADS))
-    else:
-        q, k = 4 * alike(HEADS, n, 256, device), alike(KV_HEADS, n, 64, device)
-    return q, k, torch.randn(k.shape, device=device, dtype=k.dtype)
-
-
-def alike(heads: int, n: int, stretch: int, device: str) -> Tensor:
-    """Four fifths of the variance are common to every `stretch` positions."""
-    shape = (1, heads, -(-n // stretch), 1, WIDTH)
-    common = torch.randn(shape, device=device, dtype=torch.bfloat16).expand(-1, -1, -1, stretch, -1).flatten(2, 3)[:, :, :n]
-    return common * 0.8**0.5 + torch.randn_like(common) * 0.2**0.5
+    case = Case(DENSE if random else CHOICES[0], n, device=device, q_heads=HEADS, kv_heads=KV_HEADS, head_dim=WIDTH)
+    return case.inputs()
 
 
 def row_of(pattern: str) -> list[Pattern]:

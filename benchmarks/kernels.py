@@ -30,7 +30,13 @@ DMA = "dma-1024;dma-2048"
 WINDOW = "sink(4) | window(1024)"
 # Half of the pairs, where sparse attention has the least to win.
 HALF = "blocks-50;blocks-25;columns-50"
-CHOSEN = "sink(4) | window(64) | vertical_slash(mass=0.95);sink(4) | window(64) | probed_keys(mass=0.9)"
+RULES = (
+    "vertical_slash(mass=0.9)",
+    "probed_keys(mass=0.9)",
+    "probed_keys(mass=0.9, block=256, rows=4)",
+    "probed_blocks(mass=0.9)",
+)
+CHOSEN = ";".join(f"sink(4) | window(64) | {rule}" for rule in RULES)
 # Long enough for every kernel to be compiled.
 SHORT = "2048"
 # op, masks, shape, lengths, backends, baselines.
@@ -48,7 +54,7 @@ STANDARD = {
     ],
     "decode": [
         ("decode", "columns-10;columns-5;columns-10+;columns-5+;dense()", LLAMA, "131072", "triton", "cudnn,flash"),
-        ("decode", "columns-10;columns-5;columns-10+;columns-5+;dense()", LLAMA, "32768", "triton", "cudnn,flash"),
+        ("decode", "columns-10;columns-5;columns-10+;columns-5+;dense()", LLAMA, "32768,16384,8192,4096", "triton", "cudnn,flash"),
     ],
     "backward": [
         ("forward_backward", DMA, LLAMA, "32768", "triton", "cudnn,fa4"),
@@ -84,7 +90,7 @@ STANDARD = {
     ],
     # Bands of diagonals as many as columns.
     "bands": [("prefill", "B-10;B-5", LLAMA, "131072", "auto", "fa4")],
-    # Keys chosen from random q and k, which leave out less than text does: with choosing, and without.
+    # Keys chosen from q and k whose neighbours are alike: with choosing, and without.
     "chosen": [("prefill", CHOSEN, LLAMA, lengths, "auto", "fa4") for lengths in ("8192,32768", "131072")],
     # Who is fastest, measured and not chosen: what costs of other shapes are fitted to.
     "choices": [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from attnsieve.backends.call import Call
 from attnsieve.bench.masks import is_dynamic, is_selected, mask, patterns_of, reselected
@@ -17,6 +19,8 @@ from attnsieve.spans import Spans
 
 # What dense rows are named, and the pattern that they keep.
 DENSE = "dense()"
+# Of inputs that keys are chosen from: tokens that are alike, and the standard deviation of scores.
+_ALIKE_QUERIES, _ALIKE_KEYS, _SPREAD = 256, 64, 4
 
 
 @dataclass(frozen=True)
@@ -73,22 +77,37 @@ class Case:
             return replace(call, layout=reselected(self.mask, call.layout))
         return self._chosen(call) if self.choosers else replace(call, layout=replace(call.layout))
 
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Random q, k and v. Where the mask chooses keys from them neighbours are alike, as in text: of independent ones whose scores
+        have a standard deviation of 1 nearly every key is needed."""
+        torch.manual_seed(0)
+        q = self._random(self.q_heads, self.n if self.q_len is None else self.q_len, _ALIKE_QUERIES)
+        k = self._random(self.kv_heads, self.n, _ALIKE_KEYS)
+        v = self._independent(self.kv_heads, self.n)
+        return _SPREAD * q if self.choosers else q, k, v
+
     def call(self) -> Call:
-        """Random inputs and the mask, chosen from them where it is dynamic. Raises UserError for a dynamic mask in a batch, or named
-        with a +: what is measured is chosen for one sequence, by each query head's pattern."""
+        """Inputs and the mask, chosen from them where it is dynamic. Raises UserError for a dynamic mask in a batch, or named with a
+        +: what is measured is chosen for one sequence, by each query head's pattern."""
         alone = self.batch == 1 and not self.shared
         require(alone or not self.choosers, f"{self.label} chooses from the input: measure it in a batch of 1, without +")
-        q_len = self.n if self.q_len is None else self.q_len
         layout = self.dense().layout() if self.choosers else self.layout()
-        torch.manual_seed(0)
-        q, k, v = (
-            torch.randn(self.batch, heads, length, self.head_dim, device=self.device, dtype=self.dtype)
-            for heads, length in ((self.q_heads, q_len), (self.kv_heads, self.n), (self.kv_heads, self.n))
-        )
+        q, k, v = self.inputs()
         bias = torch.randn(self.batch, self.kv_heads, self.n, device=self.device) if self.bias else None
-        spans = Spans.full(self.batch, q_len, self.n, self.device)
+        spans = Spans.full(self.batch, q.shape[2], self.n, self.device)
         call = Call(q, k, v, layout, spans, self.head_dim**-0.5, bias)
         return self._chosen(call) if self.choosers else call
+
+    def _random(self, heads: int, tokens: int, alike: int) -> Tensor:
+        """[B, heads, tokens, D]; where keys are chosen, with four fifths of the variance common to every `alike` tokens."""
+        own = self._independent(heads, tokens)
+        if not self.choosers:
+            return own
+        common = self._independent(heads, -(-tokens // alike)).repeat_interleave(alike, dim=2)[:, :, :tokens]
+        return math.sqrt(0.8) * common + math.sqrt(0.2) * own
+
+    def _independent(self, heads: int, tokens: int) -> Tensor:
+        return torch.randn(self.batch, heads, tokens, self.head_dim, device=self.device, dtype=self.dtype)
 
     def _chosen(self, call: Call) -> Call:
         from attnsieve.selection import choose
