@@ -6,6 +6,7 @@ python benchmarks/pareto_summary.py benchmarks/results/eval-spread.jsonl --model
 
 import argparse
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -88,7 +89,20 @@ def main() -> None:
     for row in of_most_documents(rows):
         runs.setdefault((row.plan, row.task, row.length), {})[row.metric] = row
     places = list(product(arguments.tasks, arguments.lengths))
-    print(table(runs, places), kept_target(runs, places), above(runs, places), trailing(runs, places), sep="\n\n")
+    every = runs_by_place(rows)
+    print(table(runs, places), kept_target(runs, places), above(every, places), trailing(every, places), sep="\n\n")
+
+
+def runs_by_place(rows: list[Row]) -> dict[tuple[str, int], list[Run]]:
+    """All sparse runs of a cell, those of a plan on most documents first."""
+    runs: dict[tuple[str, str, int, int], Run] = {}
+    for row in sorted(rows, key=lambda row: -row.items):
+        if row.plan != "dense":
+            runs.setdefault((row.plan, row.task, row.length, row.items), {})[row.metric] = row
+    places: dict[tuple[str, int], list[Run]] = defaultdict(list)
+    for (_, task, length, _), run in runs.items():
+        places[task, length].append(run)
+    return places
 
 
 def table(runs: dict[tuple[str, str, int], Run], places: list[tuple[str, int]]) -> str:
@@ -143,64 +157,67 @@ def kept_target(runs: dict[tuple[str, str, int], Run], places: list[tuple[str, i
     return markdown(["plan", "holds", "within 25 %", "run", "does not hold"], cells, left=(0, 4))
 
 
-def above(runs: dict[tuple[str, str, int], Run], places: list[tuple[str, int]]) -> str:
+def above(every: dict[tuple[str, int], list[Run]], places: list[tuple[str, int]]) -> str:
     """Per cell and metric: the published run that leads the best of ours with no more pairs by most standard errors, or trails it by
     the fewest. Rows of two runs are not paired, so these errors are too large rather than too small. Presets are left out, as are
     runs with fewer pairs than all of ours."""
     cells = []
     for rails, place in product((False, True), places):
-        ours, published = sides([run for run in runs_of(runs, place) if not cached(run)], rails)
+        matched = matches([run for run in every[place] if not cached(run)], rails)
         label = f"{NAMES.get(place[0], place[0])} {place[1] // 1024}K{', rails' * rails}"
-        cells.append([label, *(farthest(published, ours, *metric) for metric in BETTER.items())])
+        cells.append([label, *(farthest(matched, *metric) for metric in BETTER.items())])
     return markdown(["cell", *BETTER], cells, left=(0, 1, 2, 3))
 
 
-def trailing(runs: dict[tuple[str, str, int], Run], places: list[tuple[str, int]]) -> str:
+def trailing(every: dict[tuple[str, int], list[Run]], places: list[tuple[str, int]]) -> str:
     """Published runs of all cells by KL beside the best of ours with no more pairs; those of caches count where their prompts are
     sparse."""
     cells = []
     for rails in (False, True):
         leads, fewer = [], 0
         for place in places:
-            ours, published = sides([run for run in runs_of(runs, place) if density_of(run) < 1], rails)
-            # Where none of ours ran there is nothing to compare.
-            for run in published if ours else []:
-                best = best_with_no_more(ours, run, "answer_kl", -1)
-                fewer += best is None
-                leads += [] if best is None else [lead(run["answer_kl"], best["answer_kl"], -1)]
+            matched = matches([run for run in every[place] if density_of(run) < 1], rails)
+            fewer += sum(not ours for _, ours in matched)
+            leads += [lead(run["answer_kl"], best(ours, "answer_kl", -1)["answer_kl"], -1) for run, ours in matched if ours]
         trail = [-errors for errors in leads if errors < 0]
         errors = f"{min(trail):.1f} to {max(trail):.1f}" if trail else "-"
         cells.append(["with rails" if rails else "without", str(len(leads)), str(len(trail)), errors, str(fewer)])
     return markdown(["published, by KL", "runs", "trail ours", "by standard errors", "fewer pairs than ours"], cells, left=(0,))
 
 
-def runs_of(runs: dict[tuple[str, str, int], Run], place: tuple[str, int]) -> list[Run]:
-    """All sparse runs of a cell."""
-    return [run for (plan, *rest), run in runs.items() if (*rest,) == place and plan != "dense"]
-
-
-def sides(there: list[Run], rails: bool) -> tuple[list[Run], list[Run]]:
-    """Ours without presets, with rails only where `rails`; and published ones with or without."""
+def matches(there: list[Run], rails: bool) -> list[tuple[Run, list[Run]]]:
+    """Every published plan of a cell, with or without rails, with those of ours that have no more pairs on the same documents (without
+    presets, with rails only where `rails`). Of a plan run on several sets of documents it is the largest on which there are any of
+    ours. Nothing in a cell in which none of ours ran."""
     ours = [run for run in there if camp_of(run) in ((False, False), (False, rails)) and not preset(run)]
-    return ours, [run for run in there if camp_of(run) == (True, rails)]
+    found: dict[str, tuple[Run, list[Run]]] = {}
+    for run in there if ours else []:
+        name = run["answer_nll"].plan
+        if camp_of(run) == (True, rails) and not (name in found and found[name][1]):
+            found[name] = run, with_no_more(ours, run)
+    return list(found.values())
 
 
-def best_with_no_more(ours: list[Run], run: Run, metric: str, better: int) -> Run | None:
-    """The best of ours with no more pairs than `run`."""
-    fewer = [own for own in ours if density_of(own) <= density_of(run)]
-    return max(fewer, key=lambda own: better * own[metric].value, default=None)
+def with_no_more(ours: list[Run], run: Run) -> list[Run]:
+    """Those of ours on the documents of `run` with no more pairs."""
+    items = run["answer_nll"].items
+    return [own for own in ours if own["answer_nll"].items == items and density_of(own) <= density_of(run)]
 
 
-def farthest(published: list[Run], ours: list[Run], metric: str, better: int) -> str:
+def best(ours: list[Run], metric: str, better: int) -> Run:
+    return max(ours, key=lambda own: better * own[metric].value)
+
+
+def farthest(matched: list[tuple[Run, list[Run]]], metric: str, better: int) -> str:
     found = []
-    for run in published:
-        best = best_with_no_more(ours, run, metric, better)
-        if best is not None:
-            found.append((lead(run[metric], best[metric], better), run, best))
+    for run, ours in matched:
+        if ours:
+            own = best(ours, metric, better)
+            found.append((lead(run[metric], own[metric], better), run, own))
     if not found:
         return "-"
-    errors, run, best = max(found, key=lambda one: one[0])
-    return f"{errors:+.1f}: {told(run, metric)}; {told(best, metric)}"
+    errors, run, own = max(found, key=lambda one: one[0])
+    return f"{errors:+.1f}: {told(run, metric)}; {told(own, metric)}"
 
 
 def preset(run: Run) -> bool:

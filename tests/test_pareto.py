@@ -292,6 +292,25 @@ def test_the_summary_says_who_holds_and_who_is_above(script, capsys):
     assert fewer == "0"
 
 
+def test_published_runs_are_compared_with_ours_on_the_same_documents(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    summary = importlib.import_module("pareto_summary")
+    some = {field.name: 1 for field in fields(Row)} | {"task": "kv", "metric": "answer_nll"}
+    given = (("minference-0.8", 0.07, 12), ("minference-0.8", 0.07, 32), ("budget-0.05", 0.05, 12), ("budget-0.1", 0.1, 32))
+    rows = [Row(**some | {"plan": plan, "density": density, "items": items}) for plan, density, items in given]
+
+    def compared(rows):
+        matched = summary.matches(summary.runs_by_place(rows)["kv", 1], rails=False)
+        return [(run["answer_nll"].items, [own["answer_nll"].plan for own in ours]) for run, ours in matched]
+
+    # The 32 documents hold none of ours with as few pairs, the 12 do; more documents win where both do.
+    assert compared(rows) == [(12, ["budget-0.05"])]
+    assert compared([*rows, Row(**some | {"plan": "budget-near-0.05", "density": 0.05, "items": 32})]) == [
+        (32, ["budget-near-0.05"])
+    ]
+    assert compared(rows[1:2] + rows[3:]) == [(32, [])]
+
+
 def test_of_a_plan_run_twice_the_run_with_more_documents_is_shown(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     figures = importlib.import_module("pareto_figures")
