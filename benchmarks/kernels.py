@@ -37,6 +37,7 @@ RULES = (
     "probed_blocks(mass=0.9)",
 )
 CHOSEN = ";".join(f"sink(4) | window(64) | {rule}" for rule in RULES)
+STEPS = "columns-10;columns-5;columns-10+;columns-5+;dense()"
 # Long enough for every kernel to be compiled.
 SHORT = "2048"
 # op, masks, shape, lengths, backends, baselines.
@@ -53,8 +54,8 @@ STANDARD = {
         ("prefill", f"{HALF};columns-10;columns-5;C;B;{WINDOW}", LLAMA, "131072", "auto", "cudnn,fa4"),
     ],
     "decode": [
-        ("decode", "columns-10;columns-5;columns-10+;columns-5+;dense()", LLAMA, "131072", "triton", "cudnn,flash"),
-        ("decode", "columns-10;columns-5;columns-10+;columns-5+;dense()", LLAMA, "32768,16384,8192,4096", "triton", "cudnn,flash"),
+        ("decode", STEPS, LLAMA, "131072", "triton", "cudnn,flash"),
+        ("decode", STEPS, LLAMA, "32768,16384,8192,4096", "triton", "cudnn,flash"),
     ],
     "backward": [
         ("forward_backward", DMA, LLAMA, "32768", "triton", "cudnn,fa4"),

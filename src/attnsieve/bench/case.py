@@ -89,14 +89,18 @@ class Case:
     def call(self) -> Call:
         """Inputs and the mask, chosen from them where it is dynamic. Raises UserError for a dynamic mask in a batch, or named with a
         +: what is measured is chosen for one sequence, by each query head's pattern."""
+        call = self.unchosen()
+        return self._chosen(call) if self.choosers else call
+
+    def unchosen(self) -> Call:
+        """`call` before keys are chosen, with nothing left out where they will be."""
         alone = self.batch == 1 and not self.shared
         require(alone or not self.choosers, f"{self.label} chooses from the input: measure it in a batch of 1, without +")
         layout = self.dense().layout() if self.choosers else self.layout()
         q, k, v = self.inputs()
         bias = torch.randn(self.batch, self.kv_heads, self.n, device=self.device) if self.bias else None
         spans = Spans.full(self.batch, q.shape[2], self.n, self.device)
-        call = Call(q, k, v, layout, spans, self.head_dim**-0.5, bias)
-        return self._chosen(call) if self.choosers else call
+        return Call(q, k, v, layout, spans, self.head_dim**-0.5, bias)
 
     def _random(self, heads: int, tokens: int, alike: int) -> Tensor:
         """[B, heads, tokens, D]; where keys are chosen, with four fifths of the variance common to every `alike` tokens."""

@@ -116,8 +116,7 @@ def layout(case: Case, backend: str, budget_ms: float = 200.0) -> Iterator[Row]:
 
 def select(case: Case, budget_ms: float = 200.0) -> Iterator[Row]:
     """Choosing the keys from the input: DMA's selection given its scores, replayed in a CUDA graph since the device takes less
-    time for its forty launches than the host; or a dynamic pattern on random q and k. Raises UserError for masks that choose
-    nothing."""
+    time for its forty launches than the host; or a dynamic pattern. Raises UserError for masks that choose nothing."""
     if is_selected(case.mask):
         call = case.call()
         run = recorded(selection(case.mask, call.layout), case.device)
@@ -125,7 +124,7 @@ def select(case: Case, budget_ms: float = 200.0) -> Iterator[Row]:
         yield _Made("select", case, "attnsieve", call, None, None).row(times, peak, building=True)
         return
     require(case.choosers is not None, f"{case.mask} chooses nothing from the input: use op layout")
-    call = case.dense().call()
+    call = case.unchosen()
     times, peak = measure_with_peak(lambda: case.fresh(call), case.device, budget_ms)
     # Chosen last, since lists of single keys are too large to be held beside those of the runs that are timed.
     yield _Made("select", case, "attnsieve", case.fresh(call), None, None).row(times, peak, building=True)

@@ -24,6 +24,7 @@ from attnsieve.backends.triton.forward import Prefill
 from attnsieve.backends.triton.geometry import Geometry, Tiles, rounding
 from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.nonfinite import is_finite
+from attnsieve.backends.triton.outputs import new_outputs
 from attnsieve.backends.triton.scattered import Scattered
 
 # Less than any row.
@@ -202,7 +203,7 @@ def _attend_to_tile(
     ONLINE: tl.constexpr,
 ):
     """Query tile t of layout head h, see `diagonals_kernel`; 1 if it has to be attended to again, ONLINE, else 0."""
-    q, k, v, bias, out, p_lse = tensors
+    q, k, v, bias, part, p_part_lse, out, p_lse = tensors
     batch, _, _, k_start, k_len = span
     i, head, slot, row_ok = rows_of_tile(tl.arange(0, M * GP), h, t, span, G, GP, M)
     kv_head = h // G if GP == 1 else h
@@ -210,13 +211,13 @@ def _attend_to_tile(
     at_lse = (batch * heads + head) * q_slots + slot
     ok = row_ok[:, None]
     halves = _halves(i, D)
-    at_q, at_out = _at(slot, halves, q.s_row), _at(slot, halves, out.s_row)
+    at_q, at_part = _at(slot, halves, q.s_row), _at(slot, halves, part.s_row)
     p_q = head_base(q, batch, head)[:, None]
     q_low, q_high = _load(p_q + at_q[0], ok), _load(_second(p_q, at_q, D), ok)
-    p_out = head_base(out, batch, head)[:, None]
-    low, high = _load(p_out + at_out[0], ok), _load(_second(p_out, at_out, D), ok)
+    p_part = head_base(part, batch, head)[:, None]
+    low, high = _load(p_part + at_part[0], ok), _load(_second(p_part, at_part, D), ok)
     # Rows that are no queries weigh nothing.
-    peak = tl.load(p_lse + at_lse, mask=row_ok, other=float("inf")) * LOG2E
+    peak = tl.load(p_part_lse + at_lse, mask=row_ok, other=float("inf")) * LOG2E
     empty = peak == -float("inf")
     base = tl.where(empty, 0.0, peak)
     total = tl.where(empty, 0.0, 1.0)
@@ -247,9 +248,8 @@ def _attend_to_tile(
 
     nothing = total == 0
     share = (1 / tl.where(nothing, 1.0, total))[:, None]
-    # What is attended to again starts from what is there now.
-    row_ok &= again == 0
-    ok = row_ok[:, None]
+    at_out = _at(slot, halves, out.s_row)
+    p_out = head_base(out, batch, head)[:, None]
     tl.store(p_out + at_out[0], (low * share).to(out.p.dtype.element_ty), mask=ok)
     tl.store(_second(p_out, at_out, D), (high * share).to(out.p.dtype.element_ty), mask=ok)
     tl.store(p_lse + at_lse, tl.where(nothing, -float("inf"), (base + tl.log2(total)) * LN2), mask=row_ok)
@@ -277,6 +277,8 @@ def diagonals_kernel(
     k,
     v,
     bias,
+    part,
+    p_part_lse,
     out,
     p_lse,
     p_again,
@@ -293,15 +295,16 @@ def diagonals_kernel(
     M: tl.constexpr,
     D: tl.constexpr,
 ):
-    """out [B, Hq, Tq, D] and p_lse [B, Hq, Tq], of the rest of the keys -> of all; K and V with rows of D numbers in succession; rows
-    of a program as in `forward_kernel`. p_again gets 1 for each program whose tile is left for `diagonals_again_kernel`, else 0."""
+    """part [B, Hq, Tq, D], p_part_lse [B, Hq, Tq], of the rest of the keys -> out, p_lse; K and V with rows of D numbers in
+    succession; rows of a program as in `forward_kernel`. p_again gets 1 for each program whose tile `diagonals_again_kernel` is needed
+    for, else 0."""
     x, y, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     span = span_of(places, i_s)
     _, _, first, _, k_len = span
     h, t = _tile_of(x, y, query_tiles, together, k_len, H, GP, M)
     again = tl.full([], 0, tl.int32)
     if (t >= 0) & ((t + 1) * M > first):
-        tensors = (q, k, v, bias, out, p_lse)
+        tensors = (q, k, v, bias, part, p_part_lse, out, p_lse)
         again = _attend_to_tile(tensors, ends, distances, scale, q_slots, h, t, span, H, G, GP, M, D, False)
     tl.store(p_again + (i_s * tl.num_programs(1) + y) * tl.num_programs(0) + x, again)
 
@@ -312,6 +315,8 @@ def diagonals_again_kernel(
     k,
     v,
     bias,
+    part,
+    p_part_lse,
     out,
     p_lse,
     p_again,
@@ -341,7 +346,7 @@ def diagonals_again_kernel(
                     span = span_of(places, z // (query_tiles * H))
                     _, _, _, _, k_len = span
                     h, t = _tile_of(x, y, query_tiles, together, k_len, H, GP, M)
-                    tensors = (q, k, v, bias, out, p_lse)
+                    tensors = (q, k, v, bias, part, p_part_lse, out, p_lse)
                     _attend_to_tile(tensors, ends, distances, scale, q_slots, h, t, span, H, G, GP, M, D, True)
 
 
@@ -366,11 +371,12 @@ class PrefillInParts:
         ]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Rows | None, places: Places) -> tuple[Tensor, Tensor]:
-        out, lse = self._rest(q, k, v, bias, places)
+        part, part_lse = self._rest(q, k, v, bias, places)
+        out, lse = new_outputs(q, v)
         again = torch.empty(self._total, dtype=torch.int32, device=q.device)
         k, v = k.contiguous(), v.contiguous()
         for launch in self._launches:
-            launch(rows_of(q), rows_of(k), rows_of(v), bias, rows_of(out), lse, again, places)
+            launch(rows_of(q), rows_of(k), rows_of(v), bias, rows_of(part), part_lse, rows_of(out), lse, again, places)
         return out, lse
 
 
