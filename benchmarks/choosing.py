@@ -1,9 +1,9 @@
 """What choosing keys costs beside the attention it is for: `python benchmarks/choosing.py --seconds 60`.
 
 One JSON line for each length and dynamic pattern: milliseconds of `choose`, of the attention with what was chosen, with and without
-what the backend derives from a layout, and density. 32 query and 8 KV heads of width 128, batch 1. Queries resemble their
-neighbours and keys theirs, as in text; scores have a standard deviation of 4. With --random all are independent, scores have a
-standard deviation of 1, and nearly every key is needed. --warm compiles in that many processes first.
+what the backend derives from a layout, density, and the work that costs are fitted to. 32 query and 8 KV heads of width 128, batch 1.
+Queries resemble their neighbours and keys theirs, as in text; scores have a standard deviation of 4. With --random all are
+independent, scores have a standard deviation of 1, and nearly every key is needed. --warm compiles in that many processes first.
 """
 
 from __future__ import annotations
@@ -15,15 +15,21 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from attnsieve import Pattern, UserError, attend
+from attnsieve.backends.call import Call
+from attnsieve.backends.whole import whole_spans
 from attnsieve.bench.case import DENSE, Case
 from attnsieve.bench.timing import measure
+from attnsieve.device import device_name
+from attnsieve.environment import environment
 from attnsieve.layout import Blocks, Layout
 from attnsieve.selection import choose
+from attnsieve.selection.cost import work
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
 GUARD = "sink(4) | window(128) | "
@@ -54,6 +60,7 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="list the kernels of every choice by time")
     parser.add_argument("--random", action="store_true")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, help="append the lines there, with their environment")
     arguments = parser.parse_args()
     start, patterns = time.monotonic(), arguments.patterns.split(";")
     if arguments.warm:
@@ -66,7 +73,11 @@ def main() -> None:
                 print(f"out of time, not measured: {n} {pattern}")
                 continue
             try:
-                line = json.dumps(measured(pattern, q, k, v))
+                row = measured(pattern, q, k, v)
+                line = json.dumps(row)
+                if arguments.out:
+                    with arguments.out.open("a") as file:
+                        file.write(json.dumps(row | environment()) + "\n")
             except (torch.OutOfMemoryError, UserError) as error:
                 line = f"out of memory: {n} {pattern}: {error}"
             print(f"[{time.monotonic() - start:5.1f} s]", line, flush=True)
@@ -104,7 +115,9 @@ def measured(pattern: str, q: Tensor, k: Tensor, v: Tensor) -> dict[str, object]
     times = {"choose_ms": choose_ms, "attention_ms": attention_ms, "attention_and_lists_ms": both_ms}
     peaks = {"choose_peak_gib": choose_gib, "attention_peak_gib": attention_gib}
     density = round(float(of_first_head(layout).density().mean()), 4)
-    return {"pattern": pattern, "kv_len": k.shape[2], **times, "density_of_head_0": density, **peaks}
+    amounts = work(row, Call(q, k, v, layout, whole_spans(q, k), q.shape[-1] ** -0.5))
+    what = {"device": device_name(q.device), "pattern": pattern, "kv_len": k.shape[2]}
+    return what | times | {"density_of_head_0": density} | peaks | {"work": amounts}
 
 
 def timed(run: Callable[[], object], device: str) -> tuple[float, float | None]:

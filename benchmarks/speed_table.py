@@ -1,4 +1,5 @@
-"""The tables of speed in docs/RESULTS.md: one attention layer of 32/8 heads of width 128, FlexAttention, and time to first token.
+"""The tables of speed in docs/RESULTS.md: one attention layer of 32/8 heads of width 128, FlexAttention, keys chosen from the input,
+and time to first token.
 
 python benchmarks/speed_table.py benchmarks/results/kernels.jsonl benchmarks/results/dma.jsonl
 """
@@ -42,18 +43,34 @@ FLEX_LINES = (
     ("scattered diagonals and columns", "A", (32,)),
 )
 FLEX_HEADER = ("prefill", "tokens", "Flex, Triton", "Flex, FLASH", "ours", "dense")
+# Rules that choose keys from the input, beside which every head keeps these.
+KEPT = "sink(4) | window(64) | "
+RULES = (
+    "vertical_slash(mass=0.9)",
+    "probed_blocks(mass=0.9)",
+    "probed_keys(mass=0.9)",
+    "probed_keys(mass=0.9, block=256, rows=4)",
+)
+CHOSEN_LENGTHS = (8, 32, 128)
+CHOSEN_HEADER = ("chosen by", "tokens", "density", "dense", "attention", "with choosing", "speed-up, with choosing")
 PATTERN = "sink(4) | window(1024)"
 MODEL_HEADER = ("model", "prompts", "density", "SDPA", "ours", "ours, first of their length", "peak, SDPA", "peak, ours")
 MODEL_CELLS = (("sdpa", False), ("auto", False), ("auto", True))
 
 
 def newest(rows: Iterable[dict[str, Any]]) -> Rows:
-    """The last row of each measurement of the layer."""
+    """The last row of each measurement of the layer; what `auto` took is a measurement of that backend, but for building, which
+    takes longer where several are looked at."""
     ours = [row for row in rows if all(row[name] == size for name, size in LAYER.items())]
     return {
-        (row["op"], row["mask"], row["backend"], row["kv_len"], row["includes_mask_building"]): row
+        (row["op"], row["mask"], _backend(row), row["kv_len"], row["includes_mask_building"]): row
         for row in sorted(ours, key=lambda row: row["date"])
     }
+
+
+def _backend(row: dict[str, Any]) -> str:
+    name: str = row["backend"]
+    return name if row["includes_mask_building"] else name.removeprefix("auto: ")
 
 
 def layer_lines(rows: Rows) -> list[list[str]]:
@@ -84,6 +101,19 @@ def flex_lines(rows: Rows) -> list[list[str]]:
             times = [*flex, fastest["ms_p50"], fastest["baseline_ms_p50"]]
             shown = ["not served" if ms is None else written(ms, "ms") for ms in times]
             lines.append(["" if place else name, f"{length}K", *shown])
+    return lines
+
+
+def chosen_lines(rows: Rows) -> list[list[str]]:
+    """Attention by keys that are chosen from the input, and with choosing them and all that is derived."""
+    lines = []
+    for rule in RULES:
+        for place, length in enumerate(CHOSEN_LENGTHS):
+            alone = rows["prefill", KEPT + rule, "triton", length * K, False]
+            whole = rows["prefill", KEPT + rule, "auto: triton", length * K, True]
+            times = [written(ms, "ms") for ms in (whole["baseline_ms_p50"], alone["ms_p50"], whole["ms_p50"])]
+            speedup = short(f"{whole['baseline_ms_p50'] / whole['ms_p50']:.2g}")
+            lines.append(["" if place else f"`{rule}`", f"{length}K", f"{percent(whole['density'])} %", *times, speedup])
     return lines
 
 
@@ -120,6 +150,8 @@ def main() -> None:
     print(markdown(LAYER_HEADER, layer_lines(newest(rows))))
     print()
     print(markdown(FLEX_HEADER, flex_lines(newest(rows))))
+    print("\nKeys chosen from the input:\n")
+    print(markdown(CHOSEN_HEADER, chosen_lines(newest(rows))))
     print(f"\nRandom weights, {PATTERN} in all layers:\n")
     print(markdown(MODEL_HEADER, model_lines([row for row in rows if row["mask"] in ("dense()", PATTERN)])))
 

@@ -11,7 +11,23 @@ from attnsieve.backends.call import Call
 from attnsieve.backends.fa4.lists import lists_of_blocks, lists_of_rule
 from attnsieve.bench.fit_cost import fit, least_squares
 from attnsieve.hf import apply, fingerprint
-from attnsieve.patterns import columns, dense, diagonals, random_blocks, sink, window
+from attnsieve.patterns import (
+    antidiagonal_blocks,
+    columns,
+    dense,
+    dense_decode,
+    diagonals,
+    heavy_hitters,
+    last_queries,
+    probed_blocks,
+    probed_keys,
+    random_blocks,
+    sink,
+    top_blocks,
+    vertical_slash,
+    window,
+)
+from attnsieve.selection import cost as choosing
 from tests.hf_tiny import close, logits, oracle, tiny, tokens
 
 FIRST_CHOICE = "portable"
@@ -215,6 +231,69 @@ def test_fastest_keeps_padded_batches_on_the_plan(table):
     with apply(model, uniform(model, sink(1) | window(4)), backend="fastest") as handle:
         logits(model, ids, attention_mask=padding)
     assert handle.report().layers[0].sparse == {"prefill": 1}
+
+
+CHOOSING = {"call": 1.0, "product": 0.0, "alone": 0.0, "searched": 0.0}
+
+
+@pytest.mark.parametrize(("choosing_ms", "runs_dense"), [(5.0, False), (9.0, True), (9.1, True)])
+def test_fastest_runs_dense_where_choosing_alone_takes_as_long(table, choosing_ms, runs_dense):
+    model, ids = tiny(), tokens(1, 40)
+    plan = uniform(model, sink(1) | window(2) | probed_keys(mass=0.3, block=8, rows=2))
+    table(choosing_prefill=CHOOSING | {"call": choosing_ms}, dense_prefill={"call": 9.0, "whole": 0.0})
+    with apply(model, plan, backend="fastest") as handle:
+        got = logits(model, ids)
+        step = logits(model, ids[:, :1])
+    with apply(model, plan) as exact:
+        expected = logits(model, ids)
+        assert torch.equal(step, logits(model, ids[:, :1]))
+    assert exact.report().layers[0].sparse == {"prefill": 1, "decode": 1}
+    close(got, logits(model, ids) if runs_dense else expected)
+    assert not torch.allclose(expected, logits(model, ids), atol=1e-3)
+    layer = handle.report().layers[0]
+    assert layer.sparse == ({"decode": 1} if runs_dense else {"prefill": 1, "decode": 1})
+    assert [reason.split(":")[0] for reason in layer.dense] == (["faster dense"] if runs_dense else [])
+
+
+@pytest.mark.parametrize(
+    "rule", [heavy_hitters(9, 4, block=8), last_queries(4) | window(2)], ids=["not modelled", "nothing is chosen"]
+)
+def test_fastest_keeps_to_plans_whose_choice_has_no_known_price(table, rule):
+    model, ids = tiny(), tokens(1, 40)
+    table(choosing_prefill=CHOOSING, dense_prefill={"call": 0.0, "whole": 1e-9})
+    with apply(model, uniform(model, sink(1) | rule), backend="fastest") as handle:
+        logits(model, ids)
+    assert handle.report().layers[0].sparse == {"prefill": 1}
+
+
+def of_choice(rule, n=512, heads=4):
+    q, k = torch.empty(1, heads, n, 128), torch.empty(1, 2, n, 128)
+    call = Call(q, k, k, compile_layout([dense()] * 2, n), Spans.full(1, n, n), 0.1)
+    return choosing.work([sink(1) | rule] * heads, call)
+
+
+def test_work_of_choosing_is_what_the_kernels_multiply_and_search():
+    pairs = 512 * 513 / 2
+    alone = of_choice(probed_keys(mass=0.9, block=64, rows=8))
+    expected = {"call": 1, "product": 4 * 2 * pairs / 8 / 1e9, "searched": 4 * pairs / 64 / 1e9}
+    assert alone == pytest.approx(expected)
+    together = of_choice(probed_keys(mass=0.9, block=64, rows=8, share="kv"))
+    assert together == pytest.approx(expected | {"searched": expected["searched"] / 2})
+    assert of_choice(probed_keys(mass=0.9, block=64, rows=8), n=1024)["product"] == pytest.approx(
+        alone["product"] * 4, rel=0.01
+    )
+    strided = of_choice(vertical_slash(mass=0.9, probe=64, strided=16))
+    assert strided["alone"] == pytest.approx(3 * 4 * 16 * 512 / 1e9)
+    both = of_choice(vertical_slash(mass=0.9) | probed_blocks(mass=0.9))
+    assert both["call"] == 2
+    assert of_choice(heavy_hitters(9, 4)) is None
+    assert of_choice(last_queries(4) | dense_decode()) == {}
+
+
+def test_the_shipped_table_knows_all_work_of_choosing_on_an_h100():
+    known = cost.constants("NVIDIA H100 80GB HBM3")["choosing prefill"]
+    rules = (vertical_slash(mass=0.9, strided=4), probed_keys(mass=0.9), antidiagonal_blocks(mass=0.9), top_blocks(3))
+    assert all(of_choice(rule).keys() <= known.keys() for rule in rules)
 
 
 def test_strict_and_fastest_contradict_each_other():

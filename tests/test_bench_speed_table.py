@@ -47,6 +47,26 @@ def test_ours_stands_beside_flexattention_by_its_faster_backend(table):
     assert table.written(columns, "ms") in next(line for line in lines if line[0].startswith("1000"))
 
 
+def test_choosing_is_in_the_time_and_in_the_speed_up(table):
+    found = table.newest(rows())
+    lines = table.chosen_lines(found)
+    assert len(lines) == len(table.RULES) * len(table.CHOSEN_LENGTHS)
+    whole = found["prefill", table.KEPT + table.RULES[0], "auto: triton", 131072, True]
+    line = lines[len(table.CHOSEN_LENGTHS) - 1]
+    assert line[1] == "128K"
+    assert line[5] == table.written(whole["ms_p50"], "ms")
+    assert float(line[6]) == pytest.approx(whole["baseline_ms_p50"] / whole["ms_p50"], rel=0.02)
+
+
+def test_what_auto_took_counts_as_that_backend_but_for_building(table):
+    row = next(row for row in rows() if row["mask"] == "C" and row["backend"] == "fa4" and row["kv_len"] == 32768)
+    later = row | {"backend": "auto: fa4", "date": "2999-01-01", "ms_p50": 1.0}
+    alone, built = ({**each, "includes_mask_building": building} for building in (False, True) for each in (later,))
+    found = table.newest([row, alone, built])
+    assert found["prefill", "C", "fa4", 32768, False]["ms_p50"] == 1.0
+    assert ("prefill", "C", "auto: fa4", 32768, True) in found
+
+
 def test_numbers_have_three_digits(table):
     assert [table.written(ms, "ms") for ms in (203.8, 23.68, 0.0429, 1.0)] == ["204 ms", "23.7 ms", ".0429 ms", "1 ms"]
 

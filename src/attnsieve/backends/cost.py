@@ -46,7 +46,7 @@ def _predict_one(call: Call, backend: str) -> float | None:
     if known is None:
         return None
     key = ("cost", backend, call.group, call.q.dtype, *_bucket(call))
-    ms: float | None = call.layout.schedule(key, lambda: _weigh(known, cost_work.work(call, backend)))
+    ms: float | None = call.layout.schedule(key, lambda: weigh(known, cost_work.work(call, backend)))
     return ms
 
 
@@ -55,7 +55,8 @@ def _bucket(call: Call) -> tuple[int, ...]:
     return (*(part.bit_length() for part in call.q.shape), call.k.shape[1], call.k.shape[2].bit_length())
 
 
-def _weigh(known: dict[str, float], amounts: dict[str, float] | None) -> float | None:
+def weigh(known: dict[str, float], amounts: dict[str, float] | None) -> float | None:
+    """Milliseconds of these amounts of work, None where some kind was not measured."""
     if amounts is None or not amounts.keys() <= known.keys():
         return None
     return sum(known[kind] * amount for kind, amount in amounts.items())

@@ -47,14 +47,14 @@ def _reading(call: Call) -> Work:
 
 
 def _dense(call: Call) -> Work:
-    return _scores(call, {"whole": _pairs(call) * call.q.shape[1]})
+    return _scores(call, {"whole": causal_pairs(call) * call.q.shape[1]})
 
 
 def _fa4(call: Call) -> Work | None:
     from attnsieve.backends.fa4.kernel import has_predicate, moved_bytes, tile_counts
 
     if facts(call.layout).dense:
-        return _scores(call, {"whole": _pairs(call) * call.q.shape[1], "partial": 0})
+        return _scores(call, {"whole": causal_pairs(call) * call.q.shape[1], "partial": 0})
     whole, partial = tile_counts(call)
     cells, moved = _QUERY_TILE * _QUERY_TILE, moved_bytes(call)
     amounts = _scores(call, {"whole": whole * cells, "predicate" if has_predicate(call) else "partial": partial * cells})
@@ -122,7 +122,7 @@ def _tile_range(call: Call, positions: int) -> tuple[int, int]:
     return (call.k.shape[2] - call.q.shape[2]) // positions, -(-call.k.shape[2] // positions)
 
 
-def _pairs(call: Call) -> float:
+def causal_pairs(call: Call) -> float:
     """Causal pairs of one head."""
     queries, keys = call.q.shape[2], call.k.shape[2]
     return queries * (keys - queries) + queries * (queries + 1) / 2
@@ -131,9 +131,13 @@ def _pairs(call: Call) -> float:
 def _scores(call: Call, scores: Mapping[str, float], batch: int | None = None) -> Work:
     """Scores of one batch row in units, made dearer by processors that find no query tile to work on."""
     batch = call.q.shape[0] if batch is None else batch
-    width = (call.q.shape[-1] + call.v.shape[-1]) / 2
-    unit = batch * (_AT_ZERO + _PER_WIDTH * width) * _idle(call) / _GIGA
+    unit = batch * of_width(call) * _idle(call) / _GIGA
     return {"call": 1.0} | {kind: amount * unit for kind, amount in scores.items()}
+
+
+def of_width(call: Call) -> float:
+    """What a score of the call costs, beside one of width 128."""
+    return _AT_ZERO + _PER_WIDTH * (call.q.shape[-1] + call.v.shape[-1]) / 2
 
 
 def _idle(call: Call) -> float:

@@ -28,8 +28,9 @@ def apply(model: PreTrainedModel, plan: Plan, *, backend: str = "auto", strict: 
     keep the model's own attention; the handle's report names them, and with `strict` they raise UserError.
 
     `backend` as in `attnsieve.attend`, always exactly the plan's pairs; or "fastest": as "auto", but prompts and chunks that
-    the plan's fixed patterns would make slower than dense attention, by measured costs, run dense. Their results then depend
-    on the length and on the machine, so measure a plan's accuracy with "auto". The report counts these calls by name.
+    the plan would make slower than dense attention, by measured costs, run dense: of fixed patterns where their attention takes
+    longer, of those that choose from the input where choosing alone takes as long. Their results then depend on the length and
+    on the machine, so measure a plan's accuracy with "auto". The report counts these calls by name.
 
     Raises UserError for a plan made for another model, a model without the attention interface, a model that has a handle
     already, and an unknown backend. Until the handle is removed a pass raises it too, strict or not, once another attention

@@ -20,6 +20,8 @@ from attnsieve.hf.report import BY_PLAN, FASTER, LayerReport
 from attnsieve.layout import Layout, capacity_for, compile_layout, settled_layout, settled_row
 from attnsieve.patterns import Pattern, dense
 from attnsieve.selection import choose
+from attnsieve.selection.cost import takes_as_long_as_dense
+from attnsieve.spans import Spans
 
 # `auto`, and the model's own dense attention for calls that it serves faster.
 FASTEST = "fastest"
@@ -118,6 +120,13 @@ class SparseLayer:
             key, value = key[:, :, : place.k_slots], value[:, :, : place.k_slots]
         query, key, value = _autocast(call.query, key, value)
         spans = place.spans
+        if (
+            self._fastest
+            and self._dynamic
+            and self._may_run_dense(call)
+            and self._choosing_is_slow(query, key, value, spans, call)
+        ):
+            return self._faster_dense(call)
         if self._dynamic:
             layout = choose(self._row, query, key, spans=spans, scale=call.scale)
         else:
@@ -128,12 +137,12 @@ class SparseLayer:
             else:
                 key, value = _with_dropped(key, place.k_slots), _with_dropped(value, place.k_slots)
         backend = self._backend
-        if self._fastest and self._may_run_dense(call):
+        # Of masks chosen from the input the choice has been paid for.
+        if self._fastest and not self._dynamic and self._may_run_dense(call):
             request = Call(query, key, value, layout, spans, call.scale)
             backend = choose_backend(request)
             if dense_is_faster(request, backend):
-                self.calls.dense[FASTER] += 1
-                return own_attention(call)
+                return self._faster_dense(call)
         backend, out, _ = compute(query, key, value, layout, spans=spans, scale=call.scale, backend=backend)
         self.calls.sparse[place.phase] += 1
         self.calls.backends[backend] += 1
@@ -149,9 +158,17 @@ class SparseLayer:
         return self._own[key]
 
     def _may_run_dense(self, call: LayerCall) -> bool:
-        """Whether costs decide: dense decode steps would need keys that the plan lets caches drop, masks slow dense kernels
-        down by an unknown factor, and of masks chosen from the input the choice has been paid for."""
-        return not self._dynamic and call.mask is None and call.query.shape[2] > 1
+        """Whether costs decide: dense decode steps would need keys that the plan lets caches drop, and masks slow dense kernels
+        down by an unknown factor."""
+        return call.mask is None and call.query.shape[2] > 1
+
+    def _choosing_is_slow(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans, call: LayerCall) -> bool:
+        everything = self._layouts.get((dense(),) * key.shape[1], capacity_for(key.shape[2]), query.device, None)
+        return takes_as_long_as_dense(self._row, Call(query, key, value, everything, spans, call.scale))
+
+    def _faster_dense(self, call: LayerCall) -> Tensor:
+        self.calls.dense[FASTER] += 1
+        return own_attention(call)
 
 
 def _per_kv_head(row: tuple[Pattern, ...], kv_heads: int) -> tuple[Pattern, ...]:
