@@ -8,7 +8,7 @@ import torch
 from attnsieve import Spans
 from attnsieve.patterns import antidiagonal_blocks, dam_online, probed_blocks, probed_keys, vertical_slash, voted_keys
 from attnsieve.selection import blocks, choose, fused
-from attnsieve.selection.sequence import SequenceQK, fewest_with_mass
+from attnsieve.selection.sequence import SequenceQK, fewest_with_mass, shares_of, with_room
 from tests.gpu_compiler import compiled
 from tests.interpreter import needs_interpreter
 from tests.selection_samples import random_qk, shared
@@ -167,7 +167,7 @@ def test_the_search_finds_what_sorting_finds(kind, width, in_registers, monkeypa
         monkeypatch.setattr(fewest, "MOST_IN_REGISTERS", 0)
         monkeypatch.setattr(fewest, "PER_WARP", 16)
     for mass in (0.3, 0.6, 1.0):
-        kept = fewest.fewest_with_mass(weights, mass)
+        kept = fewest.fewest_with_mass(weights, with_room(mass))
         total, held = weights.double().sum(-1), (weights.double() * kept).sum(-1)
         assert (held >= total * (mass - 1e-5)).all()
         least = weights.double().masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
@@ -183,6 +183,21 @@ def test_the_search_finds_what_sorting_finds(kind, width, in_registers, monkeypa
 
 
 @pytest.mark.parametrize("in_registers", [True, False])
+def test_every_head_has_a_mass_of_its_own(in_registers, monkeypatch):
+    from attnsieve.selection.fused import fewest
+
+    if not in_registers:
+        monkeypatch.setattr(fewest, "MOST_IN_REGISTERS", 0)
+        monkeypatch.setattr(fewest, "PER_WARP", 16)
+    weights, masses = torch.rand(2, 3, 4, 70), (0.2, 0.9, 0.5)
+    shares = shares_of(masses, weights.device)
+    alone = torch.stack([fewest_with_mass(weights[:, h], mass) for h, mass in enumerate(masses)], dim=1)
+    assert torch.equal(fewest_with_mass(weights, shares), alone)
+    assert torch.equal(fewest.fewest_with_mass(weights, shares), alone)
+    assert torch.equal(fewest.fewest_with_mass(weights[:, :, 0], shares), alone[:, :, 0])
+
+
+@pytest.mark.parametrize("in_registers", [True, False])
 def test_entries_beyond_the_end_of_a_row_are_not_read(in_registers, monkeypatch):
     """Of rows in memory those up to the next multiple of 4 are, and are 0."""
     from attnsieve.selection.fused import fewest
@@ -194,7 +209,7 @@ def test_entries_beyond_the_end_of_a_row_are_not_read(in_registers, monkeypatch)
     place, room = torch.arange(50), 1 if in_registers else 4
     weights.masked_fill_(place >= stops[:, None], 0)
     poisoned = weights.masked_fill(place >= -(-stops[:, None] // room) * room, torch.nan)
-    assert torch.equal(fewest.fewest_with_mass(poisoned, 0.6, stops), fewest_with_mass(weights, 0.6, stops))
+    assert torch.equal(fewest.fewest_with_mass(poisoned, with_room(0.6), stops), fewest_with_mass(weights, 0.6, stops))
 
 
 @pytest.mark.parametrize(("side", "keys", "first"), [(16, 16, 0), (16, 1, 3), (24, 8, 1)])

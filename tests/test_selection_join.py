@@ -4,8 +4,20 @@ import pytest
 import torch
 
 from attnsieve import Spans, attend
-from attnsieve.patterns import dense_decode, last_queries, probed_keys, random_blocks, sink, top_blocks, vertical_slash, window
+from attnsieve.patterns import (
+    antidiagonal_blocks,
+    dense_decode,
+    last_queries,
+    probed_blocks,
+    probed_keys,
+    random_blocks,
+    sink,
+    top_blocks,
+    vertical_slash,
+    window,
+)
 from attnsieve.selection import blocks, choose, join
+from attnsieve.selection.carriers import carriers
 
 N = 150
 KEYS, COARSE = probed_keys(mass=0.7, block=16, rows=3), probed_keys(mass=0.6, block=48, rows=2)
@@ -54,3 +66,40 @@ def test_a_sequence_that_begins_in_a_later_chunk_keeps_its_random_blocks():
     spans = Spans.of([(0, 0, 3, 0, 9), (1, 2, 1, 8, 1)])
     layout = choose(row, torch.randn(2, 2, 3, 8), torch.randn(2, 2, 9, 8), spans=spans)
     assert layout.dense(torch.arange(1), torch.arange(1))[1].all()
+
+
+@pytest.mark.parametrize("share", ["none", "kv"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda mass, share: vertical_slash(mass=mass, probe=16, strided=4, share=share),
+        lambda mass, share: probed_keys(mass=mass, block=16, rows=4, share=share),
+        lambda mass, share: probed_blocks(mass=mass, block=16, rows=4, share=share),
+        lambda mass, share: antidiagonal_blocks(mass=mass, block=16, stride=4, share=share),
+    ],
+    ids=["vertical_slash", "probed_keys", "probed_blocks", "antidiagonal_blocks"],
+)
+def test_heads_that_differ_by_their_mass_choose_at_once_and_as_alone(rule, share):
+    torch.manual_seed(0)
+    q, k = 2 * torch.randn(2, 6, 70, 8), torch.randn(2, 3, 70, 8)
+    masses = [0.4, 0.4, 0.9, 0.9, 0.7, 0.7] if share == "kv" else [0.4, 0.9, 0.9, 0.6, 0.7, 0.4]
+    row = [rule(mass, share) | sink(1) for mass in masses]
+    assert len(carriers(tuple(row), 2)) == 1
+    place = torch.arange(70)
+    together = choose(row, q, k).dense(place, place)
+    for number, mass in enumerate(masses):
+        alone = choose([rule(mass, share) | sink(1)] * 6, q, k).dense(place, place)
+        head = number // (6 // alone.shape[1])
+        assert torch.equal(together[:, number // (6 // together.shape[1])], alone[:, head])
+
+
+def test_a_head_with_two_masses_of_one_rule_keeps_both():
+    torch.manual_seed(0)
+    q, k, place = 2 * torch.randn(1, 2, 50, 8), torch.randn(1, 2, 50, 8), torch.arange(50)
+    few, many, coarse = probed_keys(mass=0.3), probed_keys(mass=0.9), probed_keys(mass=0.3, rows=2)
+    row = (few | many | coarse, many)
+    assert [carrier.masses for carrier in carriers(row, 1)] == [None, None, None]
+    found = choose(row, q, k).dense(place, place)
+    parts = [choose([rule] * 2, q, k).dense(place, place) for rule in (few, many, coarse)]
+    assert torch.equal(found[:, 0], (parts[0] | parts[1] | parts[2])[:, 0])
+    assert torch.equal(found[:, 1], parts[1][:, 1])

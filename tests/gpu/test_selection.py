@@ -39,6 +39,18 @@ def test_a_gpu_chooses_what_a_cpu_chooses(pattern):
     assert float((found != expected).float().mean()) < 2e-3
 
 
+@pytest.mark.parametrize("n", [300, 5000])
+def test_heads_with_masses_of_their_own_choose_on_a_gpu_what_they_choose_alone(n):
+    """Of rows in registers and in memory."""
+    q, k = (tensor.cuda() for tensor in random_qk(1, 4, 2, n, width=64))
+    for rule in (vertical_slash, probed_keys, probed_blocks):
+        row = [rule(mass=mass) for mass in (0.3, 0.9, 0.6, 0.6)]
+        together, rows = choose(row, q, k), torch.arange(n - 50, n, device="cuda")
+        for head, pattern in enumerate(row):
+            alone = choose([pattern] * 4, q, k)
+            assert torch.equal(together.dense(rows, rows)[:, head], alone.dense(rows, rows)[:, head])
+
+
 @pytest.mark.parametrize("pattern", [*SAMPLES, *map(shared, VOTING)], ids=str)
 def test_choosing_never_waits(pattern):
     if "probed_keys" in str(pattern):

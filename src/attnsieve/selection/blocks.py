@@ -37,7 +37,7 @@ def _probed(atom: ProbedBlocks | ProbedKeys, sequence: SequenceQK, keys: int) ->
 
     def choose(part: slice) -> Tensor:
         mass = masses(sequence, rows[part], fresh[part] if again else None, keys)
-        return fewest_with_mass(mass, atom.mass, (rows[part, -1] + 1).int() if on_chip and keys == 1 else None)
+        return fewest_with_mass(mass, sequence.mass(atom.mass), (rows[part, -1] + 1).int() if on_chip and keys == 1 else None)
 
     return _in_parts(sequence, len(rows), -(-sequence.tokens // keys), cells, choose)
 
@@ -87,7 +87,7 @@ def antidiagonal_blocks(atom: AntidiagonalBlocks, sequence: SequenceQK) -> Chose
     if fused.serves_heads(sequence.q):
         table = _fused_antidiagonals(atom, sequence)
     else:
-        table = fewest_with_mass(_antidiagonals(atom, sequence), atom.mass)
+        table = fewest_with_mass(_antidiagonals(atom, sequence), sequence.mass(atom.mass))
     return Chosen(table=table, block=atom.block, keys=atom.block)
 
 
@@ -100,7 +100,8 @@ def _fused_antidiagonals(atom: AntidiagonalBlocks, sequence: SequenceQK) -> Tens
     def choose(part: slice) -> Tensor:
         own = range((first + part.start) * squares, (first + part.stop) * squares)
         probed = ProbedRows.of_squares(sequence, own, atom.stride)
-        return fewest_with_mass(by_block(probed, sequence.k, squares, Sums(squares, sequence.together)), atom.mass)
+        mass = by_block(probed, sequence.k, squares, Sums(squares, sequence.together))
+        return fewest_with_mass(mass, sequence.mass(atom.mass))
 
     return _in_parts(sequence, width - first, width, sequence.q.shape[1] * squares * width, choose).whole()
 

@@ -29,7 +29,7 @@ def probe_rows(sequence: SequenceQK, probe: int, strided: int = 0) -> Tensor:
 def vertical_slash(atom: VerticalSlash, sequence: SequenceQK) -> Chosen:
     """Every probe cell is counted for its column or its offset, whichever holds more; then the fewest with the mass."""
     shares = _fused_shares(atom, sequence) if fused.serves_heads(sequence.q) else _shares(atom, sequence)
-    columns, offsets = fewest_with_mass(torch.cat(shares, dim=-1), atom.mass).split(sequence.tokens, dim=-1)
+    columns, offsets = fewest_with_mass(torch.cat(shares, dim=-1), sequence.mass(atom.mass)).split(sequence.tokens, dim=-1)
     return Chosen(end=forever(columns), offset=offsets)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -16,13 +16,19 @@ from attnsieve.selection import fused
 class SequenceQK:
     """q [S, H, nq, D] and k [S, K, nk, D] of S sequences; queries are the last positions, query head h reads KV head h // (H // K).
 
-    together: the query heads of a KV head choose as one. Choices have C heads: K then, else H.
+    together: the query heads of a KV head choose as one. Choices have C heads: K then, else H. masses: what an atom's `mass` is for
+    each of them, as `shares_of` makes it, where they differ.
     """
 
     q: Tensor
     k: Tensor
     scale: float
     together: bool = False
+    masses: Tensor | None = None
+
+    def mass(self, of_atom: float) -> float | Tensor:
+        """What `fewest_with_mass` takes, of an atom that says `of_atom`."""
+        return of_atom if self.masses is None else self.masses
 
     @property
     def tokens(self) -> int:
@@ -107,18 +113,33 @@ class Chosen:
     mortal: bool = False
 
 
-def fewest_with_mass(weights: Tensor, mass: float, stops: Tensor | None = None) -> Tensor:
+@lru_cache(maxsize=1024)
+def shares_of(masses: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [C]: shares of the total that reach these masses. Copied to the device once, since a copy waits for it."""
+    return torch.tensor([with_room(mass) for mass in masses], device=device)
+
+
+def with_room(mass: float) -> float:
+    """With room for the rounding of a float32 sum."""
+    return mass * (1 - 1e-6)
+
+
+def fewest_with_mass(weights: Tensor, mass: float | Tensor, stops: Tensor | None = None) -> Tensor:
     """bool like `weights` [..., B, n]: the fewest entries whose sum reaches `mass` of the total of the last dimension, of equal
-    ones the first. stops: int32 [B], where entries end that count, if those beyond are not 0."""
+    ones the first. mass: for all, or as `shares_of` makes it for weights [S, C, ..., n]. stops: int32 [B], where entries end that
+    count, if those beyond are not 0."""
+    share = mass if isinstance(mass, Tensor) else with_room(mass)
     if fused.serves(weights):
         from attnsieve.selection.fused.fewest import fewest_with_mass as search
 
-        return search(weights, mass, stops)
+        return search(weights, share, stops)
     if stops is not None:
         weights = weights.masked_fill(torch.arange(weights.shape[-1], device=weights.device) >= stops[:, None], 0)
     ordered, order = weights.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
-    # The largest entry is always kept; the comparison leaves room for the rounding of a float32 sum.
-    kept = before < mass * weights.sum(-1, keepdim=True) * (1 - 1e-6)
+    if isinstance(share, Tensor):
+        share = share.view(-1, *[1] * (weights.ndim - 2))
+    # The largest entry is always kept.
+    kept = before < share * weights.sum(-1, keepdim=True)
     kept[..., 0].fill_(True)
     return torch.zeros_like(kept).scatter_(-1, order, kept) & (weights > 0)

@@ -33,14 +33,21 @@ def _store_kept(p_kept, o, w, ok, least, above, target, ties):
 
 
 @triton.jit
-def short_kernel(weights, stops, kept, mass, width, blocks, WIDTH: tl.constexpr):
-    """kept uint8 [R, width] of weights float32 [R, width], of which row r counts up to stops[r % blocks]; a row per program."""
+def _share_of(share, shares, i_r, per_head, heads):
+    """Of row i_r."""
+    return share if shares is None else tl.load(shares + i_r // per_head % heads)
+
+
+@triton.jit
+def short_kernel(weights, stops, share, shares, kept, width, blocks, per_head, heads, WIDTH: tl.constexpr):
+    """kept uint8 [R, width] of weights float32 [R, width], of which row r counts up to stops[r % blocks]; a row per program. share: of
+    a row's sum, unless there are shares, of `heads` heads with `per_head` rows each."""
     i_r = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, WIDTH)
     stop = tl.load(stops + i_r % blocks) if stops is not None else width
     w = tl.load(weights + i_r * width + o, mask=o < stop, other=0.0)
     bits = w.to(tl.int32, bitcast=True)
-    target = tl.sum(w, 0) * mass
+    target = tl.sum(w, 0) * _share_of(share, shares, i_r, per_head, heads)
     # What is above `low` suffices, what is above `high` does not.
     low, high = -1, tl.max(bits, 0)
     while low + 1 < high:
@@ -110,7 +117,21 @@ def _sum_above(p_row, stop, least, STEP: tl.constexpr):
 
 
 @triton.jit
-def long_kernel(weights, stops, candidates, kept, mass, width, room, blocks, WAYS: tl.constexpr, STEP: tl.constexpr):
+def long_kernel(
+    weights,
+    stops,
+    share,
+    shares,
+    candidates,
+    kept,
+    width,
+    room,
+    blocks,
+    per_head,
+    heads,
+    WAYS: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """As `short_kernel` with rows in memory, which are read four times: twice WAYS limits are tried, what is left between two of
     them is searched in `candidates`, float32 [R, room]. Entries from a row's stop up to the next multiple of 4 are 0."""
     i_r = tl.program_id(0).to(tl.int64)
@@ -121,7 +142,7 @@ def long_kernel(weights, stops, candidates, kept, mass, width, room, blocks, WAY
     # First powers of 4 from 2^-16 on, among which the least sum of probabilities kept is likely; the first way sums everything.
     limits = tl.where(way == 0, -1, (109 + 2 * way) << 23)
     sums = _sums_above(p_row, stop, limits, WAYS, STEP)
-    target = tl.max(sums, 0) * mass
+    target = tl.max(sums, 0) * _share_of(share, shares, i_r, per_head, heads)
     low, high = _narrowed(-1, 0x7F800000, limits, sums >= target)
     limits = _limits(low, high, way, WAYS)
     low, high = _narrowed(low, high, limits, _sums_above(p_row, stop, limits, WAYS, STEP) >= target)
@@ -150,17 +171,20 @@ def long_kernel(weights, stops, candidates, kept, mass, width, room, blocks, WAY
             before = _store_kept(kept + i_r * width, o, w, o < width, high, above, target, before)
 
 
-def fewest_with_mass(weights: Tensor, mass: float, stops: Tensor | None = None) -> Tensor:
-    """bool like weights, float32 [..., B, W]: the fewest entries whose sum reaches `mass` of the row's. stops: int32 [B], the
-    entries of a row that count; those up to the next multiple of 4 are 0, those beyond are not read."""
+def fewest_with_mass(weights: Tensor, share: float | Tensor, stops: Tensor | None = None) -> Tensor:
+    """bool like weights, float32 [..., B, W]: the fewest entries whose sum reaches `share` of the row's; float32 [C] for weights
+    [S, C, ..., W]. stops: int32 [B], the entries of a row that count; those up to the next multiple of 4 are 0, those beyond are not
+    read."""
     weights, width = weights.contiguous(), weights.shape[-1]
     kept = torch.empty_like(weights, dtype=torch.uint8)
     rows = weights.numel() // width
-    # The comparison leaves room for the rounding of a float32 sum.
-    share, blocks = mass * (1 - 1e-6), 1 if stops is None else len(stops)
+    alike, shares = (0.0, share) if isinstance(share, Tensor) else (share, None)
+    heads = 1 if shares is None else len(shares)
+    per_head = rows // (weights.shape[0] * heads)
+    sizes = (width, 1 if stops is None else len(stops), per_head)
     if width <= MOST_IN_REGISTERS:
         size = int(triton.next_power_of_2(width))
-        short_kernel[(rows,)](weights, stops, kept, share, width, blocks, WIDTH=size, num_warps=max(1, size // 1024))
+        short_kernel[(rows,)](weights, stops, alike, shares, kept, *sizes, heads, WIDTH=size, num_warps=max(1, size // 1024))
     else:
         # Few rows have a multiprocessor each, of many two share one.
         warps = 16 if rows <= MULTIPROCESSORS else 8
@@ -168,5 +192,5 @@ def fewest_with_mass(weights: Tensor, mass: float, stops: Tensor | None = None) 
         room = triton.cdiv(width, step) * step
         candidates = weights.new_empty(rows, room)
         rest = {"WAYS": 8, "STEP": step, "num_warps": warps, "maxnreg": 128}
-        long_kernel[(rows,)](weights, stops, candidates, kept, share, width, room, blocks, **rest)
+        long_kernel[(rows,)](weights, stops, alike, shares, candidates, kept, width, room, *sizes[1:], heads, **rest)
     return kept.view(torch.bool)
