@@ -18,6 +18,7 @@ from attnsieve.patterns import (
 )
 from attnsieve.selection import blocks, choose, join
 from attnsieve.selection.carriers import carriers
+from attnsieve.selection.sequence import shares_of
 
 N = 150
 KEYS, COARSE = probed_keys(mass=0.7, block=16, rows=3), probed_keys(mass=0.6, block=48, rows=2)
@@ -91,6 +92,16 @@ def test_heads_that_differ_by_their_mass_choose_at_once_and_as_alone(rule, share
         alone = choose([rule(mass, share) | sink(1)] * 6, q, k).dense(place, place)
         head = number // (6 // alone.shape[1])
         assert torch.equal(together[:, number // (6 // together.shape[1])], alone[:, head])
+
+
+def test_masses_are_float32_whatever_torch_makes_by_default():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        shares = shares_of((0.93, 0.51), torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(before)
+    assert shares.dtype == torch.float32
 
 
 def test_a_head_with_two_masses_of_one_rule_keeps_both():

@@ -116,7 +116,7 @@ class Chosen:
 @lru_cache(maxsize=1024)
 def shares_of(masses: tuple[float, ...], device: torch.device) -> Tensor:
     """float32 [C]: shares of the total that reach these masses. Copied to the device once, since a copy waits for it."""
-    return torch.tensor([with_room(mass) for mass in masses], device=device)
+    return torch.tensor([with_room(mass) for mass in masses], dtype=torch.float32, device=device)
 
 
 def with_room(mass: float) -> float:
