@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from speed_table import KEPT, RULES
 
 from attnsieve.bench.check import WrongResult
 from attnsieve.bench.kernels import FLEX
@@ -30,13 +31,7 @@ DMA = "dma-1024;dma-2048"
 WINDOW = "sink(4) | window(1024)"
 # Half of the pairs, where sparse attention has the least to win.
 HALF = "blocks-50;blocks-25;columns-50"
-RULES = (
-    "vertical_slash(mass=0.9)",
-    "probed_keys(mass=0.9)",
-    "probed_keys(mass=0.9, block=256, rows=4)",
-    "probed_blocks(mass=0.9)",
-)
-CHOSEN = ";".join(f"sink(4) | window(64) | {rule}" for rule in RULES)
+CHOSEN = ";".join(KEPT + rule for rule in RULES)
 STEPS = "columns-10;columns-5;columns-10+;columns-5+;dense()"
 # Long enough for every kernel to be compiled.
 SHORT = "2048"
