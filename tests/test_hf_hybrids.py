@@ -1,5 +1,6 @@
 """Models with layers that have no attention: artefacts have a row per layer that has, found by the model's own number."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import transformers as tr
 from attnsieve import UserError
 from attnsieve.evaluation import layer_fidelity
 from attnsieve.evaluation.scoring import fork, score_documents
+from attnsieve.evaluation.tokens import split_answer
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.fitting import fit, fit_budget
 from attnsieve.hf import apply, fingerprint, measure, profile
@@ -294,3 +296,30 @@ def test_questions_over_shared_documents_score_as_if_asked_alone(name):
     for question, score in zip(questions, together, strict=True):
         ((alone,),) = score_documents(model, tokenizer(), [[question]])
         assert score.nll == pytest.approx(alone.nll, abs=STATES)
+
+
+def recurrent_gemma():
+    wide = {"hidden_size": 32, "lru_width": 32, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
+    kinds = {"num_hidden_layers": 3, "attention_window_size": 16, "block_types": ["recurrent", "recurrent", "attention"]}
+    return built("RecurrentGemmaConfig", **(wide | kinds), vocab_size=len(tokenizer()))
+
+
+@pytest.mark.parametrize("plan", [False, True])
+def test_answers_of_a_model_that_returns_no_cache_are_scored(plan):
+    """RecurrentGemma fills the cache that it is given, and keeps its states in its modules."""
+    model, tokens = recurrent_gemma(), tokenizer()
+    document = "".join(f"key{n}: {n * 1237 % 1000}\n" for n in range(3))
+    questions = [(f"{document}what is key{n}: ", str(n * 1237 % 1000)) for n in (1, 2)]
+    with apply(model, Plan.uniform(fingerprint(model), RULE)) if plan else nullcontext():
+        (scores,) = score_documents(model, tokens, [questions])
+        (single,) = score_documents(model, tokens, [[("k", "12")]])
+        for (prompt, answer), score in zip([*questions, ("k", "12")], [*scores, *single], strict=True):
+            start, rest = split_answer(tokens, prompt, answer)
+            whole = logits(model, torch.tensor([start + rest]), use_cache=False)[0, len(start) - 1 : -1].log_softmax(-1)
+            assert score.nll == pytest.approx(-float(whole[torch.arange(len(rest)), rest].mean()), abs=STATES)
+
+
+def test_models_that_fill_no_cache_of_keys_are_told_which_tasks_they_can_do():
+    model = built("MambaConfig", state_size=8, num_hidden_layers=1, vocab_size=len(tokenizer()))
+    with pytest.raises(UserError, match=r"MambaForCausalLM fills no cache of keys .*: use tasks without answers"):
+        list(score_documents(model, tokenizer(), [[("key: ", "12")]]))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from attnsieve.errors import require
 from attnsieve.evaluation.tokens import encode, shared_length, split_answer
@@ -42,7 +43,7 @@ def score_documents(model: Any, tokenizer: Any, documents: Iterable[Sequence[Que
     by token, as in generation: masks chosen from the input must not see answer tokens ahead of time. Neighbouring documents
     whose common parts are equally long go through the model as one batch, and so do their questions that are equally long; no
     result depends on batch mates.
-    Raises UserError if the model returns NaN or infinite likelihoods.
+    Raises UserError if the model returns NaN or infinite likelihoods, and for models that fill no cache of keys.
     """
     cut = ([split_answer(tokenizer, prompt, answer) for prompt, answer in questions] for questions in documents)
     stateful = False
@@ -83,7 +84,23 @@ def _read_shared(model: Any, batch: list[list[Tokens]]) -> Any:
     if not shared:
         return None
     ids = torch.tensor([document[0][0][:shared] for document in batch], device=model.device)
-    return model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    return _read(model, ids, None)[1]
+
+
+def _read(model: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Logits after the last of `tokens`, and the cache that holds them too; None is a fresh one."""
+    seen = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if "past_key_values" not in seen and cache is None:
+        # RecurrentGemma returns no cache, but fills one that it is given; a pass without any makes it forget its states.
+        model(tokens[:, :1], use_cache=False)
+        cache = DynamicCache(config=model.config)
+        seen = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        require(
+            any(getattr(layer, "is_initialized", False) for layer in cache.layers),
+            f"{type(model).__name__} fills no cache of keys (past_key_values), with which answers are scored token by token: use "
+            "tasks without answers, such as perplexity and fidelity",
+        )
+    return seen.logits[:, -1], seen.get("past_key_values", cache)
 
 
 def _score_batch(model: Any, batch: list[list[Tokens]], cache: Any) -> list[list[AnswerScore]]:
@@ -174,9 +191,8 @@ def _answer_logits(model: Any, prompts: Sequence[Sequence[int]], answers: Sequen
     tokens, start = torch.tensor(ids, device=model.device), len(prompts[0])
     steps = []
     for seen_tokens, upto in pairwise([0, *range(start, start + longest)]):
-        seen = model(tokens[:, seen_tokens:upto], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = seen.past_key_values
-        steps.append(seen.logits[:, -1])
+        last, cache = _read(model, tokens[:, seen_tokens:upto], cache)
+        steps.append(last)
     return torch.stack(steps, dim=1)
 
 
