@@ -1,11 +1,15 @@
 """A tiny random model and a byte-level tokenizer with one merge per pair of letters that matter, made from nothing."""
 
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from attnsieve.evaluation.density import pattern_density
+from attnsieve.plan import Plan
 
 CHAT = (
     "{% for m in messages %}<s>[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
@@ -54,3 +58,8 @@ def model(*, layers: int = 2, dtype: torch.dtype = torch.float64) -> LlamaForCau
         eos_token_id=1,
     )
     return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def plan_density(plan: Plan, length: int) -> float:
+    """Mean density of all heads of a static plan at `length`, for a model without windows."""
+    return fmean(pattern_density(pattern, length) for row in plan.patterns for pattern in row)

@@ -29,7 +29,9 @@ from attnsieve.hf.random_model import CONFIGS
 from attnsieve.patterns import Pattern, columns, sink, window
 from attnsieve.plan import Plan
 from tests.cli_tiny import save_tiny_model
+from tests.hf_tiny import MHA, tokens
 from tests.interpreter import needs_interpreter
+from tests.test_hf_architectures import built
 
 SMALL = Case("sink(2) | window(30)", 150, None, 4, 2, 16, torch.float32, device="cpu", shape="small")
 # What every row must have to be repeated and judged.
@@ -325,6 +327,34 @@ def test_running_out_of_memory_is_a_row_that_says_so(monkeypatch):
     assert row.failure == "out of memory"
     assert row.ms_p50 is None
     assert "out of memory" in str(row)
+
+
+def test_time_to_first_token_is_of_the_density_that_ran(monkeypatch):
+    """Llama 4 restricts its first layer by a rule of its own; "fastest" runs layers dense whose costs say so."""
+    changes = {"attention_chunk_size": 16, "intermediate_size_mlp": 8, "num_local_experts": 2}
+    network = built("Llama4TextConfig", **MHA, **changes, layer_types=["chunked_attention", "full_attention"])
+    monkeypatch.setattr(ttft, "_subject", lambda _: ttft._Subject(network, lambda n: tokens(1, n)))
+    monkeypatch.setattr("attnsieve.hf.sparse_layer.dense_is_faster", lambda *_: True)
+    setting = ttft.Setting("tiny", [40], ["window(8)"], ["auto", "fastest"], dtype=torch.float32, device="cpu")
+    sparse, fastest = ([row for row in ttft.rows(setting) if row.backend == backend] for backend in ("auto", "fastest"))
+    assert {row.density for row in sparse} == {(1 + pattern_density(window(8), 40)) / 2}
+    assert {row.density for row in fastest} == {1.0}
+
+
+def test_a_density_that_memory_is_too_small_for_is_unknown(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    rule = "window(4) | probed_keys(mass=0.6)"
+    setting = ttft.Setting("tiny", [32], [rule], dtype=torch.float32, device="cpu")
+    monkeypatch.setattr("attnsieve.evaluation.fidelity.layer_fidelity", full)
+    first, later = (row for row in ttft.rows(setting) if row.mask == rule)
+    assert first.density is later.density is None
+    assert later.ms_p50 > 0
+    assert "density unknown" in str(later)
+    monkeypatch.setattr(ttft, "check_rows", full)
+    (row,) = (row for row in ttft.rows(setting) if row.mask == rule)
+    assert row.failure == "out of memory"
 
 
 def test_commands_do_not_name_folders_of_the_machine():

@@ -5,13 +5,13 @@ import torch
 
 from attnsieve.cli.demo import Story, cost_table, halves, layer_table
 from attnsieve.evaluation import read_rows
-from attnsieve.evaluation.density import plan_density
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.patterns import Pattern
 from attnsieve.plan import Plan
 from attnsieve.profiling import Profile
 from attnsieve.show import percent
 from tests.cli_tiny import attnsieve, save_tiny_model
+from tests.evaluation_tiny import plan_density
 
 
 @pytest.fixture(scope="module")

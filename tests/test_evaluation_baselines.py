@@ -17,11 +17,11 @@ from attnsieve.evaluation.baselines import (
     moa_baseline,
     static_baseline,
 )
-from attnsieve.evaluation.density import pattern_density, plan_density
+from attnsieve.evaluation.density import pattern_density
 from attnsieve.evaluation.fidelity import layer_fidelity
 from attnsieve.hf import fingerprint
 from attnsieve.selection import choose
-from tests.evaluation_tiny import model
+from tests.evaluation_tiny import model, plan_density
 
 MODEL = fingerprint(model())
 

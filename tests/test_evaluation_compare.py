@@ -10,7 +10,7 @@ import torch
 from attnsieve import Pattern, Plan, UserError
 from attnsieve.evaluation import compare, evaluate, layer_fidelity, make_task, read_rows
 from attnsieve.evaluation.compare import Runs
-from attnsieve.evaluation.density import pattern_density, plan_density
+from attnsieve.evaluation.density import pattern_density
 from attnsieve.evaluation.ledger import Cell, plan_digest
 from attnsieve.evaluation.rows import Row, append_rows
 from attnsieve.evaluation.scoring import log_probs_at, spread
@@ -18,7 +18,7 @@ from attnsieve.evaluation.tasks import Item, Query, QuestionTask
 from attnsieve.evaluation.tasks.questions import forced_answers
 from attnsieve.hf import apply, fingerprint, measure
 from attnsieve.hf.loading import load_model
-from tests.evaluation_tiny import model, tokenizer
+from tests.evaluation_tiny import model, plan_density, tokenizer
 from tests.hf_tiny import MHA
 from tests.test_hf_architectures import built
 
@@ -322,6 +322,14 @@ def test_layers_that_stay_dense_count_as_dense():
     rows = evaluate(network, tokenizer(), {"sparse": chosen}, [make_task("kv")], [120], 1)
     (density,) = {row.density for row in rows if row.plan == "sparse"}
     assert density == pytest.approx((1 + pattern_density(Pattern.parse("window(8)"), 120)) / 2, abs=0.03)
+
+
+def test_density_of_layers_with_windows_is_that_inside_them():
+    network = built("MistralConfig", **MHA, vocab_size=len(tokenizer()), sliding_window=16)
+    chosen = Plan.uniform(fingerprint(network), "sink(2) | window(30)")
+    rows = evaluate(network, tokenizer(), {"sparse": chosen}, [make_task("kv")], [120], 1)
+    (density,) = {row.density for row in rows if row.plan == "sparse"}
+    assert density == pytest.approx(pattern_density(Pattern.parse("window(16)"), 120))
 
 
 def test_density_is_counted_over_all_heads():

@@ -30,10 +30,11 @@ class Dense:
 class Row:
     """One measurement of one operation. Times in milliseconds, memory in bytes.
 
-    density: kept pairs over causal pairs (decode: over keys). speedup: the baseline's time over this one. efficiency: the
-    baseline's time times density over this one, 1 is ideal. error: relative, against the float64 oracle. includes_mask_building:
-    whether the time holds building what the backend derives from a layout, and DMA's selection. device: as costs are kept by.
-    shape: the model's name. failure: why there are no times. work: amounts of work by kind, what costs are fitted to.
+    density: kept pairs over causal pairs (decode: over keys), None where memory ran out while it was measured. speedup: the
+    baseline's time over this one. efficiency: the baseline's time times density over this one, 1 is ideal. error: relative, against
+    the float64 oracle. includes_mask_building: whether the time holds building what the backend derives from a layout, and DMA's
+    selection. device: as costs are kept by. shape: the model's name. failure: why there are no times. work: amounts of work by kind,
+    what costs are fitted to.
     """
 
     op: str
@@ -46,7 +47,7 @@ class Row:
     q_len: int
     kv_len: int
     dtype: str
-    density: float
+    density: float | None
     ms_p20: float | None
     ms_p50: float | None
     ms_p80: float | None
@@ -70,7 +71,7 @@ class Row:
         times: Times | None,
         peak: int | None,
         *,
-        density: float,
+        density: float | None,
         building: bool,
         baseline: Dense | None = None,
         verdict: Verdict | None = None,
@@ -112,7 +113,7 @@ class Row:
     @property
     def efficiency(self) -> float | None:
         """Of attention alone: most of a whole model's time is not its attention."""
-        return None if self.speedup is None or self.op == "ttft" else self.speedup * self.density
+        return None if self.speedup is None or self.density is None or self.op == "ttft" else self.speedup * self.density
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with what follows from it, to six digits."""
@@ -124,9 +125,10 @@ class Row:
             return f"{self.op} {self.backend} {self.mask} {self.batch} x {self.q_len}: {self.failure}"
         against = "" if self.speedup is None else f", {self.speedup:.2f}x {self.baseline}"
         against += "" if self.efficiency is None else f", efficiency {self.efficiency:.2f}"
+        density = "unknown" if self.density is None else f"{self.density:.4f}"
         building = " with mask building" if self.includes_mask_building else ""
         return (
-            f"{self.op} {self.backend} {self.mask} {self.q_len}x{self.kv_len} density {self.density:.4f}{building}: "
+            f"{self.op} {self.backend} {self.mask} {self.q_len}x{self.kv_len} density {density}{building}: "
             f"{self.ms_p50:.3f} ms ({self.ms_p20:.3f} to {self.ms_p80:.3f}){against}"
         )
 

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +23,9 @@ from attnsieve.bench.timing import Times
 from attnsieve.errors import require
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.plan import Plan
+
+if TYPE_CHECKING:
+    from attnsieve.hf.report import Report
 
 # Kernels are compared with the oracle on a layer's call this long at most.
 _CHECKED_LENGTH = 8192
@@ -131,13 +135,15 @@ def _of_length(setting: Setting, subject: _Subject, case: Case, masked: Sequence
     model.set_attn_implementation("sdpa")
     fastest = kernels.fastest(dense)
     for each in masked:
-        named = replace(case, mask=each.label)
-        density = _density(model, each.plan, ids[0])
+        kept = _densities(model, each.plan, ids[0])
         for backend in setting.backends:
+            made = partial(Row.of, "ttft", backend, replace(case, mask=each.label), density=_mean(kept), baseline=fastest)
             verdict = _verdict(replace(case, mask=each.layer), backend)
-            made = partial(Row.of, "ttft", backend, named, density=density, baseline=fastest, verdict=verdict)
-            under = lambda plan=each.plan, backend=backend: apply(model, plan, backend=backend)  # noqa: E731
-            yield from _measured(model, ids, under, made)
+            if verdict is None:
+                yield made(None, None, building=False)
+                continue
+            under = partial(apply, model, each.plan, backend=backend)
+            yield from _measured(model, ids, under, partial(made, verdict=verdict), kept)
 
 
 def _case(setting: Setting, mark: Fingerprint, n: int) -> Case:
@@ -147,35 +153,62 @@ def _case(setting: Setting, mark: Fingerprint, n: int) -> Case:
     return Case.of(DENSE, n, shape, setting.dtype, setting.device, setting.batch)
 
 
-def _verdict(case: Case, backend: str) -> Verdict:
-    call = replace(case, n=min(case.n, _CHECKED_LENGTH), batch=1).call()
-    return check_rows(call, *kernels.run_backend(call, "auto" if backend == "fastest" else backend))
+def _verdict(case: Case, backend: str) -> Verdict | None:
+    """None where memory runs out."""
+    try:
+        call = replace(case, n=min(case.n, _CHECKED_LENGTH), batch=1).call()
+        return check_rows(call, *kernels.run_backend(call, "auto" if backend == "fastest" else backend))
+    except torch.OutOfMemoryError:
+        return None
 
 
-def _density(model: Any, plan: Plan, ids: torch.Tensor) -> float:
-    """Of all layers and heads; where keys are chosen from the input, on this prompt."""
-    from attnsieve.evaluation.density import plan_density
+def _densities(model: Any, plan: Plan, ids: torch.Tensor) -> dict[int, float] | None:
+    """By layer, of all its heads; where keys are chosen from the input, on this prompt, and None where memory runs out."""
+    from attnsieve.evaluation.density import layer_densities
     from attnsieve.evaluation.fidelity import layer_fidelity
+    from attnsieve.hf import fingerprint
 
     if not plan.dynamic:
-        return plan_density(plan, len(ids))
-    return float(layer_fidelity(model, plan, ids.tolist()).density.mean())
+        return layer_densities(model, plan, len(ids))
+    try:
+        found = layer_fidelity(model, plan, ids.tolist()).density.mean(1)
+    except torch.OutOfMemoryError:
+        return None
+    return dict(zip(fingerprint(model).indices, found.tolist(), strict=True))
+
+
+def _mean(densities: dict[int, float] | None) -> float | None:
+    return None if densities is None else fmean(densities.values())
 
 
 def _measured(
-    model: Any, ids: torch.Tensor, under: Callable[[], AbstractContextManager[Any]], row: Callable[..., Row]
+    model: Any,
+    ids: torch.Tensor,
+    under: Callable[[], AbstractContextManager[Any]],
+    row: Callable[..., Row],
+    densities: dict[int, float] | None = None,
 ) -> Iterator[Row]:
-    """The first call and later ones, in milliseconds, or one row that ran out of memory."""
+    """The first call and later ones, in milliseconds, or one row that ran out of memory. densities: of a plan's layers, where they
+    run sparse."""
     device = str(ids.device)
     try:
-        with under(), torch.inference_mode():
+        with under() as handle, torch.inference_mode():
             first = _first_token(model, ids, device)
+            if densities is not None:
+                row = partial(row, density=_mean(_as_run(densities, handle.report())))
             yield row(Times.of([first]), _peak(device), building=True)
             repeats = 1 if first > _LONG_SECONDS * 1e3 else 3
             times = Times.of([_first_token(model, ids, device) for _ in range(repeats)])
             yield row(times, _peak(device), building=False)
     except torch.OutOfMemoryError:
         yield row(None, None, building=False)
+
+
+def _as_run(densities: dict[int, float], report: Report) -> dict[int, float]:
+    """1 for layers that stayed dense although the plan is sparse there, such as by the backend "fastest"."""
+    from attnsieve.hf.report import BY_PLAN
+
+    return densities | {layer.layer: 1.0 for layer in report.layers if layer.dense.keys() - {BY_PLAN}}
 
 
 def _first_token(model: Any, ids: torch.Tensor, device: str) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tqdm.auto import tqdm
 
 import attnsieve
 from attnsieve.errors import require
-from attnsieve.evaluation.density import plan_density
+from attnsieve.evaluation.density import layer_densities
 from attnsieve.evaluation.fidelity import layer_fidelity
 from attnsieve.evaluation.ledger import Cell, Ledger, Measures, Run, plan_digest
 from attnsieve.evaluation.rows import Row
@@ -136,8 +137,8 @@ class Runs:
         ]
 
     def _density(self, cell: Cell, plan: Plan, item: Any, planned: bool) -> float:
-        """Counted for static plans at the target length; measured on the first item for plans that choose from the input, and where
-        layers stayed dense by name."""
+        """Counted for static plans at the target length, within the model's own windows; measured on the first item for plans
+        that choose from the input, and where layers stayed dense by name."""
         if planned and not plan.dynamic:
-            return plan_density(plan, cell.length)
+            return fmean(layer_densities(self._model, plan, cell.length).values())
         return float(layer_fidelity(self._model, plan, cell.task.ids(self._tokenizer, item)).density.mean())
