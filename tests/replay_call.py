@@ -7,13 +7,16 @@ import torch
 import triton
 import triton.language as tl
 
-from attnsieve import replay
-from attnsieve.replay import launch, repeat
+from attnsieve import launching, replay
+from attnsieve.launching import launch
+from attnsieve.replay import repeat
 from tests.gpu_compiler import record_launches
 
 __all__ = ["Bundle", "call", "kept", "kernel", "launch", "launched", "launches", "repeat", "replay", "stream", "torch", "ways"]
 
 launches = record_launches()
+# Ordinary launches are Triton's here, so that they are told apart from those of a replay.
+launching.is_heard = lambda: True
 stream = SimpleNamespace(cuda_stream=0)
 torch.Tensor.is_cuda = property(lambda tensor: True)
 torch.cuda.current_device = lambda: -1

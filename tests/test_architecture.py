@@ -11,7 +11,7 @@ PACKAGE = ROOT / "src" / "attnsieve"
 FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {
     "transformers": {"hf", "nn", "evaluation", "cli"},
-    "triton": {"backends", "nn", "replay", "selection"},
+    "triton": {"backends", "launching", "nn", "replay", "selection"},
     "matplotlib": {"show"},
     "lm_eval": {"evaluation"},
 }

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnsieve.device import in_forward_mode, is_capturing, on_device_of, stream_of
+from attnsieve.launching import ALIGNED, can_launch_directly, directly, is_heard, is_known_triton, listen
 
-# Triton compiles other code for addresses that are no multiples of this.
-_ALIGNED = 16
 # Temporary tensors begin at multiples of this, as the allocator of torch gives them out.
 _APART = 512
 # Kinds that are remembered: chunks of a growing text would add up for ever.
@@ -28,19 +27,8 @@ _MOST = 64
 _ALLOCATIONS = {
     getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 }
-_recording = threading.local()
 # How many calls of a kind there were, its replay, or None where it cannot be replayed.
 _known: dict[Hashable, int | Replay | None] = {}
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
-    """Launch a Triton kernel and return its compiled code; recorded if a call is."""
-    compiled = kernel[grid](*args, **options)
-    recording = getattr(_recording, "now", None)
-    if recording is not None:
-        named = (options[name] for name in kernel.arg_names[len(args) :])
-        recording.launches.append((compiled, (*grid, 1, 1)[:3], (*args, *named)))
-    return compiled
 
 
 def repeat(rest: Hashable, inputs: Sequence[Tensor], run: Callable[[], Tensor]) -> Tensor:
@@ -80,7 +68,7 @@ def _can_repeat(inputs: Sequence[Tensor]) -> bool:
 def _can_record(inputs: Sequence[Tensor]) -> bool:
     """One address for two tensors could be either's in another call; code for odd addresses would be slow for others."""
     addresses = {x.data_ptr() for x in inputs}
-    return len(addresses) == len(inputs) and not any(address % _ALIGNED for address in addresses) and is_known_triton()
+    return len(addresses) == len(inputs) and not any(address % ALIGNED for address in addresses) and is_known_triton()
 
 
 def _remember(kind: Hashable, what: int | Replay | None) -> None:
@@ -95,12 +83,12 @@ def _record(run: Callable[[], Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor
 
     recording = _Recording()
     knobs.runtime.launch_enter_hook.add(recording.hear)
-    _recording.now = recording
+    listen(recording.note)
     try:
         with recording:
             result = run()
     finally:
-        _recording.now = None
+        listen(None)
         knobs.runtime.launch_enter_hook.remove(recording.hear)
     return result, Replay.of(recording, inputs, result)
 
@@ -126,6 +114,10 @@ class _Recording(TorchDispatchMode):
         elif not op.is_view:
             self.does_more = True
         return result
+
+    def note(self, *launched: Any) -> None:
+        """Keep a launch."""
+        self.launches.append(launched)
 
     def hear(self, _: Any) -> None:
         """Triton launches a kernel, whoever asked for it."""
@@ -215,7 +207,7 @@ class Replay:
         """The result; None if the code does not serve the addresses of these inputs."""
         addresses = [x.data_ptr() for x in inputs]
         for address in addresses:
-            if address % _ALIGNED:
+            if address % ALIGNED:
                 return None
         result = torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device=inputs[0].device)
         addresses.append(result.data_ptr())
@@ -238,34 +230,3 @@ def _getter(places: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
     if len(places) > 1:
         return itemgetter(*places)
     return lambda values: tuple(values[place] for place in places)
-
-
-def can_launch_directly(compiled: Any) -> bool:
-    """Whether compiled code can be called without Triton: how that is done is no promise, so by Triton 3.6 only."""
-    # Interpreted kernels have no code, compiled ones that were never launched no function.
-    if not is_known_triton() or getattr(compiled, "function", None) is None:
-        return False
-    return not (compiled.run.global_scratch_size or compiled.run.profile_scratch_size)
-
-
-def is_known_triton() -> bool:
-    """Whether it is Triton 3.6: how its code is called, and Gluon, are no promises and differ between versions."""
-    import triton
-
-    return triton.__version__.split(".")[:2] == ["3", "6"]  # type: ignore[no-any-return]
-
-
-def directly(compiled: Any) -> tuple[Any, tuple[Any, ...]]:
-    """What launches compiled code, and what it takes between (grid, stream) and the kernel's arguments."""
-    run = compiled.run
-    no_scratch, no_hooks = (None, None), (None, None, None)
-    options = (run.launch_cooperative_grid, run.launch_pdl)
-    return run.launch, (compiled.function, *options, *no_scratch, compiled.packed_metadata, *no_hooks)
-
-
-def is_heard() -> bool:
-    """Whether somebody listens to launches: hooks are chains with members, or what was put in their place."""
-    from triton import knobs
-
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(bool(getattr(hook, "calls", hook)) for hook in hooks)

@@ -92,12 +92,12 @@ def _source(name_or_path: str | Path, cache: Path) -> tuple[str | Path, bool]:
         )
         return _converted(gguf, actual, cache), True
     path = Path(name_or_path).expanduser()
-    if path.suffix == ".gguf":
-        require(path.is_file(), f"no such file: {path}")
-        return _converted(path, _sha256(path), cache), True
     if path.is_dir():
         require((path / "config.json").is_file(), f"{path} has no config.json: expected a transformers model directory")
         return path, True
+    if path.suffix == ".gguf":
+        require(path.is_file(), f"no such file: {path}")
+        return _converted(path, _sha256(path), cache), True
     require(
         not path.exists(),
         f"{path} is a file that holds no model: expected a model directory, a .gguf file, a hub id or {SMOLLM2}",

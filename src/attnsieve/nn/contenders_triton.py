@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnsieve.replay import launch
+from attnsieve.launching import launch
 
 # Keys that share a bound, keys of a sample, and scores that may be bounds.
 CHUNK = 1024

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnsieve.device import padded
-from attnsieve.replay import launch
+from attnsieve.launching import launch
 
 # Tokens at a time, and programs that share the tokens of a head in the backward pass.
 _TOKENS = 64
@@ -72,7 +72,9 @@ class FusedScores(torch.autograd.Function):
         shares = min(_SHARES, triton.cdiv(n, _TOKENS))
         d_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         parts = torch.empty(batch * shares, heads * heads * width + 2 * heads, dtype=torch.float32, device=v.device)
-        _gradients_kernel[(shares, heads, batch)](
+        launch(
+            _gradients_kernel,
+            (shares, heads, batch),
             v,
             *v.stride()[:3],
             _parameters(weight, bias, a),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnsieve.launching import launch
 from attnsieve.spans import Spans
 
 
@@ -28,9 +29,8 @@ def of_spans(spans: Spans, batch: int, slots: int) -> tuple[Tensor, Tensor]:
     """int32 [B, n]: start and stop of the key slots of `spans`."""
     vectors = (spans.batch, spans.k_start, spans.k_len)
     start, stop = torch.empty(2, batch, slots, dtype=torch.int32, device=spans.batch.device).unbind()
-    _segments_kernel[(triton.cdiv(slots, 256), batch)](
-        KeySpans(*vectors, *(vector.stride(0) for vector in vectors)), start, stop, len(spans), slots, STEP=256
-    )
+    keys = KeySpans(*vectors, *(vector.stride(0) for vector in vectors))
+    launch(_segments_kernel, (triton.cdiv(slots, 256), batch), keys, start, stop, len(spans), slots, STEP=256)
     return start, stop
 
 

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnsieve.launching import launch
 from attnsieve.nn.contenders_triton import GONE, Documents, all_contend, document_of, find_contenders
-from attnsieve.replay import launch
 
 # Rows that one warp goes through, one after the other.
 ROWS = 64

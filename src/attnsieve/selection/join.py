@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -64,11 +64,10 @@ class Part:
     first_row: int
     chosen: Chosen
 
-    def chooses_all(self, sequences: int, heads: int) -> bool:
-        """Whether its table alone is that of all sequences and heads of a layout."""
-        table, carrier = self.chosen.table, self.carrier
-        everyone = self.sequences is None and carrier.target is None and carrier.repeat == 1
-        return everyone and table is not None and table.shape[:2] == (sequences, heads)
+    def is_for_all(self, values: Tensor | TableInParts | None, shape: tuple[int, ...]) -> bool:
+        """Whether values [S, C, ...] of this part's are those of all sequences and heads [Z, H] of a layout."""
+        everyone = self.sequences is None and self.carrier.target is None and self.carrier.repeat == 1
+        return everyone and values is not None and values.shape[:2] == shape[:2]
 
     def put(self, into: Tensor, values: Tensor) -> None:
         """Unite `into` [Z, H, ...] with values [S, C, ...], at this part's sequences and heads; values may be shorter."""
@@ -92,19 +91,35 @@ def _unite(into: Tensor, values: Tensor, heads: tuple[int, ...] | None) -> None:
 def join(static: Static, sequences: int, parts: Sequence[Part]) -> Layout:
     """One set of masks per sequence: the static layout's and every part's."""
     base, shape = static.layout, (sequences, static.layout.heads, static.layout.length)
-    end = base.end.expand(shape).clone()
-    has_offset = base.offset is not None or any(part.chosen.offset is not None for part in parts)
-    offset = torch.zeros(shape, dtype=torch.bool, device=base.device) if has_offset else None
-    if offset is not None and base.offset is not None:
-        offset |= base.offset
-    for part in parts:
-        if part.chosen.end is not None:
-            part.put(end, part.chosen.end)
-        if part.chosen.offset is not None and offset is not None:
-            part.put(offset, part.chosen.offset)
+    end = _united(base.end, [(part, part.chosen.end) for part in parts if part.chosen.end is not None], shape)
+    offset = _united(base.offset, [(part, part.chosen.offset) for part in parts if part.chosen.offset is not None], shape)
     windows = base.windows and not any(part.chosen.mortal for part in parts)
     blocks = _join_blocks(static, sequences, parts)
     return replace(base, end=end, offset=offset, blocks=blocks, passing=True, windows=windows)
+
+
+@overload
+def _united(base: Tensor, chosen: Sequence[tuple[Part, Tensor]], shape: tuple[int, int, int]) -> Tensor: ...
+
+
+@overload
+def _united(base: Tensor | None, chosen: Sequence[tuple[Part, Tensor]], shape: tuple[int, int, int]) -> Tensor | None: ...
+
+
+def _united(base: Tensor | None, chosen: Sequence[tuple[Part, Tensor]], shape: tuple[int, int, int]) -> Tensor | None:
+    """The vector of a layout, [Z | 1, H, n] or None, with what was chosen in it."""
+    if len(chosen) == 1 and chosen[0][0].is_for_all(chosen[0][1], shape):
+        values = chosen[0][1]
+        return values.contiguous() if base is None else torch.maximum(base, values)
+    if base is not None:
+        united = base.expand(shape).clone()
+    elif chosen:
+        united = torch.zeros(shape, dtype=chosen[0][1].dtype, device=chosen[0][1].device)
+    else:
+        return None
+    for part, values in chosen:
+        part.put(united, values)
+    return united
 
 
 def _join_blocks(static: Static, sequences: int, parts: Sequence[Part]) -> Blocks | None:
@@ -118,7 +133,7 @@ def _join_blocks(static: Static, sequences: int, parts: Sequence[Part]) -> Block
     count, width = -(-base.length // size), -(-base.length // keys)
     # Rows of blocks before the first query are left open. A sequence for which no blocks were chosen may have the first one.
     first = min(_first_row(part) for part in parts) // size
-    if len(listing) == 1 and static.table is None and listing[0].chooses_all(sequences, base.heads):
+    if len(listing) == 1 and static.table is None and listing[0].is_for_all(listing[0].chosen.table, (sequences, base.heads)):
         assert listing[0].chosen.table is not None
         return _listed(listing[0].chosen.table, size, keys, first)
     shape = (sequences, base.heads, count - first, width)

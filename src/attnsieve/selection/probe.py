@@ -16,12 +16,12 @@ from attnsieve.selection.sequence import Chosen, SequenceQK, fewest_with_mass
 
 
 def probe_rows(sequence: SequenceQK, probe: int, strided: int = 0) -> Tensor:
-    """int64 [P]: the last `probe` query positions, and `strided` more spread evenly over the queries before them."""
+    """int32 [P]: the last `probe` query positions, and `strided` more spread evenly over the queries before them."""
     first = max(sequence.first_row, sequence.tokens - probe)
-    rows = torch.arange(first, sequence.tokens, device=sequence.q.device)
+    rows = torch.arange(first, sequence.tokens, dtype=torch.int32, device=sequence.q.device)
     earlier = min(strided, first - sequence.first_row)
     if earlier:
-        spread = torch.linspace(sequence.first_row, first - 1, earlier, device=rows.device).long()
+        spread = torch.linspace(sequence.first_row, first - 1, earlier, device=rows.device).int()
         rows = torch.cat([spread, rows])
     return rows
 
@@ -142,4 +142,4 @@ class LastRows:
 
 def forever(kept: Tensor) -> Tensor:
     """int32: ends of keys that all rows see, 0 for the others."""
-    return torch.where(kept, FOREVER, 0).to(torch.int32)
+    return kept.int().mul_(FOREVER)

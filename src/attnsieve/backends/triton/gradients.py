@@ -19,6 +19,7 @@ from attnsieve.backends.triton.product_columns import bias_columns, row_columns
 from attnsieve.backends.triton.schedule import Schedule, only_lists, schedule, stretches, tiles_by_key
 from attnsieve.backends.triton.tuning import STRETCH_ROWS, key_tiles, query_tiles
 from attnsieve.device import padded
+from attnsieve.launching import launch
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def row_sums(call: Call, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor 
     heads, slots, width = call.q.shape[1], call.q.shape[2], call.v.shape[-1]
     delta = torch.empty_like(lse)
     grid = (triton.cdiv(slots, 64), call.q.shape[0] * heads)
-    delta_kernel[grid](rows_of(out), rows_of(d_out), lse, _of_rows(d_lse), delta, heads, slots, width, padded(width), STEP=64)
+    numbers = (heads, slots, width, padded(width))
+    launch(delta_kernel, grid, rows_of(out), rows_of(d_out), lse, _of_rows(d_lse), delta, *numbers, STEP=64)
     return delta
 
 
@@ -62,7 +64,9 @@ def query_gradient(
     built = schedule(call.layout, geometry.positions, tiles.keys, listing=_listing())
     d_q = torch.empty_like(call.q, memory_format=torch.contiguous_format)
     clear_uncovered(call, d_q, None)
-    dq_kernel[(geometry.query_tiles, call.layout.heads, len(call.spans))](
+    launch(
+        dq_kernel,
+        (geometry.query_tiles, call.layout.heads, len(call.spans)),
         *_inputs(call, bias),
         rows_of(d_out),
         lse,
@@ -114,7 +118,9 @@ def key_gradients(
 def _add_tiles(geometry: Geometry, built: Schedule, common: tuple[object, ...]) -> None:
     """Add the sums over key tiles."""
     call, tiles = geometry.call, geometry.tiles
-    dkv_tiles_kernel[(triton.cdiv(call.k.shape[2], tiles.keys), call.layout.heads, len(call.spans))](
+    launch(
+        dkv_tiles_kernel,
+        (triton.cdiv(call.k.shape[2], tiles.keys), call.layout.heads, len(call.spans)),
         *common,
         tiles_by_key(call.layout, built),
         call.scale,
@@ -130,7 +136,9 @@ def _add_singles(geometry: Geometry, built: Schedule, common: tuple[object, ...]
     call = geometry.call
     rows = max(STRETCH_ROWS, geometry.positions, built.positions)
     grid, lists = _stretches(geometry, built, rows)
-    dkv_singles_kernel[grid](
+    launch(
+        dkv_singles_kernel,
+        grid,
         *common,
         lists,
         call.scale,
@@ -149,7 +157,9 @@ def _add_singles_hopper(call: Call, built: Schedule, common: tuple[object, ...])
     geometry = Geometry(call, TILES)
     grid, lists = _stretches(geometry, built, STRETCH_ROWS)
     constants = geometry.constants()
-    dkv_hopper[grid](
+    launch(
+        dkv_hopper,
+        grid,
         *common,
         lists,
         call.scale,

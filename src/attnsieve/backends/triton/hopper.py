@@ -13,7 +13,7 @@ from attnsieve.backends.call import Call
 from attnsieve.backends.triton.common import LISTED_ALL
 from attnsieve.backends.triton.geometry import Geometry
 from attnsieve.backends.triton.schedule import Schedule
-from attnsieve.replay import is_known_triton
+from attnsieve.launching import is_known_triton
 
 
 def serves(call: Call, built: Schedule) -> bool:

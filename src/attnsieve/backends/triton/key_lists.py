@@ -12,8 +12,8 @@ from torch import Tensor
 
 from attnsieve.backends.triton.common import Lists, Marks, Mask
 from attnsieve.backends.triton.single_keys import KeyLists, count_lasting, list_keys, list_lasting
+from attnsieve.launching import launch
 from attnsieve.layout import Layout
-from attnsieve.replay import launch
 
 # Rows of a root, and the layouts, in rows, where keys that outlive theirs are listed before.
 ROOT = 1024

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from triton.runtime import driver
 
-from attnsieve.replay import can_launch_directly, directly, is_heard, launch
+from attnsieve.launching import can_launch_directly, directly, is_heard, launch
 
 _ALIGNED = 16
 _BEYOND = 2**31

@@ -11,6 +11,7 @@ from torch import Tensor
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton.common import places_of, rows_of
 from attnsieve.device import padded
+from attnsieve.launching import launch
 
 
 def new_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +30,8 @@ def clear_uncovered(call: Call, out: Tensor, lse: Tensor | None) -> None:
         return
     batch, heads, slots, width = out.shape
     grid = (triton.cdiv(slots, 128), batch * heads)
-    uncovered_kernel[grid](rows_of(out), lse, places_of(call.spans), len(call.spans), heads, slots, 128, width, padded(width))
+    numbers = (len(call.spans), heads, slots, 128, width, padded(width))
+    launch(uncovered_kernel, grid, rows_of(out), lse, places_of(call.spans), *numbers)
 
 
 @triton.jit

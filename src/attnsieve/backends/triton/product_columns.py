@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnsieve.backends.call import Call
 from attnsieve.backends.triton.common import Rows, load_rows, rows_of
-from attnsieve.replay import launch
+from attnsieve.launching import launch
 
 # Three columns hold one vector (see `split`).
 LSE_COLUMN = tl.constexpr(0)
@@ -49,14 +49,14 @@ def bias_columns(call: Call) -> Rows | None:
     batch, heads, slots = bias.shape
     columns = bias.new_empty(batch, heads, slots, 16, dtype=columns_dtype(call))
     grid = (triton.cdiv(slots, 128), batch * heads)
-    _bias_kernel[grid](Rows(bias, *bias.stride()), columns, call.scale, heads, slots, STEP=128)
+    launch(_bias_kernel, grid, Rows(bias, *bias.stride()), columns, call.scale, heads, slots, STEP=128)
     return rows_of(columns)
 
 
 def row_columns(call: Call, lse: Tensor, delta: Tensor) -> Tensor:
     """[B, Hq, Tq, 16]: -LSE / scale, ones and -delta, as the kernels of dK and dV read them."""
     columns = lse.new_empty(*lse.shape, 16, dtype=columns_dtype(call))
-    _rows_kernel[(triton.cdiv(lse.numel(), 64),)](lse, delta, columns, call.scale, lse.numel(), STEP=64)
+    launch(_rows_kernel, (triton.cdiv(lse.numel(), 64),), lse, delta, columns, call.scale, lse.numel(), STEP=64)
     return columns
 
 

@@ -35,6 +35,7 @@ from attnsieve.backends.triton.vectors import (
     list_flagged,
     words_of_distances,
 )
+from attnsieve.launching import launch
 from attnsieve.layout import Layout
 from attnsieve.patterns import FOREVER
 
@@ -212,18 +213,19 @@ def _count_tiles(
     count = layout.end.new_empty(layout.sequences, layout.heads, outer)
     room = 0 if singles is None else singles.items.shape[-1]
     grid, rest = _tile_kernel(layout, built, outer, by_key)
-    count_tiles[grid](built.mask, built.summary, count, flagged, singles, room, **rest)
+    launch(count_tiles, grid, built.mask, built.summary, count, flagged, singles, room, **rest)
     return count
 
 
 def _tile_lists(layout: Layout, built: Schedule, count: Tensor, by_key: bool) -> Lists:
-    stop = (count + 1).flatten().cumsum(0)
-    start = stop.view(count.shape) - count - 1
+    entries = count + 1
+    stop = entries.flatten().cumsum(0)
+    start = stop.view(count.shape) - entries
     chosen = layout.passing or layout.most_keys is not None
     room = _most_tiles(layout, built) + count.numel() if chosen else int(stop[-1])
     lists = Lists(start, torch.empty_like(count), count, count.new_empty(room + SPARE))
     grid, rest = _tile_kernel(layout, built, count.shape[-1], by_key)
-    fill_tiles[grid](built.mask, built.summary, lists, **rest)
+    launch(fill_tiles, grid, built.mask, built.summary, lists, **rest)
     return lists
 
 

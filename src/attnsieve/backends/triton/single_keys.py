@@ -11,6 +11,7 @@ import triton.language as tl
 
 from attnsieve.backends.triton.common import Lists
 from attnsieve.backends.triton.lists import place
+from attnsieve.launching import launch
 from attnsieve.layout import Blocks, Layout
 
 
@@ -44,9 +45,8 @@ def block_lists(layout: Layout, blocks: Blocks, positions: int, spare: int) -> L
     lists = Lists(start, torch.empty_like(count), count, items)
     source = BlockKeys(blocks.count.contiguous(), blocks.index.contiguous(), blocks.index.shape[3])
     ends = layout.end.expand(*blocks.index.shape[:2], -1).contiguous()
-    list_block_keys[(rows, blocks.index.shape[:2].numel())](
-        source, ends, lists, layout.length, rows, tiles, blocks.rows, blocks.keys, positions, layout.offset is None, STEP=1024
-    )
+    grid, numbers = (rows, blocks.index.shape[:2].numel()), (layout.length, rows, tiles, blocks.rows, blocks.keys, positions)
+    launch(list_block_keys, grid, source, ends, lists, *numbers, layout.offset is None, STEP=1024)
     return lists
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnsieve.backends.triton.bits import TAIL
 from attnsieve.backends.triton.common import LISTED_ALL, LISTED_FLAGGED
+from attnsieve.launching import launch
 from attnsieve.layout import Layout
 from attnsieve.patterns import FOREVER
 
@@ -61,9 +62,8 @@ def survey(layout: Layout, positions: int, keys: int, listed: int) -> Survey:
     found = new(_FOUND, *sides, programs, dtype=torch.int64)
     result = Survey(latest, earliest, in_lists, new(*sides, words), flagged, offsets, found)
     offset = None if layout.offset is None else layout.offset.contiguous().view(torch.uint8)
-    _survey_kernel[(programs, sides.numel())](
-        layout.end.contiguous(), offset, result, n, words, positions, keys, listed, CHUNK, num_warps=8
-    )
+    grid, numbers = (programs, sides.numel()), (n, words, positions, keys, listed, CHUNK)
+    launch(_survey_kernel, grid, layout.end.contiguous(), offset, result, *numbers, num_warps=8)
     return result
 
 

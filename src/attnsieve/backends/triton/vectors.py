@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnsieve.backends.triton.bits import TAIL
 from attnsieve.backends.triton.survey import CHUNK, OFFSETS, WINDOW, Survey
+from attnsieve.launching import launch
 from attnsieve.layout import Blocks, Layout
 
 
@@ -39,7 +40,7 @@ def words_of_distances(layout: Layout, found: Survey | None, windows: bool) -> T
     lives = None if found is None or not windows else found.found[WINDOW]
     programs = 0 if lives is None else lives.shape[-1]
     grid = (-(-words * 32 // CHUNK), layout.end.shape[:2].numel())
-    _distances_kernel[grid](offset, lives, result, layout.length, words, programs, CHUNK)
+    launch(_distances_kernel, grid, offset, lives, result, layout.length, words, programs, CHUNK)
     return result
 
 
@@ -66,9 +67,8 @@ def _count(words: Tensor, counts: Tensor, places: Tensor | None, n: int, positio
     before = Before(new(width), new(width), new(-(-n // keys)), width)
     room = 0 if places is None else places.shape[-1]
     grid = (-(-(n + step) // CHUNK), sides.numel())
-    _count_kernel[grid](
-        words, counts, before, places, room, n, words.shape[-1], counts.shape[-1], step, keys, CHUNK, num_warps=8
-    )
+    numbers = (room, n, words.shape[-1], counts.shape[-1], step, keys, CHUNK)
+    launch(_count_kernel, grid, words, counts, before, places, *numbers, num_warps=8)
     return before
 
 
@@ -83,9 +83,8 @@ def bits_of_blocks(blocks: Blocks) -> Tensor:
     *sides, nb, room = blocks.index.shape
     words = torch.zeros(*sides, nb, -(-nb // 32), dtype=torch.int32, device=blocks.index.device)
     grid = (words.shape[:3].numel(),)
-    _blocks_kernel[grid](
-        blocks.count.contiguous(), blocks.index.contiguous(), words, room, words.shape[-1], STEP=128, num_warps=1
-    )
+    numbers = (room, words.shape[-1])
+    launch(_blocks_kernel, grid, blocks.count.contiguous(), blocks.index.contiguous(), words, *numbers, STEP=128, num_warps=1)
     return words
 
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnsieve.launching import launch
+
 # Rows up to this width stay in registers during the search.
 MOST_IN_REGISTERS = 1 << 13
 # Entries that a warp looks at together: 8 a thread.
@@ -184,7 +186,8 @@ def fewest_with_mass(weights: Tensor, share: float | Tensor, stops: Tensor | Non
     sizes = (width, 1 if stops is None else len(stops), per_head)
     if width <= MOST_IN_REGISTERS:
         size = int(triton.next_power_of_2(width))
-        short_kernel[(rows,)](weights, stops, alike, shares, kept, *sizes, heads, WIDTH=size, num_warps=max(1, size // 1024))
+        rest = {"WIDTH": size, "num_warps": max(1, size // 1024)}
+        launch(short_kernel, (rows,), weights, stops, alike, shares, kept, *sizes, heads, **rest)
     else:
         # Few rows have a multiprocessor each, of many two share one.
         warps = 16 if rows <= MULTIPROCESSORS else 8
@@ -192,5 +195,5 @@ def fewest_with_mass(weights: Tensor, share: float | Tensor, stops: Tensor | Non
         room = triton.cdiv(width, step) * step
         candidates = weights.new_empty(rows, room)
         rest = {"WAYS": 8, "STEP": step, "num_warps": warps, "maxnreg": 128}
-        long_kernel[(rows,)](weights, stops, alike, shares, candidates, kept, width, room, *sizes[1:], heads, **rest)
+        launch(long_kernel, (rows,), weights, stops, alike, shares, candidates, kept, width, room, *sizes[1:], heads, **rest)
     return kept.view(torch.bool)

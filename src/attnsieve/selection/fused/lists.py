@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnsieve.launching import launch
+
 
 @triton.jit
 def count_kernel(table, count, rows, width, first, SIDE: tl.constexpr, KEYS: tl.constexpr, STEP: tl.constexpr):
@@ -46,8 +48,8 @@ def listed(table: Tensor, side: int, keys: int, first: int) -> tuple[Tensor, Ten
     count = table.new_empty(table.shape[:-1], dtype=torch.int32)
     step = min(4096, int(triton.next_power_of_2(width)))
     constants = {"SIDE": side, "KEYS": keys, "STEP": step, "num_warps": max(1, step // 512)}
-    count_kernel[(count.numel(),)](table, count, rows, width, first, **constants)
+    launch(count_kernel, (count.numel(),), table, count, rows, width, first, **constants)
     room = width if side == keys else max(1, int(count.max()))
     index = table.new_empty(*table.shape[:-1], room, dtype=torch.int32)
-    fill_kernel[(count.numel(),)](table, index, rows, width, room, first, **constants)
+    launch(fill_kernel, (count.numel(),), table, index, rows, width, room, first, **constants)
     return count, index

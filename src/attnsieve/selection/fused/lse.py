@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnsieve.launching import launch
 from attnsieve.selection.fused.rows import (
     LOG2E,
     TILES_AT_ONCE,
@@ -145,7 +146,9 @@ def row_lse(probed: ProbedRows, k: Tensor, block: int = 0) -> tuple[Tensor, Tens
     partial = k.new_empty(heads, splits, probed.count, dtype=torch.float32)
     blocks = -(-units // size)
     by_block = k.new_empty(heads, probed.count, blocks, dtype=torch.float32) if block else None
-    lse_kernel[(triton.cdiv(probed.count, sides.rows), splits, heads)](
+    launch(
+        lse_kernel,
+        (triton.cdiv(probed.count, sides.rows), splits, heads),
         probed.q,
         probed.position,
         keys_of(k),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnsieve.launching import launch
 from attnsieve.selection.fused.lse import row_lse
 from attnsieve.selection.fused.rows import (
     TILES_AT_ONCE,
@@ -109,7 +110,9 @@ def _write_by_key(probed: ProbedRows, k: Tensor, rows: int, members: int, out: T
     sides = Sides.of(probed.q, units * slots)
     at_once = max(1, sides.rows // slots)
     splits = triton.cdiv(triton.cdiv(k.shape[2], sides.keys), TILES_AT_ONCE)
-    keys_kernel[(triton.cdiv(units, at_once), splits, len(out))](
+    launch(
+        keys_kernel,
+        (triton.cdiv(units, at_once), splits, len(out)),
         probed.q,
         probed.position,
         lse,
@@ -177,7 +180,9 @@ def by_block(probed: ProbedRows, k: Tensor, block: int, sums: Sums) -> Tensor:
     members = probed.group if sums.together else 1
     blocks, width = probed.q.shape[2] // sums.rows, -(-k.shape[2] // (probed.q.shape[3] * block))
     out = k.new_empty(len(lse), probed.group // members, blocks, width, dtype=torch.float32)
-    fold_kernel[(triton.cdiv(width, 256), blocks, len(lse))](
+    launch(
+        fold_kernel,
+        (triton.cdiv(width, 256), blocks, len(lse)),
         finer,
         lse,
         probed.position,

@@ -8,6 +8,7 @@ a row is then PARTS queries and a key PARTS keys whose products are added up; el
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class ProbedRows:
 
     @classmethod
     def of(cls, sequence: SequenceQK, rows: Tensor, fresh: Tensor | None = None) -> ProbedRows:
-        """The queries at positions `rows`, int64 [Y]; those that are not fresh, bool [Y], read nothing."""
+        """The queries at positions `rows`, int32 or int64 [Y]; those that are not fresh, bool [Y], read nothing."""
         position = rows.int() if fresh is None else torch.where(fresh, rows, -1).int()
         return cls(_of_groups(sequence, rows).unsqueeze(3), position, sequence.scale * LOG2E)
 
@@ -65,7 +66,7 @@ class ProbedRows:
 def _of_groups(sequence: SequenceQK, rows: Tensor) -> Tensor:
     """[S, K, Y, G, D]."""
     grouped: Tensor = sequence.q.unflatten(1, (sequence.k.shape[1], -1)).transpose(2, 3)
-    return grouped.index_select(2, rows - sequence.first_row)
+    return grouped.index_select(2, rows - sequence.first_row if sequence.first_row else rows)
 
 
 class Keys(NamedTuple):
@@ -117,8 +118,12 @@ class Shape(NamedTuple):
 
 def shape_of(q: Tensor) -> Shape:
     """For q [S, K, Y, PARTS, G, D]. float32 inputs are multiplied in float32, not in tf32."""
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    return Shape._make(map(tl.constexpr, (q.shape[4], q.shape[3], q.shape[5], padded(q.shape[5]), precision)))
+    return _shape(q.shape[4], q.shape[3], q.shape[5], "ieee" if q.dtype == torch.float32 else "tf32")
+
+
+@lru_cache(maxsize=64)
+def _shape(group: int, parts: int, width: int, precision: str) -> Shape:
+    return Shape._make(map(tl.constexpr, (group, parts, width, padded(width), precision)))
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnsieve.launching import launch
 from attnsieve.selection.fused.lse import row_lse
 from attnsieve.selection.fused.rows import ProbedRows, Sides, head_of, keys_of, load_keys, load_rows, shape_of
 from attnsieve.selection.sequence import SequenceQK
@@ -118,7 +119,7 @@ def slash_kernel(
 
 
 def larger_shares(sequence: SequenceQK, rows: Tensor, last: int) -> tuple[Tensor, Tensor]:
-    """float32 [S, C, n] twice: the attention of the queries at `rows`, int64 [P] ascending, the last of them one by one, by key and
+    """float32 [S, C, n] twice: the attention of the queries at `rows`, [P] ascending, the last of them one by one, by key and
     by distance; every cell is counted where the sum of all cells is larger, by key where they are equal."""
     cells = Cells.of(sequence, rows)
     column, offset = cells.sums(last, by=cells.sums(last))
@@ -152,7 +153,7 @@ class Cells:
 
     @classmethod
     def of(cls, sequence: SequenceQK, rows: Tensor) -> Cells:
-        """Of the queries at `rows`, int64 [P] ascending."""
+        """Of the queries at `rows`, [P] ascending."""
         probed = ProbedRows.of(sequence, rows)
         return cls(probed, sequence.k, row_lse(probed, sequence.k)[0], sequence.together)
 
@@ -203,7 +204,9 @@ class Cells:
         stretches = triton.cdiv(stretch.count, at_once)
         of_keys = k.new_empty(heads, stretches, n, dtype=torch.float32)
         of_distances = k.new_zeros(heads, stretches, 2, n, dtype=torch.float32)
-        slash_kernel[(triton.cdiv(n, sides.keys), stretches, heads)](
+        launch(
+            slash_kernel,
+            (triton.cdiv(n, sides.keys), stretches, heads),
             probed.q,
             probed.position,
             self.lse,

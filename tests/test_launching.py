@@ -1,0 +1,101 @@
+"""Launches past Triton: what compiled code is called for, and with what."""
+
+import pytest
+
+from tests.gpu_compiler import run_without_interpreter
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="by other versions launches are Triton's")
+START = "from tests.launching_call import *\n"
+
+
+def run(program: str) -> None:
+    run_without_interpreter(START + program)
+
+
+def test_the_second_launch_of_a_class_is_direct_with_the_same_arguments():
+    run("""
+first, second = launched(), launched()
+assert first[0] == "triton" and second[0] == "code"
+assert first[1:3] == second[1:3] and first[2] == (3, 2, 1)
+assert len(first[3]) == len(second[3]) and first[3] == second[3]
+assert launched(x=torch.zeros(64))[3][0] != first[3][0]
+""")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("n=1", "n=16", "n=0", "n=2**31", "n=2**63", "n=-2**31 - 1", "n=True", "n=None", "factor=3"),
+        *("x=torch.zeros(65)[1:]", "x=torch.zeros(64).half()", "x=None", "bundle=Bundle(y, 16)", "bundle=Bundle(y[1:], 7)"),
+        *(
+            "bundle=Bundle(None, 7)",
+            "FLAG=True",
+            "FLAG=1.0",
+            "SHAPE=Shape(*map(tl.constexpr, (4, 8)))",
+            "num_warps=8",
+            "device=1",
+        ),
+    ],
+)
+def test_other_classes_are_compiled_for_themselves(change):
+    run(f"""
+launched()
+assert launched()[0] == "code"
+other = dict({change})
+assert launched(**other)[0] == "triton"
+assert launched(**other)[0] == "code" and launched()[0] == "code"
+""")
+
+
+@pytest.mark.parametrize(
+    "change", ["n=23", "n=-7", "n=2**31 - 1", "bundle=Bundle(y, 23)", "bundle=Bundle(torch.zeros(8), 7)", "factor=3.5"]
+)
+def test_one_class_shares_its_code(change):
+    run(f"""
+launched()
+assert launched({change})[0] == "code"
+""")
+
+
+def test_triton_would_have_compiled_the_same():
+    """Triton's own class of a number follows from the one here: code that is shared is code that Triton would share."""
+    run("""
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.nvidia.compiler import CUDABackend
+edges = [0, 1, 2, 15, 16, 17, 2**31, 2**32, 2**62, 2**63]
+theirs = {}
+for n in sorted({s * edge + more for edge in edges for s in (1, -1) for more in (-16, -1, 0, 1, 16)}):
+    if -(2**63) <= n < 2**64:
+        kind = []
+        launching._describe([n], [False], kind, [])
+        theirs.setdefault(tuple(kind), set()).add(native_specialize_impl(CUDABackend, n, False, True, True))
+assert len(theirs) == 7 and all(len(classes) == 1 for classes in theirs.values()), theirs
+""")
+
+
+def test_who_listens_sees_triton_launch():
+    run("""
+from triton import knobs
+launched()
+listener = lambda *_: None
+knobs.runtime.launch_enter_hook.add(listener)
+assert launched()[0] == "triton"
+knobs.runtime.launch_enter_hook.remove(listener)
+assert launched()[0] == "code"
+noted = []
+launching.listen(lambda *launch: noted.append(launch))
+knobs.runtime.launch_enter_hook.add(listener)
+launched()
+launching.listen(None)
+launched()
+assert len(noted) == 1 and noted[0][1] == (3, 2, 1) and noted[0][2][-2:] == (False, shape)
+""")
+
+
+@pytest.mark.parametrize("version", ["3.7.1", "4.0.0"])
+def test_other_versions_launch_themselves(version):
+    run(f"""
+triton.__version__ = {version!r}
+assert {{launched()[0] for _ in range(4)}} == {{"triton"}}
+""")
