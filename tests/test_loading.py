@@ -203,6 +203,11 @@ def test_a_file_that_is_no_model_is_no_hub_id(tmp_path, monkeypatch, name):
         load_model(name)
 
 
+def test_a_folder_is_one_whatever_its_name_ends_in(tmp_path):
+    folder = save_tiny_model(tmp_path / "mine.gguf")
+    assert load_model(folder)[0].config._name_or_path == str(folder)
+
+
 def test_missing_gguf(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_model(tmp_path / "absent.gguf")

@@ -50,7 +50,8 @@ def load_model(
     except Exception as error:  # of whatever kind: what lies there is not ours
         raise UserError(f"cannot load a model from {str(source)!r}: {_one_line(error)}; {_remedy(local)}") from error
     # What results are labelled with; a conversion's folder in the cache says nothing to a reader.
-    model.config._name_or_path = Path(name_or_path).stem if str(name_or_path).endswith(".gguf") else str(name_or_path)
+    path = Path(name_or_path)
+    model.config._name_or_path = path.stem if path.suffix == ".gguf" and not path.is_dir() else str(name_or_path)
     return model.to(device).eval(), tokenizer
 
 
