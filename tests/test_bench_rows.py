@@ -341,6 +341,15 @@ def test_time_to_first_token_is_of_the_density_that_ran(monkeypatch):
     assert {row.density for row in fastest} == {1.0}
 
 
+def test_time_to_first_token_of_a_model_that_caps_its_scores(monkeypatch):
+    network = built("Gemma2Config", **MHA)
+    monkeypatch.setattr(ttft, "_subject", lambda _: ttft._Subject(network, lambda n: tokens(1, n)))
+    setting = ttft.Setting("tiny", [40], ["window(8)"], dense=["sdpa"], dtype=torch.float32, device="cpu")
+    with pytest.raises(UserError, match="Gemma2ForCausalLM does not run as sdpa: take eager as its baseline"):
+        next(ttft.rows(setting))
+    assert {row.density for row in ttft.rows(replace(setting, dense=["eager"]))} == {1.0}
+
+
 def test_a_density_that_memory_is_too_small_for_is_unknown(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -224,7 +224,9 @@ def test_layers_with_windows_are_profiled_fitted_and_measured():
         close(got, oracle(model, one, tokens(1, 48)))
     found = layer_fidelity(model, budget, tokens(48).tolist())
     close(found.density.float(), budget.density)
-    with pytest.raises(UserError, match=r"layer 0 cannot be measured \(sliding window.* cannot be cut to"):
+    with pytest.raises(
+        UserError, match=r"layer 0 cannot be measured \(sliding window.* cannot be cut to\): measure fixed masks"
+    ):
         measure(model, texts, ["top_blocks(1, block=4) | window(2)"], progress=False)
 
 

@@ -20,7 +20,7 @@ from attnsieve.bench.masks import patterns_of
 from attnsieve.bench.rows import Row
 from attnsieve.bench.shapes import Shape
 from attnsieve.bench.timing import Times
-from attnsieve.errors import require
+from attnsieve.errors import UserError, require
 from attnsieve.fingerprint import Fingerprint
 from attnsieve.plan import Plan
 
@@ -127,12 +127,11 @@ def _of_length(setting: Setting, subject: _Subject, case: Case, masked: Sequence
     dense: list[Row] = []
     for implementation in setting.dense:
         require(implementation in DENSE_IMPLEMENTATIONS, f"dense runs as {' or '.join(DENSE_IMPLEMENTATIONS)}")
-        model.set_attn_implementation(implementation)
+        _switch(model, implementation)
         made = partial(Row.of, "ttft", implementation, case, density=1.0)
         for row in _measured(model, ids, nullcontext, made):
             dense += [] if row.includes_mask_building else [row]
             yield row
-    model.set_attn_implementation("sdpa")
     fastest = kernels.fastest(dense)
     for each in masked:
         kept = _densities(model, each.plan, ids[0])
@@ -144,6 +143,16 @@ def _of_length(setting: Setting, subject: _Subject, case: Case, masked: Sequence
                 continue
             under = partial(apply, model, each.plan, backend=backend)
             yield from _measured(model, ids, under, partial(made, verdict=verdict), kept)
+
+
+def _switch(model: Any, implementation: str) -> None:
+    try:
+        model.set_attn_implementation(implementation)
+    except ValueError:
+        others = " or ".join(name for name in DENSE_IMPLEMENTATIONS if name != implementation)
+        raise UserError(
+            f"{type(model).__name__} does not run as {implementation}: take {others} as its baseline (--baselines)"
+        ) from None
 
 
 def _case(setting: Setting, mark: Fingerprint, n: int) -> Case:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import attnsieve
 from attnsieve.errors import UserError, require
 from attnsieve.fingerprint import Fingerprint
-from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_not_plain
+from attnsieve.hf.dense import LEFT_DENSE, own_attention, refuse_to_observe, refuse_unservable, why_not_plain
 from attnsieve.hf.geometry import AttentionLayer, attention_layers, check_positions, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, LayerState, observing
 from attnsieve.hf.texts import Batch, digest, documents_of, right_padded
@@ -98,7 +98,7 @@ def _refuse_layers(layers: list[AttentionLayer]) -> None:
     for layer in layers:
         reason = why_not_plain(layer)
         if reason is not None:
-            raise UserError(f"layer {layer.index} cannot be profiled ({reason})")
+            raise UserError(f"layer {layer.index} cannot be profiled ({reason}): {LEFT_DENSE}")
 
 
 def _refuse_short(groups: list[list[Tensor]], wanted: Sequence[int]) -> None:

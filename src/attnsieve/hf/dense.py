@@ -64,6 +64,8 @@ def _every_slot(call: LayerCall) -> Tensor:
 
 # Layer types whose attention is to all earlier keys or those of a window; "hybrid" has recurrent states beside it.
 PLAIN = ("full_attention", "sliding_attention", "hybrid")
+# What to do where such a layer keeps a model from being observed.
+LEFT_DENSE = "write a plan by hand, which leaves this layer dense, or take another model"
 
 
 def why_layer_dense(layer: AttentionLayer, row: Iterable[Pattern]) -> str | None:

@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import attnsieve
-from attnsieve.errors import UserError, require
+from attnsieve.errors import require
 from attnsieve.fingerprint import Fingerprint
-from attnsieve.hf.dense import own_attention, refuse_to_observe, refuse_unservable, why_layer_dense
+from attnsieve.hf.dense import LEFT_DENSE, own_attention, refuse_to_observe, refuse_unservable, why_layer_dense
 from attnsieve.hf.effect import attended, effect
 from attnsieve.hf.geometry import AttentionLayer, attention_layers, check_positions, fingerprint, text_config
 from attnsieve.hf.interface import LayerCall, LayerState, observing
@@ -49,8 +49,9 @@ def measure(
     patterns = list(dict.fromkeys(c if isinstance(c, Pattern) else Pattern.parse(c) for c in [*candidates, dense()]))
     for layer in attention_layers(model):
         reason = why_layer_dense(layer, patterns)
-        if reason is not None:
-            raise UserError(f"layer {layer.index} cannot be measured ({reason})")
+        others = "measure fixed masks without blocks alone, such as 'sink(4) | window(32)' (--candidates)"
+        remedy = LEFT_DENSE if why_layer_dense(layer, ()) else others
+        require(reason is None, f"layer {layer.index} cannot be measured ({reason}): {remedy}")
     groups = documents_of(batches, text_config(model).vocab_size)
     documents = sorted((document for group in groups for document in group), key=len)
     require(bool(documents), "measure needs at least one text")
