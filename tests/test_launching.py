@@ -58,22 +58,6 @@ assert launched({change})[0] == "code"
 """)
 
 
-def test_triton_would_have_compiled_the_same():
-    """Triton's own class of a number follows from the one here: code that is shared is code that Triton would share."""
-    run("""
-from triton._C.libtriton import native_specialize_impl
-from triton.backends.nvidia.compiler import CUDABackend
-edges = [0, 1, 2, 15, 16, 17, 2**31, 2**32, 2**62, 2**63]
-theirs = {}
-for n in sorted({s * edge + more for edge in edges for s in (1, -1) for more in (-16, -1, 0, 1, 16)}):
-    if -(2**63) <= n < 2**64:
-        kind = []
-        launching._describe([n], [False], kind, [])
-        theirs.setdefault(tuple(kind), set()).add(native_specialize_impl(CUDABackend, n, False, True, True))
-assert len(theirs) == 7 and all(len(classes) == 1 for classes in theirs.values()), theirs
-""")
-
-
 def test_who_listens_sees_triton_launch():
     run("""
 from triton import knobs

@@ -1,24 +1,18 @@
 """Launches of Triton's kernels. Triton binds, specialises and hashes every argument of every launch, which takes longer than short
 kernels do; code that it compiled for arguments of one class is called here without it.
 
-The class of an argument is what Triton compiles by: a number that is no constant is 1, a multiple of 16 or neither, of 32 bits or
-more; an address is a multiple of 16 or not, of some dtype; anything else is itself.
+The class of an argument is what Triton compiles by, and Triton itself is asked for it: a number is 1, a multiple of 16 or neither, of
+32 bits or more; an address is a multiple of 16 or not, of some dtype; a constant is itself.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
-from itertools import repeat
+from collections.abc import Callable
 from typing import Any
-
-from torch import Tensor
 
 # Triton compiles other code for numbers and addresses that are no multiples of this.
 ALIGNED = 16
-# Numbers of 32 and of 64 bits, with their sign.
-_SHORT, _LONG = range(-(2**31), 2**31), range(-(2**63), 2**63)
-_NO_CONSTANTS = repeat(False)
 _listening = threading.local()
 _known: dict[Callable[..., Any], _Kernel] = {}
 
@@ -41,32 +35,41 @@ class _Kernel:
     """A kernel's compiled code, by device and by the classes of its arguments."""
 
     def __init__(self, kernel: Any) -> None:
-        from triton.runtime import driver
-
-        self._kernel, self._driver = kernel, driver
+        self._kernel = kernel
         # Kernels that are interpreted have no parameters, and no code.
-        self._constants = [parameter.is_constexpr for parameter in getattr(kernel, "params", ())]
-        self._names = set(kernel.arg_names)
+        constant = [parameter.is_constexpr for parameter in getattr(kernel, "params", ())]
+        self._is_compiled = bool(constant) and is_known_triton()
+        self._constants = [place for place, is_constant in enumerate(constant) if is_constant]
+        self._others = [place for place, is_constant in enumerate(constant) if not is_constant]
         self._codes: dict[tuple[Any, ...], _Code] = {}
 
     def launch(self, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        values = (*args, *[options[name] for name in self._kernel.arg_names[len(args) :]])
-        if not self._constants or is_heard():
+        names = self._kernel.arg_names[len(args) :]
+        values = (*args, *[options[name] for name in names])
+        if not self._is_compiled or is_heard():
             return self._by_triton(grid, args, options, values)
-        kind: list[Any] = [self._driver.active.get_current_device()]
-        bare: list[Any] = []
-        _describe(values, self._constants, kind, bare)
-        for name, value in options.items():
-            if name not in self._names:
-                kind += (name, value)
-        code = self._codes.get(key := tuple(kind))
+        kind = self._kind(values, [option for option in options.items() if option[0] not in names])
+        code = self._codes.get(kind)
         if code is not None:
-            code.launch(grid, bare)
+            code.launch(grid, values)
             return code.compiled
         compiled = self._by_triton(grid, args, options, values)
         if can_launch_directly(compiled):
-            self._codes[key] = _Code(compiled)
+            self._codes[kind] = _Code(compiled)
         return compiled
+
+    def _kind(self, values: tuple[Any, ...], options: list[tuple[str, Any]]) -> tuple[Any, ...]:
+        """What Triton compiles by."""
+        from triton._C.libtriton import native_specialize_impl
+        from triton.runtime import driver
+
+        device = driver.active.get_current_device()
+        backend = self._kernel.device_caches[device][3]
+        constants = [values[place] for place in self._constants]
+        others = tuple([values[place] for place in self._others])
+        # 1, 1.0 and True are equal, and not the same constant.
+        types = map(type, constants)
+        return (device, native_specialize_impl(backend, others, False, True, True), *constants, *types, *options)
 
     def _by_triton(self, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any], values: tuple[Any, ...]) -> Any:
         compiled = self._kernel[grid](*args, **options)
@@ -86,33 +89,8 @@ class _Code:
         self._run, self._middle = directly(compiled)
         self._device, self._stream = driver.active.get_current_device(), driver.active.get_current_stream
 
-    def launch(self, grid: tuple[int, ...], bare: list[Any]) -> None:
-        self._run(*grid, self._stream(self._device), *self._middle, *bare)
-
-
-def _describe(values: Iterable[Any], constants: Iterable[bool], kind: list[Any], bare: list[Any]) -> None:
-    """Append the classes of `values` to `kind`, and the values with addresses in place of tensors to `bare`."""
-    for x, is_constant in zip(values, constants, strict=False):
-        its = type(x)
-        if is_constant:
-            # 1, 1.0 and True are equal, and not the same constant.
-            kind.append((its, x))
-        elif its is int:
-            kind.append(1 if x == 1 else (x % ALIGNED == 0, x in _SHORT, x in _LONG))
-        elif isinstance(x, Tensor):
-            address = x.data_ptr()
-            kind.append((x.dtype, address % ALIGNED == 0))
-            bare.append(address)
-            continue
-        elif isinstance(x, tuple):
-            kind.append((its, len(x)))
-            own: list[Any] = []
-            _describe(x, _NO_CONSTANTS, kind, own)
-            x = tuple(own)
-        else:
-            # Numbers that are no integers are not told apart; what else there is are constants in a tuple, and None.
-            kind.append(its if its is float else (its, getattr(x, "value", x)))
-        bare.append(x)
+    def launch(self, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
+        self._run(*grid, self._stream(self._device), *self._middle, *values)
 
 
 def can_launch_directly(compiled: Any) -> bool:
@@ -140,7 +118,7 @@ def directly(compiled: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def is_heard() -> bool:
     """Whether somebody listens to launches: hooks are chains with members, or what was put in their place."""
-    from triton import knobs
+    from triton.knobs import runtime
 
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(bool(getattr(hook, "calls", hook)) for hook in hooks)
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))

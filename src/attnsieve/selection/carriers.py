@@ -6,7 +6,7 @@ every kernel.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -41,7 +41,8 @@ class Carrier:
         return SequenceQK(take(q, self.query), take(k, self.key), scale, self.together, masses)
 
 
-def per_group(patterns: Sequence[Pattern], group: int) -> bool:
+@once_per_row
+def per_group(patterns: tuple[Pattern, ...], group: int) -> bool:
     """Whether the query heads of every KV group share one mask: the same pattern, whose atoms choose for the group."""
     alike = all(len(set(patterns[start : start + group])) == 1 for start in range(0, len(patterns), group))
     return alike and not any(_per_head(atom) for pattern in patterns for atom in pattern)
@@ -51,8 +52,13 @@ def per_group(patterns: Sequence[Pattern], group: int) -> bool:
 def carriers(patterns: tuple[Pattern, ...], group: int) -> tuple[Carrier, ...]:
     """The carriers of one layer's patterns, one per query head.
 
-    Raises UserError where query heads of a KV group are to choose together but do not all carry the atom.
+    Raises UserError where query heads of a KV group are to choose together but do not all carry the atom, and where a dynamic atom
+    is joined to rules that start at a later row.
     """
+    late = [pattern for pattern in patterns if pattern.dynamic and pattern.corner_rows]
+    require(
+        not late, f"{late[:1]} joins a dynamic atom to captured rows or a start row: use columns and diagonals without start"
+    )
     shared = per_group(patterns, group)
     atoms = dict.fromkeys(atom for pattern in patterns for atom in pattern if isinstance(atom, CallAtom))
     for atom in atoms:

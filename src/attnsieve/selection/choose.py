@@ -74,14 +74,11 @@ def choose(
     group carry an atom that chooses for all of them, and for patterns that do not fit q.
     """
     require(len(patterns) == q.shape[1], f"choose needs one pattern per query head ({q.shape[1]}), got {len(patterns)}")
-    late = [pattern for pattern in patterns if pattern.dynamic and pattern.corner_rows]
-    require(
-        not late, f"{late[:1]} joins a dynamic atom to captured rows or a start row: use columns and diagonals without start"
-    )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
-    carried = carriers(tuple(patterns), group)
-    rows = tuple(patterns[::group]) if per_group(patterns, group) else tuple(patterns)
+    patterns = tuple(patterns)
+    carried = carriers(patterns, group)
+    rows = patterns[::group] if per_group(patterns, group) else patterns
     with on_device_of(q):
         return _chosen(rows, carried, q, k, spans, scale)
 
