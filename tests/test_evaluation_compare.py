@@ -324,6 +324,13 @@ def test_layers_that_stay_dense_count_as_dense():
     assert density == pytest.approx((1 + pattern_density(Pattern.parse("window(8)"), 120)) / 2, abs=0.03)
 
 
+def test_a_plan_under_which_nothing_runs_sparse_is_refused_in_a_sentence():
+    network = built("Gemma2Config", **MHA, vocab_size=len(tokenizer()))
+    chosen = Plan.uniform(fingerprint(network), "window(8)")
+    with pytest.raises(UserError, match=r"^[^\n]*nothing ran sparse \(softcap: [\w ]+\): leave it out, or give one[^\n]*$"):
+        evaluate(network, tokenizer(), {"sparse": chosen}, [make_task("kv")], [120], 1)
+
+
 def test_density_of_layers_with_windows_is_that_inside_them():
     network = built("MistralConfig", **MHA, vocab_size=len(tokenizer()), sliding_window=16)
     chosen = Plan.uniform(fingerprint(network), "sink(2) | window(30)")

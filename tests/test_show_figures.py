@@ -208,6 +208,11 @@ def test_the_usual_figures(tmp_path):
         "masks.png",
         "kinds.png",
     ]
+    # As budgets with guard rails make them: nothing of a head has a mask of its own.
+    chosen = Plan.uniform(Fingerprint("llama", 1, 2, 2, 8, "0"), "sink(4) | window(8) | last_queries(32) | dense_decode()")
+    assert names(draw_all(tmp_path, plan=chosen)) == ["masks.png", "kinds.png"]
+    with pytest.raises(UserError, match="nothing to draw of these heads: keys chosen from the input"):
+        draw_all(tmp_path, plan=chosen, heads=[(0, 1)])
     assert names(draw_results(tmp_path, result_rows()[:8])) == ["answer_nll.png", "exact_match.png"]
 
 

@@ -125,7 +125,11 @@ class Runs:
             seen = self._observe(task, made, bar)
         report = handle.report()
         sparse = any(pattern != dense() for row in plan.patterns for pattern in row)
-        require(not sparse or report.sparse_calls > 0, f"the plan is sparse, but nothing ran sparse: {report}")
+        require(
+            not sparse or report.sparse_calls > 0,
+            f"the plan is sparse, but nothing ran sparse ({'; '.join(report.unplanned)}): leave it out, or give one that is sparse in "
+            "other layers or by other patterns",
+        )
         return seen, not report.unplanned
 
     def _measure(

@@ -136,7 +136,7 @@ def refuse_to_observe(layer: AttentionLayer, call: LayerCall) -> None:
     if reason is None and layer.window is None and call.options.get("sliding_window") is None and call.mask is not None:
         explained = spans_of_mask(call.mask) if call.mask.dtype == torch.bool else "the model makes a mask of its own"
         reason = explained if isinstance(explained, str) else None
-    require(reason is None, f"layer {layer.index} cannot be observed ({reason})")
+    require(reason is None, f"layer {layer.index} cannot be observed ({reason}): {LEFT_DENSE}")
 
 
 def refuse_unservable(call: LayerCall, heads: int) -> None:

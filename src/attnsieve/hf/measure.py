@@ -93,7 +93,7 @@ class Recorder:
             refuse_unservable(call, self._mark.heads)
             refuse_to_observe(layer, call)
             place = locate(layer, call, self._memo)
-            require(not isinstance(place, str), f"layer {layer.index} cannot be measured ({place})")
+            require(not isinstance(place, str), f"layer {layer.index} cannot be measured ({place}): {LEFT_DENSE}")
             window = layer.binding_window
             whole = attended(call, self._layout(call, dense(), window), self._backend)
             require(

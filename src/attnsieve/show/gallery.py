@@ -28,14 +28,18 @@ def draw_all(
 ) -> list[Path]:
     """heads.png, of a plan masks.png and kinds.png too and, as far as it knows them, density.png and retained.png in `folder`.
 
-    Returns the paths that were written. heads: (layer, head) pairs, by default four typical ones. Raises UserError for heads
-    that do not exist and for a profile without maps that comes alone.
+    Returns the paths that were written. heads: (layer, head) pairs, by default four typical ones; where those of a plan all choose
+    their keys from the input, there is no heads.png. Raises UserError for heads that do not exist, for a profile without maps
+    that comes alone, and where of the heads that were asked for nothing can be drawn.
     """
     require(profile is not None or plan is not None, "figures are drawn from a profile, a plan, or both")
-    if heads is None:
-        heads = typical_heads(plan) if plan is not None else spread_heads(profile.fingerprint)  # type: ignore[union-attr]
-    views = [head_view(layer, head, profile=profile, plan=plan) for layer, head in heads]
-    figures = {"heads.png": head_figure(views, **amplification(plan))}
+    shown = heads
+    if shown is None:
+        shown = typical_heads(plan) if plan is not None else spread_heads(profile.fingerprint)  # type: ignore[union-attr]
+    views = [head_view(layer, head, profile=profile, plan=plan) for layer, head in shown]
+    figures = {}
+    if heads is not None or plan is None or not all(view.empty for view in views):
+        figures["heads.png"] = head_figure(views, **amplification(plan))
     if plan is not None:
         figures["masks.png"] = mask_gallery(plan)
         figures["kinds.png"] = kind_map(plan)

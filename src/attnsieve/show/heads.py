@@ -50,7 +50,10 @@ def head_figure(views: Sequence[HeadView], *, lam: float = LAM, eps: float = EPS
     require(0 < len(views) <= MOST_VIEWS, f"a figure shows 1 to {MOST_VIEWS} heads, got {len(views)}: name others")
     figure = new_figure(1, 1)
     panels = [panel for panel in _panels(views, lam, eps, tau) if any(panel.data(view) is not None for view in views)]
-    require(bool(panels), "there is nothing to draw: the profile has no maps")
+    require(
+        bool(panels),
+        "there is nothing to draw of these heads: keys chosen from the input have no mask of their own; give a profile with maps",
+    )
     bars = 0.045 if any(panel.bar for panel in panels) else 0.001
     figure.set_size_inches(max(4.5, (PANEL + 0.25) * len(panels) + 0.3), (PANEL + 0.6) * len(views) + 12 * bars)
     grid = figure.subplots(len(views) + 1, len(panels), squeeze=False, height_ratios=[1.0] * len(views) + [bars])

@@ -33,6 +33,11 @@ class HeadView:
     extended: Tensor | None = None
     captured: bool = False
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing of the head can be drawn."""
+        return self.mean is None and self.mask is None and self.extended is None
+
 
 def head_view(
     layer: int, head: int, *, profile: Profile | None = None, plan: Plan | None = None, tokens: int | None = None
