@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.cli_tiny import attnsieve, make_folder, refused, save_tiny_model
 
@@ -168,6 +168,19 @@ def test_a_model_that_computes_nan_is_refused(work):
     assert (done.exit_code, done.stdout) == (2, "")
     assert "layer 1 has NaN or infinite attention scores" in done.stderr
     assert not (work / "x").exists()
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(work):
+    folder = save_tiny_model(work / "tokens")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["a1", "b2", "c3", "gold"])
+    tokenizer.save_pretrained(folder)
+    sentence = "the model knows 0 to 259; use its own tokenizer"
+    assert sentence in refused("run", folder, "--prompt", "All that is gold")
+    text = ["--tasks", "perplexity", "--text", work / "text.txt", "--lengths", 50, "--items", 1]
+    done = attnsieve("eval", folder, *text, "--pattern", "window(9)")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert sentence in done.stderr
 
 
 def test_a_plan_for_another_model_is_refused(work):

@@ -100,6 +100,18 @@ def score_answers(network, tokens, questions):
     return scores
 
 
+def test_tokens_that_the_model_does_not_know_are_refused():
+    network, tokens = model(), tokenizer()
+    tokens.add_tokens(["gold"])
+    for questions in ([("all that is gold ", "12")], [("gold: ", "12"), ("gold; ", "13")]):
+        with pytest.raises(UserError, match="the model knows 0 to 260; use its own tokenizer"):
+            score_answers(network, tokens, questions)
+    with pytest.raises(UserError, match="use its own tokenizer"):
+        generate(network, tokens, "gold", 2)
+    with pytest.raises(UserError, match="no tokens of the text"):
+        generate(network, tokens, "", 2)
+
+
 @pytest.mark.parametrize("asked", [1, 4])
 def test_likelihood_equals_one_plain_pass(asked):
     network, tokens = model(), tokenizer()

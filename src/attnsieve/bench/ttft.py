@@ -105,11 +105,12 @@ def _random(setting: Setting) -> _Subject:
 def _real(setting: Setting) -> _Subject:
     from attnsieve.evaluation.text import text_source, token_windows
     from attnsieve.hf import load_model
+    from attnsieve.hf.texts import ids_of
 
     require(setting.layers is None, f"{setting.model} is a real model: it is measured with all its layers")
     model, tokenizer = load_model(setting.model, dtype=setting.dtype, device=setting.device)
     source = text_source(TEXT)
-    return _Subject(model, lambda n: torch.tensor(token_windows(source, tokenizer, n, setting.batch)))
+    return _Subject(model, lambda n: ids_of(model, token_windows(source, tokenizer, n, setting.batch)))
 
 
 def _masked(mask: str, mark: Fingerprint) -> _Masked:

@@ -110,7 +110,9 @@ def generate(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int, *,
     import torch
     from transformers import TextStreamer
 
-    prompt = torch.tensor([ids], device=model.device)
+    from attnsieve.hf.texts import ids_of
+
+    prompt = ids_of(model, [ids])
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "max_length": None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

@@ -16,6 +16,7 @@ from attnsieve.hf.effect import attended, effect
 from attnsieve.hf.geometry import AttentionLayer, check_positions, fingerprint
 from attnsieve.hf.interface import LayerCall, LayerState, observing
 from attnsieve.hf.locate import SpanMemo, locate
+from attnsieve.hf.texts import ids_of
 from attnsieve.layout import Layout, compile_layout
 from attnsieve.patterns import dense
 from attnsieve.plan import Plan
@@ -56,7 +57,7 @@ def layer_fidelity(
     result = LayerFidelity(*(torch.full(shape, value, dtype=torch.float64) for value in (1.0, 1.0, 0.0)))
     probe = _Probe(plan, mark, result, last, backend)
     with observing(model, probe.layer):
-        model.base_model(torch.tensor([list(ids)], device=model.device), use_cache=False)
+        model.base_model(ids_of(model, [list(ids)]), use_cache=False)
     return result
 
 

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from attnsieve.errors import require
 from attnsieve.evaluation.tokens import encode, shared_length, split_answer
+from attnsieve.hf.texts import ids_of
 
 # Cache layers whose update makes new tensors instead of writing into old ones: copying the references is enough.
 APPENDING = ("DynamicLayer", "DynamicSlidingWindowLayer")
@@ -83,7 +84,7 @@ def _read_shared(model: Any, batch: list[list[Tokens]]) -> Any:
     shared = _shared(batch[0])
     if not shared:
         return None
-    ids = torch.tensor([document[0][0][:shared] for document in batch], device=model.device)
+    ids = ids_of(model, [document[0][0][:shared] for document in batch])
     return _read(model, ids, None)[1]
 
 
@@ -137,7 +138,7 @@ def _question_batches(batch: list[list[Tokens]], most: int) -> Iterator[list[tup
 def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, stop: str | None = None) -> str:
     """Greedy continuation of `prompt`, at most `max_new_tokens`, ended by EOS or by the last token of `stop`; with `stop`, which some
     models begin with, one token at least comes before (as in LongBench)."""
-    ids = torch.tensor([encode(tokenizer, prompt)], device=model.device)
+    ids = ids_of(model, [encode(tokenizer, prompt)])
     settings = copy.deepcopy(model.generation_config)
     settings.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
@@ -157,7 +158,7 @@ def log_probs_at(model: Any, ids: Sequence[int], positions: Tensor) -> Tensor:
 
     Raises UserError for a model that ignores positions, and where one is NaN or infinite.
     """
-    tokens = torch.tensor([list(ids)], device=model.device)
+    tokens = ids_of(model, [list(ids)])
     logits = model(tokens, use_cache=False, logits_to_keep=positions.to(model.device)).logits[0]
     require(logits.shape[0] == len(positions), f"{type(model).__name__} does not honour logits_to_keep with positions")
     log_probs: Tensor = logits.float().log_softmax(-1)
@@ -188,7 +189,7 @@ def _answer_logits(model: Any, prompts: Sequence[Sequence[int]], answers: Sequen
     tokens before it. Prompts of one length; a shorter answer is followed by copies of its last token, which nothing reads."""
     longest = max(map(len, answers))
     ids = [[*prompt, *answer, *[answer[-1]] * (longest - len(answer))] for prompt, answer in zip(prompts, answers, strict=True)]
-    tokens, start = torch.tensor(ids, device=model.device), len(prompts[0])
+    tokens, start = ids_of(model, ids), len(prompts[0])
     steps = []
     for seen_tokens, upto in pairwise([0, *range(start, start + longest)]):
         last, cache = _read(model, tokens[:, seen_tokens:upto], cache)

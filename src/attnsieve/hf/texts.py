@@ -30,6 +30,15 @@ def documents_of(batches: Iterable[Batch], vocabulary: int) -> list[list[Tensor]
     return groups
 
 
+def ids_of(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    """int64 [rows, tokens] on the model's device. Raises UserError for ids outside the vocabulary, which end GPU programs, and for
+    texts without any."""
+    ids = torch.tensor(rows)
+    require(ids.numel() > 0, "the tokenizer makes no tokens of the text: give another text")
+    _check_range("the text", ids, model.config.get_text_config().vocab_size)
+    return ids.to(model.device)
+
+
 def right_padded(documents: Sequence[Tensor], wanted: Sequence[int]) -> tuple[Tensor, list[tuple[int, int, int]]]:
     """input_ids int64 [B, T] and where the documents are in it: (batch row, first slot, tokens).
 
@@ -102,9 +111,13 @@ def _tensor(values: Any) -> Tensor:
 
 def _check(text: Tensor, number: int, vocabulary: int) -> Tensor:
     require(text.ndim == 1 and len(text) > 0, f"batch {number} holds an empty text: leave it out")
-    low, high = int(text.min()), int(text.max())
+    _check_range(f"batch {number}", text, vocabulary)
+    return text
+
+
+def _check_range(what: str, ids: Tensor, vocabulary: int) -> None:
+    low, high = int(ids.min()), int(ids.max())
     require(
         low >= 0 and high < vocabulary,
-        f"batch {number} has token ids from {low} to {high}, the model knows 0 to {vocabulary - 1}; use its own tokenizer",
+        f"{what} has token ids from {low} to {high}, the model knows 0 to {vocabulary - 1}; use its own tokenizer",
     )
-    return text
