@@ -140,6 +140,19 @@ def test_a_torn_file_is_refused_by_line(tmp_path):
         read_rows(out)
 
 
+EDITED = {"value": "0.5", "density": None, "length": 12.0, "items": True, "stderr": float("nan"), "plan": 5, "versions": []}
+
+
+@pytest.mark.parametrize(("field", "value"), [*EDITED.items(), ("value", 10**400), ("value", float("inf"))])
+def test_rows_with_fields_of_another_type_are_refused_by_line(field, value, tmp_path):
+    out = tmp_path / "eval.jsonl"
+    run({}, out=out)
+    first, rest = out.read_text().split("\n", 1)
+    out.write_text(json.dumps(json.loads(first) | {field: value}) + "\n" + rest)
+    with pytest.raises(UserError, match="line 1 is not an evaluation row"):
+        read_rows(out)
+
+
 def test_nan_never_becomes_a_row(tmp_path):
     (row, *_) = run({})
     broken = Row(**{**{field.name: getattr(row, field.name) for field in fields(Row)}, "value": float("nan")})

@@ -221,6 +221,9 @@ def test_rows_of_several_models_and_many_tasks_are_drawn_apart(tmp_path):
     many = [{**row, "task": f"task {n}"} for row in rows for n in range(25)]
     drawn = [path.name for path in draw_results(tmp_path, [*many, *({**row, "model": "two"} for row in rows)])]
     assert drawn == ["kl-one.png", "kl-one-2.png", "kl-two.png"]
+    named = [{**row, "model": name} for row in rows for name in ("org/one", "../../two")]
+    assert {path.relative_to(tmp_path).name for path in draw_results(tmp_path, named)} == {"kl-org-one.png", "kl-..-..-two.png"}
+    assert {path.parent for path in draw_results(tmp_path, named)} == {tmp_path}
     text = result_table([*rows, *({**row, "dtype": "bfloat16"} for row in rows)])
     assert text.count(" bfloat16 ") == text.count(" float32 ") == 4
     assert " one " not in text

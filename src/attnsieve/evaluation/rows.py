@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args, get_origin, get_type_hints
 
 from attnsieve.errors import UserError, require
 from attnsieve.files import read_utf8
@@ -59,21 +60,31 @@ class Row:
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file, none where it does not exist. Raises UserError that names the line which is no row, and for bytes that
     are not UTF-8."""
-    names = {field.name for field in fields(Row)}
+    kinds = get_type_hints(Row)
     rows = []
     # Not splitlines: inside a row's text JSON leaves separators such as U+2028 as they are.
     lines = read_utf8(path).removesuffix("\n").split("\n") if path.exists() else []
     for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
             data = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             data = None
         require(
-            isinstance(data, dict) and set(data) == names,
-            f"{path}, line {number} is not an evaluation row (torn by an interrupted run, or of another kind): delete it",
+            isinstance(data, dict) and data.keys() == kinds.keys() and all(_is(kinds[name], data[name]) for name in data),
+            f"{path}, line {number} is not an evaluation row (torn by an interrupted run, edited, or of another kind): delete it",
         )
         rows.append(Row(**data))
     return rows
+
+
+def _is(kind: Any, value: Any) -> bool:
+    """Whether a value read from JSON is of a field's type; numbers are finite, and whole ones count as float."""
+    if kind is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if get_origin(kind) is dict:
+        return isinstance(value, dict)
+    options = get_args(kind)
+    return any(_is(option, value) for option in options) if options else type(value) is kind
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:

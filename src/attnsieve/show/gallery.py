@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,7 +61,9 @@ def draw_results(folder: str | Path, rows: Sequence[Row]) -> list[Path]:
         for metric in sorted({str(row["metric"]) for row in own}):
             for number, some in enumerate(pages([row for row in own if row["metric"] == metric]), 1):
                 name = " ".join([metric, source, *([str(number)] if number > 1 else [])]).split()
-                written.append(save(result_figure(some, metric), Path(folder) / f"{'-'.join(name)}.png"))
+                # Hub ids and folders have slashes.
+                plain = re.sub(r"[^\w.=+-]+", "-", "-".join(name))
+                written.append(save(result_figure(some, metric), Path(folder) / f"{plain}.png"))
     return written
 
 
