@@ -90,6 +90,11 @@ def test_a_budget_that_is_too_small_says_so():
 def test_chat_and_cutting():
     assert as_chat(tokenizer(), "hello") == "hello"
     assert as_chat(tokenizer(chat=True), "hello") == "<s>[user] hello\n[bot] "
+    for template in ("{% for x in %}", "{{ raise_exception('a system turn is missing') }}", {"rag": "x"}):
+        broken = tokenizer()
+        broken.chat_template = template
+        with pytest.raises(UserError, match=r"chat template does not take a single turn of a user \(\w+: .*\): mend"):
+            as_chat(broken, "hello")
     tokens = tokenizer(bos=True)
     assert cut_middle(tokens, "0123456789", 11) == "0123456789"
     assert cut_middle(tokens, "0123456789", 7) == "01789"
@@ -227,6 +232,13 @@ def test_generation_stops_at_the_stop_text():
     whole = generate(network, tokens, "write ", 12)
     stop = whole[4]
     assert generate(network, tokens, "write ", 12, stop=stop) == whole[: whole.index(stop) + 1]
+
+
+def test_generation_stops_at_the_checkpoints_own_stop_strings():
+    network, tokens = copy.deepcopy(model()), tokenizer()
+    whole = generate(network, tokens, "write ", 12)
+    network.generation_config.stop_strings = [whole[4]]
+    assert generate(network, tokens, "write ", 12) == whole[: whole.index(whole[4]) + 1]
 
 
 def test_generation_does_not_begin_with_the_stop_text():

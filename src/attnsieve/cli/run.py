@@ -121,6 +121,7 @@ def generate(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int, *,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=max_new_tokens,
         streamer=streamer,
+        tokenizer=tokenizer,  # some models end at strings
         pad_token_id=pad,
         **settings,
     )

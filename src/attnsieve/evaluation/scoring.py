@@ -147,7 +147,8 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, stop:
         settings.update(min_new_tokens=1)
     settings.update(eos_token_id=[end for end in ends if end is not None] or None, max_new_tokens=max_new_tokens)
     settings.pad_token_id = settings.pad_token_id if settings.pad_token_id is not None else 0
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    # Some models end at strings, for which generate needs the tokenizer.
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, tokenizer=tokenizer)
     text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return text
 

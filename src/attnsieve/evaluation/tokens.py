@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from attnsieve.errors import require
+from attnsieve.errors import UserError, require
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -41,11 +41,18 @@ def shared_length(sequences: Sequence[Any]) -> int:
 
 
 def as_chat(tokenizer: Any, prompt: str) -> str:
-    """`prompt` as a user's turn in the tokenizer's chat template; unchanged where it has none."""
+    """`prompt` as a user's turn in the tokenizer's chat template; unchanged where it has none. Raises UserError where it fails."""
     if not tokenizer.chat_template:
         return prompt
     turn = [{"role": "user", "content": prompt}]
-    text: str = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    try:
+        text: str = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates are programs of others
+        said = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"the tokenizer's chat template does not take a single turn of a user ({said:.200}): mend tokenizer.chat_template, or do "
+            "without it"
+        ) from error
     return text
 
 
