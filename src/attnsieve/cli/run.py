@@ -110,6 +110,7 @@ def generate(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int, *,
     import torch
     from transformers import TextStreamer
 
+    from attnsieve.evaluation.tokens import stop_options
     from attnsieve.hf.texts import ids_of
 
     prompt = ids_of(model, [ids])
@@ -121,8 +122,8 @@ def generate(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int, *,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=max_new_tokens,
         streamer=streamer,
-        tokenizer=tokenizer,  # some models end at strings
         pad_token_id=pad,
+        **stop_options(model.generation_config, tokenizer),
         **settings,
     )
     new: list[int] = out[0, len(ids) :].tolist()

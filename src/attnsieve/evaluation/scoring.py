@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from attnsieve.errors import require
-from attnsieve.evaluation.tokens import encode, shared_length, split_answer
+from attnsieve.evaluation.tokens import encode, shared_length, split_answer, stop_options
 from attnsieve.hf.texts import ids_of
 
 # Cache layers whose update makes new tensors instead of writing into old ones: copying the references is enough.
@@ -147,8 +147,8 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, stop:
         settings.update(min_new_tokens=1)
     settings.update(eos_token_id=[end for end in ends if end is not None] or None, max_new_tokens=max_new_tokens)
     settings.pad_token_id = settings.pad_token_id if settings.pad_token_id is not None else 0
-    # Some models end at strings, for which generate needs the tokenizer.
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, tokenizer=tokenizer)
+    stops = stop_options(settings, tokenizer)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, **stops)
     text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return text
 

@@ -56,6 +56,12 @@ def as_chat(tokenizer: Any, prompt: str) -> str:
     return text
 
 
+def stop_options(settings: Any, tokenizer: Any) -> dict[str, Any]:
+    """Options of transformers' `generate` for checkpoints that end at strings; others, and their models, want no tokenizer.
+    settings: a generation configuration."""
+    return {"tokenizer": tokenizer} if settings.stop_strings else {}
+
+
 def cut_middle(tokenizer: Any, prompt: str, length: int) -> str:
     """`prompt`, without its middle where it has more than `length` tokens (as LongBench and LV-Eval do it)."""
     ids = encode(tokenizer, prompt)
