@@ -76,7 +76,7 @@ def test_rows_of_other_files_have_other_names(folder, tmp_path):
         file.write_text(json.dumps(record(0)) + "\n")
         assert before != make_task(name, data=folder).variant != ""
     conversations = tmp_path / "talks.jsonl"
-    conversations.write_text(json.dumps({"topic": "a", "conversation": "b"}))
+    conversations.write_text(json.dumps({"topic": "tea", "conversation": "b"}))
     assert make_task("longeval-topics", data=conversations).variant.startswith("official ")
     assert make_task("longeval-topics").variant == "synthetic"
 
@@ -143,7 +143,20 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch):
         make_task("longbench:hotpotqa", data="nobody/nothing").items(tokenizer(), 500, 1, 0)
 
 
-@pytest.mark.parametrize("line", ["not json", '{"input": "x"}', '{"input": "x", "context": "y", "answers": []}', "[1]"])
+BAD = [
+    "not json",
+    "[" * 100_000,
+    '{"input": "x"}',
+    '{"input": "x", "context": "y", "answers": []}',
+    "[1]",
+    json.dumps(record(1, answers=[None])),
+    json.dumps(record(1, context="half a letter: \ud83d")),
+    json.dumps(record(1, answer_keywords=["Ada"])),
+    json.dumps(record(1, all_classes=[1])),
+]
+
+
+@pytest.mark.parametrize("line", BAD)
 def test_bad_records_are_named_by_line(tmp_path, line):
     (tmp_path / "hotpotqa.jsonl").write_text(json.dumps(record(1)) + "\n" + line)
     with pytest.raises(UserError, match="line 2"):

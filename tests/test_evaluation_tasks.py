@@ -127,9 +127,10 @@ def test_topics_from_the_official_file(tmp_path):
     assert f"conversation on {len(item.metadata['topics'])} different topics" in item.queries[0].prompt
     with pytest.raises(UserError, match="30 conversations"):
         task.items(tokenizer(), 9000, 1, 0)
-    path.write_text('{"topic": "x"}')
-    with pytest.raises(UserError, match="conversation"):
-        topics(path)
+    for bad in ('{"topic": "x"}', "[" * 100_000, '{"topic": "The", "conversation": "x"}', '{"topic": "x", "conversation": 1}'):
+        path.write_text(bad)
+        with pytest.raises(UserError, match="conversation"):
+            topics(path)
     with pytest.raises(UserError, match="no file"):
         topics(tmp_path / "absent.jsonl")
 

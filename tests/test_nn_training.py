@@ -218,9 +218,10 @@ def test_files_that_hold_no_text_are_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name} is not UTF-8 text"):
             list(open_text(tmp_path / name)())
-    (tmp_path / "none.jsonl").write_text('{"text": null}')
-    with pytest.raises(UserError, match=r'none\.jsonl:1: "text" must be text, got None'):
-        list(open_text(tmp_path / "none.jsonl")())
+    for content, said in (("null", "None"), ('"\\ud83d"', r"'\\ud83d'")):
+        (tmp_path / "none.jsonl").write_text(f'{{"text": {content}}}')
+        with pytest.raises(UserError, match=rf'none\.jsonl:1: "text" must be text, got {said}'):
+            list(open_text(tmp_path / "none.jsonl")())
 
 
 def test_bad_input_is_refused(text, tmp_path):

@@ -27,3 +27,9 @@ def read_utf8(path: Path) -> str:
     """All of a text file, read as by `utf8`. Raises OSError for files that cannot be read."""
     with path.open("rb") as raw, utf8(raw, path) as text:
         return text.read()
+
+
+def is_text(value: object) -> bool:
+    """Whether a value read from JSON is text that has bytes: escapes can spell halves of letters (lone surrogates), which no
+    tokenizer takes."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value

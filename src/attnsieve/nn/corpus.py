@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from attnsieve.errors import UserError, require
-from attnsieve.files import utf8
+from attnsieve.files import is_text, utf8
 
 _PIECE = 1 << 16  # characters given to the tokenizer at once
 _SUFFIXES = (".txt", ".md", ".jsonl")
@@ -109,9 +109,9 @@ def _json_lines(file: TextIO, path: Path) -> Iterator[tuple[str, bool]]:
     for number, line in enumerate(file, start=1):
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f'{path}:{number} is no JSON object with "text"') from error
-        require(isinstance(text, str), f'{path}:{number}: "text" must be text, got {text!r:.40}')
+        require(is_text(text), f'{path}:{number}: "text" must be text, got {text!r:.40}')
         yield text, True
 
 

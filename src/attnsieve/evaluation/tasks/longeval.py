@@ -19,7 +19,7 @@ from attnsieve.evaluation.tasks.questions import Generation, Item, Query, Questi
 from attnsieve.evaluation.tasks.records import content_digest
 from attnsieve.evaluation.tasks.retrieval import QUERIES
 from attnsieve.evaluation.words import ADJECTIVES, NOUNS, distinct_keys
-from attnsieve.files import read_utf8
+from attnsieve.files import is_text, read_utf8
 
 LINES_HEADER = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
@@ -121,9 +121,16 @@ def _read_conversations(path: Path) -> list[Conversation]:
     lines = read_utf8(path).split("\n")
     try:
         rows = [json.loads(line) for line in lines if line.strip()]
-        return [(str(row["topic"]), str(row["conversation"])) for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
+        found = [(row["topic"], row["conversation"]) for row in rows]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a file of JSON lines with topic and conversation: {error!r:.100}") from None
+    for number, (topic, conversation) in enumerate(found, 1):
+        named = is_text(topic) and is_text(conversation) and bool(_bare(topic))
+        require(
+            named,
+            f"{path}, conversation {number}: topic and conversation must be text, the topic with a word that is no article",
+        )
+    return found
 
 
 def _made_up(random: Random) -> Conversation:

@@ -15,7 +15,7 @@ from attnsieve.errors import UserError, require
 from attnsieve.evaluation.tasks.base import Task
 from attnsieve.evaluation.tasks.questions import Generation, Item, Query, generated_measures
 from attnsieve.evaluation.tokens import as_chat, cut_middle, encode
-from attnsieve.files import utf8
+from attnsieve.files import is_text, utf8
 
 FIELDS = ("input", "context", "answers")
 
@@ -108,10 +108,15 @@ def _parsed(raw: IO[bytes], name: str) -> list[dict[str, Any]]:
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from None
     good = isinstance(record, dict) and all(key in record for key in FIELDS) and isinstance(record["answers"], list)
     require(good and bool(record["answers"]), f"{where}: expected the fields {', '.join(FIELDS)}")
-    text = all(isinstance(record[key], str) for key in ("input", "context"))
-    require(text, f"{where}: input and context must be text")
+    require(all(is_text(record[key]) for key in ("input", "context")), f"{where}: input and context must be text")
+    answers = all(is_text(answer) or type(answer) in (int, float) for answer in record["answers"])
+    require(answers, f"{where}: answers must be a list of texts or numbers")
+    keywords, classes = record.get("answer_keywords"), record.get("all_classes")
+    require(keywords is None or is_text(keywords), f"{where}: answer_keywords must be text or null")
+    named = classes is None or (isinstance(classes, list) and all(map(is_text, classes)))
+    require(named, f"{where}: all_classes must be a list of texts or null")
     return dict(record)
