@@ -15,7 +15,7 @@ from attnsieve.bench import kernels, ttft
 from attnsieve.bench.case import Case
 from attnsieve.bench.check import WrongResult
 from attnsieve.bench.masks import mask, patterns_of
-from attnsieve.bench.rows import Dense, Row, write
+from attnsieve.bench.rows import Dense, Row, check_target, write
 from attnsieve.bench.shapes import SHAPES, shape_of
 from attnsieve.bench.suite import Skipped, Suite
 from attnsieve.bench.timing import Times
@@ -279,6 +279,19 @@ def test_building_is_measured_for_chosen_and_static_layouts(mask):
     (row,) = kernels.layout(replace(SMALL, mask=mask), "triton", **FAST)
     assert row.op == "layout"
     assert 0 < row.density < 1
+
+
+def test_rows_are_added_to_files_that_others_have_edited(tmp_path):
+    (row, _) = kernels.prefill(SMALL, "portable", **FAST)
+    out = tmp_path / "rows.jsonl"
+    write([row], out)
+    out.write_bytes(b"\xef\xbb\xbf" + out.read_bytes().rstrip())
+    check_target(out)
+    write([row], out)
+    assert len({json.loads(line)["mask"] for line in out.read_text("utf-8-sig").splitlines()}) == 1
+    out.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        check_target(out)
 
 
 def test_time_to_first_token_of_a_tiny_model():

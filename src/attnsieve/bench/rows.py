@@ -16,6 +16,7 @@ from attnsieve.bench.timing import Times
 from attnsieve.device import device_name
 from attnsieve.environment import environment
 from attnsieve.errors import require
+from attnsieve.files import append_lines, utf8
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Row:
 def check_target(path: Path) -> None:
     """Raise UserError where `path` holds rows of another kind, which would no longer be readable among these."""
     if path.is_file():
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as raw, utf8(raw, path) as file:
             first = file.readline()
         require(not first.strip() or '"op":' in first, f"{path} holds no rows of benchmarks: choose another file")
 
@@ -144,9 +145,7 @@ def check_target(path: Path) -> None:
 def write(rows: Iterable[Row], path: Path) -> None:
     """Append rows as JSON lines, each with the environment it was measured in."""
     here = {"threads": torch.get_num_threads()} | environment()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps(row.to_json() | here) + "\n" for row in rows)
+    append_lines(path, "".join(json.dumps(row.to_json() | here) + "\n" for row in rows))
 
 
 def read(paths: Iterable[Path]) -> list[dict[str, Any]]:

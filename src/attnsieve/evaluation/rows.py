@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from attnsieve.errors import UserError, require
-from attnsieve.files import read_utf8
+from attnsieve.files import append_lines, read_utf8
 
 # The fields that tell one run (a plan on a task) from another; the rows of a run are written together.
 IDENTITY = ("model", "dtype", "plan", "plan_digest", "task", "variant", "length", "items", "seed")
@@ -93,15 +92,4 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
         text = "".join(json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     except ValueError:
         raise UserError("a measured value is NaN or infinite: check the model's weights and dtype") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        # Editors may leave the last line without an end; rows glued to it would be lost with it.
-        file.write(_line_end(file) + text.encode())
-
-
-def _line_end(file: BinaryIO) -> bytes:
-    """What is missing at the end of `file`: a line end, or nothing."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return b""
-    file.seek(-1, os.SEEK_END)
-    return b"" if file.read(1) == b"\n" else b"\n"
+    append_lines(path, text)
