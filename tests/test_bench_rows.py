@@ -327,6 +327,8 @@ def test_time_to_first_token_of_a_real_model_by_its_plan(tmp_path):
     Plan(other, ((window(24),) * 4,) * 3).save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="made for another model"):
         next(ttft.rows(replace(setting, masks=[str(tmp_path / "other")])))
+    with pytest.raises(UserError, match="513 tokens are more than the model's 512 positions"):
+        next(ttft.rows(replace(setting, lengths=[130, 513])))
     with pytest.raises(UserError, match="all its layers"):
         next(ttft.rows(replace(setting, layers=1)))
 

@@ -104,11 +104,12 @@ def _random(setting: Setting) -> _Subject:
 
 def _real(setting: Setting) -> _Subject:
     from attnsieve.evaluation.text import text_source, token_windows
-    from attnsieve.hf import load_model
+    from attnsieve.hf import check_positions, load_model
     from attnsieve.hf.texts import ids_of
 
     require(setting.layers is None, f"{setting.model} is a real model: it is measured with all its layers")
     model, tokenizer = load_model(setting.model, dtype=setting.dtype, device=setting.device)
+    check_positions(model, max(setting.lengths))
     source = text_source(TEXT)
     return _Subject(model, lambda n: ids_of(model, token_windows(source, tokenizer, n, setting.batch)))
 
@@ -127,7 +128,10 @@ def _of_length(setting: Setting, subject: _Subject, case: Case, masked: Sequence
     model, ids = subject.model, subject.prompts(case.n).to(case.device)
     dense: list[Row] = []
     for implementation in setting.dense:
-        require(implementation in DENSE_IMPLEMENTATIONS, f"dense runs as {' or '.join(DENSE_IMPLEMENTATIONS)}")
+        require(
+            implementation in DENSE_IMPLEMENTATIONS,
+            f"dense runs as {' or '.join(DENSE_IMPLEMENTATIONS)}, got {implementation!r}",
+        )
         _switch(model, implementation)
         made = partial(Row.of, "ttft", implementation, case, density=1.0)
         for row in _measured(model, ids, nullcontext, made):
