@@ -136,13 +136,13 @@ def test_nothing_outlives_its_layout(backend, q_len):
 
 
 def test_spans_of_whole_batches_are_made_once():
-    whole._known.clear()
+    whole._spans.known.clear()
     q, k, _ = inputs()
     assert whole.whole_spans(q, k) is whole.whole_spans(q.clone(), k)
     assert whole.whole_spans(q, k[:, :, :30]).whole == (1, 40, 30)
     for n in range(200):
         assert whole.whole_spans(q, torch.empty(1, 2, n, 1)).k_len.tolist() == [n]
-    assert len(whole._known) <= whole._MOST
+    assert len(whole._spans.known) <= whole._spans.MOST
     with FakeTensorMode(allow_non_fake_inputs=True):
         whole.whole_spans(q, k[:, :, :7])
     assert whole.whole_spans(q, k[:, :, :7]).k_len.tolist() == [7]
@@ -163,7 +163,7 @@ def test_copies_of_a_layout_begin_anew(backend):
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap])
 def test_transforms_of_torch_leave_nothing_behind(transform, backend):
-    whole._known.clear()
+    whole._spans.known.clear()
     layout, (q, k, v) = compile_layout(ROW, 64), inputs()
     # Most backends cannot be transformed.
     with contextlib.suppress(RuntimeError):

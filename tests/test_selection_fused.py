@@ -138,7 +138,7 @@ def test_rows_that_are_there_again_count_once(on_chip):
     """Two queries for 96 rows: of the three parts that programs take, the middle one reads nothing."""
     q, k = random_qk(1, 2, 1, 70, width=16)
     sequence = SequenceQK(q[:, :, -2:], k, 0.5)
-    rows, fresh = blocks._sampled_rows(sequence, 128, 96)
+    rows, fresh, _ = blocks._sampled(q, 68, 70, 128, 96)
     expected = blocks._masses(sequence, rows, fresh, 1)
     on_chip()
     torch.testing.assert_close(blocks._fused_masses(sequence, rows, fresh, 1), expected)

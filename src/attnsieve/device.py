@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 _NOTHING = nullcontext()
+T = TypeVar("T")
 
 
 @cache
@@ -33,6 +36,35 @@ def is_capturing(tensor: Tensor) -> bool:
 def stream_of(tensor: Tensor) -> int:
     """The stream on which kernels for the tensor are launched, 0 on a CPU."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+class PerStream(Generic[T]):
+    """Small tensors that follow from sizes alone, which take longer to launch than to compute: made once per sizes, device and stream.
+    Another stream would not wait until they are written. They are nobody else's, so that nothing is written to them."""
+
+    MOST = 64
+
+    def __init__(self, build: Callable[..., T]) -> None:
+        self._build = build
+        self.known: dict[Hashable, T] = {}
+
+    def __call__(self, near: Tensor, *sizes: int) -> T:
+        """build(device, *sizes) for the device of `near` and the stream that is current there."""
+        # A graph computes nothing before it is replayed, and is replayed when what is known here may be gone. Within torch.func's
+        # transforms, and where torch only pretends to compute, tensors are not what they seem.
+        if (
+            is_capturing(near)
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        ):
+            return self._build(near.device, *sizes)
+        key = (near.device, stream_of(near), *sizes)
+        found = self.known.get(key)
+        if found is None:
+            if len(self.known) >= self.MOST:
+                self.known.clear()
+            found = self.known[key] = self._build(near.device, *sizes)
+        return found
 
 
 def in_forward_mode() -> bool:

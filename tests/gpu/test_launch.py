@@ -63,7 +63,7 @@ def test_repeated_calls_replay_in_a_graph(q_len, warm):
         out, lse = attend(q, k, v, layout, backend="triton", return_lse=True)
     # What is made while a graph is captured must not be used before it is replayed, and what it reads must not go.
     check(layout, *inputs(q_len))
-    whole._known.clear()
+    whole._spans.known.clear()
     kinds._kinds(layout).clear()
     poison()
     for _ in range(2):

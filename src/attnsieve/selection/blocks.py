@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnsieve.device import PerStream
 from attnsieve.patterns.dynamic import AntidiagonalBlocks, PooledBlocks, ProbedBlocks, ProbedKeys, TopBlocks
 from attnsieve.selection import fused
 from attnsieve.selection.sequence import Chosen, SequenceQK, TableInParts, fewest_with_mass
@@ -28,7 +30,7 @@ def probed_keys(atom: ProbedKeys, sequence: SequenceQK) -> Chosen:
 
 def _probed(atom: ProbedBlocks | ProbedKeys, sequence: SequenceQK, keys: int) -> TableInParts:
     """[S, C, rows of blocks, key blocks]: the fewest blocks of `keys` keys with the mass of sampled rows."""
-    rows, fresh = _sampled_rows(sequence, atom.block, atom.rows)
+    rows, fresh, stops = _sampled(sequence.q, sequence.first_row, sequence.tokens, atom.block, atom.rows)
     again = _shortest(sequence, atom.block) < atom.rows
     on_chip = fused.serves_heads(sequence.q)
     masses = _fused_masses if on_chip else _masses
@@ -37,7 +39,7 @@ def _probed(atom: ProbedBlocks | ProbedKeys, sequence: SequenceQK, keys: int) ->
 
     def choose(part: slice) -> Tensor:
         mass = masses(sequence, rows[part], fresh[part] if again else None, keys)
-        return fewest_with_mass(mass, sequence.mass(atom.mass), (rows[part, -1] + 1).int() if on_chip and keys == 1 else None)
+        return fewest_with_mass(mass, sequence.mass(atom.mass), stops[part] if on_chip and keys == 1 else None)
 
     return _in_parts(sequence, len(rows), -(-sequence.tokens // keys), cells, choose)
 
@@ -70,16 +72,25 @@ def _shortest(sequence: SequenceQK, block: int) -> int:
     return min(n - first, block - first % block, (n - 1) % block + 1)
 
 
-def _sampled_rows(sequence: SequenceQK, block: int, count: int) -> tuple[Tensor, Tensor]:
-    """int64 [blocks, count], positions of this call's queries of every block, evenly spaced and its last among them; and bool,
-    whether each is there for the first time: a block with fewer queries has them several times."""
-    device, n, first = sequence.q.device, sequence.tokens, sequence.first_row
+class _Sampled(NamedTuple):
+    """Queries that stand for every block, evenly spaced and its last among them. rows: int32 [blocks, count], their positions; fresh:
+    bool, whether each is there for the first time: a block with fewer queries has them several times; stops: int32 [blocks], how
+    many keys each block reads."""
+
+    rows: Tensor
+    fresh: Tensor
+    stops: Tensor
+
+
+@PerStream
+def _sampled(device: torch.device, first: int, n: int, block: int, count: int) -> _Sampled:
+    """Of queries first to n - 1."""
     starts = torch.arange(first // block, -(-n // block), device=device) * block
     stops = (starts + block).clamp_max(n)
     starts = starts.clamp_min(first)
     picks = torch.arange(1, count + 1, device=device) * (stops - starts)[:, None] // count - 1
-    rows = starts[:, None] + picks.clamp_min(0)
-    return rows, F.pad(rows.diff(dim=1) != 0, (1, 0), value=True)
+    rows = (starts[:, None] + picks.clamp_min(0)).int()
+    return _Sampled(rows, F.pad(rows.diff(dim=1) != 0, (1, 0), value=True), stops.int())
 
 
 def antidiagonal_blocks(atom: AntidiagonalBlocks, sequence: SequenceQK) -> Chosen:

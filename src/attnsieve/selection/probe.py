@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnsieve.dam.boxcox import EPS, LAM, at_least, cut, rounded_up
+from attnsieve.device import PerStream
 from attnsieve.patterns import FOREVER
 from attnsieve.patterns.dynamic import DamOnline, VerticalSlash
 from attnsieve.selection import fused
@@ -17,12 +18,16 @@ from attnsieve.selection.sequence import Chosen, SequenceQK, fewest_with_mass
 
 def probe_rows(sequence: SequenceQK, probe: int, strided: int = 0) -> Tensor:
     """int32 [P]: the last `probe` query positions, and `strided` more spread evenly over the queries before them."""
-    first = max(sequence.first_row, sequence.tokens - probe)
-    rows = torch.arange(first, sequence.tokens, dtype=torch.int32, device=sequence.q.device)
-    earlier = min(strided, first - sequence.first_row)
+    return _rows(sequence.q, sequence.first_row, sequence.tokens, probe, strided)
+
+
+@PerStream
+def _rows(device: torch.device, begin: int, stop: int, probe: int, strided: int) -> Tensor:
+    first = max(begin, stop - probe)
+    rows = torch.arange(first, stop, dtype=torch.int32, device=device)
+    earlier = min(strided, first - begin)
     if earlier:
-        spread = torch.linspace(sequence.first_row, first - 1, earlier, device=rows.device).int()
-        rows = torch.cat([spread, rows])
+        rows = torch.cat([torch.linspace(begin, first - 1, earlier, device=device).int(), rows])
     return rows
 
 
