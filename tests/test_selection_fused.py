@@ -166,6 +166,7 @@ def test_the_search_finds_what_sorting_finds(kind, width, in_registers, monkeypa
     if not in_registers:
         monkeypatch.setattr(fewest, "MOST_IN_REGISTERS", 0)
         monkeypatch.setattr(fewest, "PER_WARP", 16)
+        monkeypatch.setattr(fewest, "multiprocessors", lambda device: 132)
     for mass in (0.3, 0.6, 1.0):
         kept = fewest.fewest_with_mass(weights, with_room(mass))
         total, held = weights.double().sum(-1), (weights.double() * kept).sum(-1)

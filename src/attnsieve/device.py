@@ -21,6 +21,12 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run beside each other without sharing a processor's memory; 1 on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's GPU the current one: Triton launches there whatever its tensors are on, as models spread over GPUs have."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():

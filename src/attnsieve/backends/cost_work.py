@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnsieve.backends.call import DECODE_QUERIES, Call
 from attnsieve.backends.facts import facts
+from attnsieve.device import multiprocessors
 
 Work = dict[str, float]
 
@@ -142,8 +143,5 @@ def of_width(call: Call) -> float:
 
 def _idle(call: Call) -> float:
     """Processors of the GPU per program, at least 1."""
-    if not call.q.is_cuda:
-        return 1.0
-    processors = torch.cuda.get_device_properties(call.q.device).multi_processor_count
     programs = call.q.shape[0] * call.q.shape[1] * -(-call.q.shape[2] // _QUERY_TILE)
-    return max(1.0, float(processors) / programs)
+    return max(1.0, multiprocessors(call.q.device) / programs)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from attnsieve.backends.ragged import Index
+from attnsieve.device import multiprocessors
 from attnsieve.errors import UserError, require
 from attnsieve.patterns import Pattern
 from attnsieve.ragged import Kept, RaggedStore
@@ -66,8 +67,7 @@ class Indices:
 
     def index(self, kept: Kept, device: torch.device, batch: int) -> Index:
         """Its vectors on `device`."""
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        key = (kept, device, -(-PROGRAMS * processors // batch))
+        key = (kept, device, -(-PROGRAMS * multiprocessors(device) // batch))
         if key not in self._index:
             self._index[key] = kept.index(device, key[2])
         return self._index[key]

@@ -23,7 +23,7 @@ from attnsieve.backends.triton.launch import Launch
 from attnsieve.backends.triton.outputs import clear_slots, new_outputs
 from attnsieve.backends.triton.shares import COMBINED, Source, Tuning, attend_share, combine_shares, shape_of, split_output
 from attnsieve.backends.triton.tuning import decode_tuning
-from attnsieve.device import padded
+from attnsieve.device import multiprocessors, padded
 
 _MOST_HEADS = 32
 # Queries and words among which programs are dealt: longer sequences get more of them.
@@ -187,5 +187,5 @@ def _largest_part(group: int) -> int:
 
 def _resident(call: Call, tuning: Tuning) -> int:
     """Programs that the device holds at once."""
-    processors = torch.cuda.get_device_properties(call.q.device).multi_processor_count if call.q.is_cuda else 2
+    processors = multiprocessors(call.q.device) if call.q.is_cuda else 2
     return processors * tuning.programs

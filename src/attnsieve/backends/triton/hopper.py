@@ -13,6 +13,7 @@ from attnsieve.backends.call import Call
 from attnsieve.backends.triton.common import LISTED_ALL
 from attnsieve.backends.triton.geometry import Geometry
 from attnsieve.backends.triton.schedule import Schedule
+from attnsieve.device import multiprocessors
 from attnsieve.launching import is_known_triton
 
 
@@ -55,8 +56,3 @@ def programs(geometry: Geometry) -> int:
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -12,14 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnsieve.device import multiprocessors
 from attnsieve.launching import launch
 
 # Rows up to this width stay in registers during the search.
 MOST_IN_REGISTERS = 1 << 13
 # Entries that a warp looks at together: 8 a thread.
 PER_WARP = 1 << 8
-# An H100's.
-MULTIPROCESSORS = 132
 
 
 @triton.jit
@@ -190,7 +189,7 @@ def fewest_with_mass(weights: Tensor, share: float | Tensor, stops: Tensor | Non
         launch(short_kernel, (rows,), weights, stops, alike, shares, kept, *sizes, heads, **rest)
     else:
         # Few rows have a multiprocessor each, of many two share one.
-        warps = 16 if rows <= MULTIPROCESSORS else 8
+        warps = 16 if rows <= multiprocessors(weights.device) else 8
         step = PER_WARP * warps
         room = triton.cdiv(width, step) * step
         candidates = weights.new_empty(rows, room)
