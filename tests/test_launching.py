@@ -83,3 +83,38 @@ def test_other_versions_launch_themselves(version):
 triton.__version__ = {version!r}
 assert {{launched()[0] for _ in range(4)}} == {{"triton"}}
 """)
+
+
+def test_kernels_of_attention_get_the_same_arguments_past_triton():
+    run("""
+import tests.kernel_hashes as samples
+from dataclasses import replace
+from attnsieve.backends.triton import gradients, hopper, product_columns
+from attnsieve.backends.triton.function import attend
+from tests.launching_call import launches
+
+product_columns.columns_dtype = lambda call: torch.bfloat16
+hopper._capability, hopper.multiprocessors = (lambda device: (9, 0)), (lambda device: 132)
+# Kernels write nothing, and some of what they would have written is read back.
+for place, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+    setattr(place, name, lambda *args, real=getattr(place, name), **options: real(*args, **options).zero_())
+
+def launched_by(call):
+    del launches[:]
+    call = replace(call, layout=replace(call.layout))
+    out, lse = attend(call)
+    gradients.gradients(call, out, lse, out, None)
+    return list(launches)
+
+seen = set()
+for name, call in samples.calls():
+    if name in ("columns, 8 masks", "listed keys"):
+        first, second = launched_by(call), launched_by(call)
+        assert [one[1:3] for one in first] == [one[1:3] for one in second]
+        for one, other in zip(first, second, strict=True):
+            assert other[0] == "code", other[1]
+            # Addresses differ.
+            assert all(a == b or min(a, b) > 2**20 for a, b in zip(one[3], other[3], strict=True)), other[1]
+        seen |= {one[1] for one in second}
+assert {"forward_kernel", "forward_hopper", "dkv_hopper", "dq_kernel", "count_tiles"} <= seen, seen
+""")
