@@ -26,6 +26,7 @@ BLOCK = 16
 SAMPLES = [
     vertical_slash(mass=0.8, probe=8),
     vertical_slash(mass=0.9, probe=4, strided=6),
+    vertical_slash(mass=0.6, probe=8, band=8),
     dam_online(tau=0.2, mu=0.5, probe=4),
     probed_blocks(mass=0.8, block=BLOCK, rows=3),
     antidiagonal_blocks(mass=0.8, block=BLOCK, stride=4),
@@ -40,8 +41,8 @@ SAMPLES = [
     window(2) | dense_prefill(),
     window(2) | dense_decode(),
 ]
-VOTING = [*SAMPLES[:8], *SAMPLES[10:12]]
-BLOCKWISE = SAMPLES[3:8]
+VOTING = [*SAMPLES[:9], *SAMPLES[11:13]]
+BLOCKWISE = SAMPLES[4:9]
 
 
 def random_qk(batch, heads, kv_heads, n, width=8, scale=2.0):

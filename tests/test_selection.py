@@ -117,6 +117,7 @@ def test_late_starts_are_refused():
     "text",
     [
         "vertical_slash(mass=0)",
+        "vertical_slash(band=0)",
         "probed_keys(rows=0)",
         "top_blocks(0)",
         "antidiagonal_blocks(block=30)",

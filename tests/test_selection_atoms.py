@@ -23,14 +23,14 @@ from attnsieve.patterns import (
     window,
 )
 from attnsieve.selection import blocks, choose, join
-from attnsieve.selection.probe import LastRows, ScatteredRows
+from attnsieve.selection.probe import LastRows, ScatteredRows, band_means, whole_bands
 from tests.selection_samples import BLOCK, mask, random_qk
 
 
-@given(st.floats(0.05, 1.0), st.integers(1, 20), st.integers(0, 9), st.integers(2, 90))
-def test_vertical_slash_keeps_the_mass_of_its_probe(mass, probe, strided, n):
+@given(st.floats(0.05, 1.0), st.integers(1, 20), st.integers(1, 9), st.integers(2, 90))
+def test_vertical_slash_keeps_the_mass_of_its_probe(mass, probe, band, n):
     q, k = random_qk(1, 2, 1, n)
-    kept = mask(vertical_slash(mass=mass, probe=probe), q, k)[0, :, -min(probe, n) :]
+    kept = mask(vertical_slash(mass=mass, probe=probe, band=band), q, k)[0, :, -min(probe, n) :]
     rows = torch.arange(n)
     attention = (q[0] @ k[0].mT * 8**-0.5).masked_fill(rows > rows[:, None], -torch.inf).softmax(-1)[:, -min(probe, n) :]
     assert ((attention * kept).sum((1, 2)) >= (mass - 1e-4) * attention.sum((1, 2))).all()
@@ -45,6 +45,26 @@ def test_vertical_slash_finds_a_planted_column_and_offset():
     rows = torch.arange(n)
     assert torch.equal(column[0, 0], (rows == 5).expand(n, n) & (rows <= rows[:, None]))
     assert torch.equal(offset[0, 0], rows[:, None] - rows == 10)
+
+
+@pytest.mark.parametrize("n", [96, 90])
+def test_bands_hold_whole_stretches_of_distances(n):
+    """One planted offset keeps its band, of 16 distances or of those that there are."""
+    key = torch.nn.functional.normalize(torch.randn(1, 1, n, 64), dim=-1)
+    rows = torch.arange(n)
+    for distance in (10, 85):
+        query = 60 * torch.roll(key, distance, 2)
+        kept = mask(vertical_slash(mass=0.9, probe=4, band=16), query, key)[0, 0]
+        held = (rows[:, None] - rows) // 16 == distance // 16
+        assert torch.equal(kept, held)
+
+
+def test_bands_are_weighed_by_their_mean_and_the_last_by_what_it_has():
+    values = torch.tensor([[4.0, 0, 0, 0, 1, 1, 1, 1, 3, 1]])
+    assert band_means(values, 4).tolist() == [[1, 1, 1, 1, 1, 1, 1, 1, 2, 2]]
+    assert whole_bands(values > 2, 4).tolist() == [[True] * 4 + [False] * 4 + [True] * 2]
+    assert str(vertical_slash(mass=0.5, band=16)) == "vertical_slash(mass=0.5, probe=64, strided=0, band=16)"
+    assert "band" not in str(vertical_slash(mass=0.5))
 
 
 def test_dam_online_equals_the_hand_worked_case():

@@ -23,6 +23,7 @@ PROBES = [
     probed_blocks(mass=0.7, block=32, rows=4),
     probed_blocks(mass=0.8, block=24, rows=1),
     antidiagonal_blocks(mass=0.5, block=32, stride=4),
+    vertical_slash(mass=0.5, probe=70, band=16),
 ]
 
 

@@ -73,16 +73,24 @@ class DynamicAtom(CallAtom):
 class VerticalSlash(DynamicAtom):
     """Columns and offsets that hold `mass` of the attention of the last `probe` queries, the fewest of both together.
 
-    `strided` adds that many rows spread over the call to the probe (MInference's pattern with a mass instead of counts).
+    `strided` adds that many rows spread over the call to the probe (MInference's pattern with a mass instead of counts). Offsets
+    are weighed in bands of `band` neighbours, each by its band's mean, so that they are kept side by side: a tile of scores holds
+    hundreds of distances, and is computed for one of them as for all.
     """
 
     mass: float
     probe: int
     strided: int
+    band: int = field(default=1, kw_only=True)
     name = "vertical_slash"
     fractions = ("mass",)
-    counts = ("probe",)
+    counts = ("probe", "band")
     counts_from_0 = ("strided",)
+
+    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        positional, named = super().arguments()
+        band = named.pop("band")
+        return positional, named if band == 1 else named | {"band": band}
 
 
 @dataclass(frozen=True, repr=False)

@@ -72,9 +72,10 @@ def empty() -> Pattern:
     return Pattern.empty()
 
 
-def vertical_slash(*, mass: float = 0.95, probe: int = 64, strided: int = 0, share: Share = "none") -> Pattern:
-    """The fewest columns and offsets with `mass` of the attention of the last `probe` queries; chosen from the input."""
-    return Pattern.of(VerticalSlash(mass, probe, strided, share=share))
+def vertical_slash(*, mass: float = 0.95, probe: int = 64, strided: int = 0, band: int = 1, share: Share = "none") -> Pattern:
+    """The fewest columns and offsets with `mass` of the attention of the last `probe` queries, offsets in bands of `band`; chosen
+    from the input."""
+    return Pattern.of(VerticalSlash(mass, probe, strided, band=band, share=share))
 
 
 def dam_online(*, tau: float = 0.3, mu: float = 0.8, probe: int = 16, strided: int = 0, share: Share = "none") -> Pattern:

@@ -33,9 +33,32 @@ def _rows(device: torch.device, begin: int, stop: int, probe: int, strided: int)
 
 def vertical_slash(atom: VerticalSlash, sequence: SequenceQK) -> Chosen:
     """Every probe cell is counted for its column or its offset, whichever holds more; then the fewest with the mass."""
-    shares = _fused_shares(atom, sequence) if fused.serves_heads(sequence.q) else _shares(atom, sequence)
-    columns, offsets = fewest_with_mass(torch.cat(shares, dim=-1), sequence.mass(atom.mass)).split(sequence.tokens, dim=-1)
-    return Chosen(end=forever(columns), offset=offsets)
+    column, offset = _fused_shares(atom, sequence) if fused.serves_heads(sequence.q) else _shares(atom, sequence)
+    weights = torch.cat([column, offset if atom.band == 1 else band_means(offset, atom.band)], dim=-1)
+    columns, offsets = fewest_with_mass(weights, sequence.mass(atom.mass)).split(sequence.tokens, dim=-1)
+    return Chosen(end=forever(columns), offset=offsets if atom.band == 1 else whole_bands(offsets, atom.band))
+
+
+def band_means(values: Tensor, band: int) -> Tensor:
+    """[..., n] with every value replaced by the mean of its band: `band` neighbours, fewer in the last."""
+    n = values.shape[-1]
+    sums = _by_band(values, band).sum(-1)
+    size = (n - torch.arange(0, n, band, device=values.device)).clamp_max(band)
+    return _spread(sums / size, band, n)
+
+
+def whole_bands(kept: Tensor, band: int) -> Tensor:
+    """bool [..., n]: all of a band of which anything is kept."""
+    return _spread(_by_band(kept, band).any(-1), band, kept.shape[-1])
+
+
+def _by_band(values: Tensor, band: int) -> Tensor:
+    padded: Tensor = F.pad(values, (0, -values.shape[-1] % band)).unflatten(-1, (-1, band))
+    return padded
+
+
+def _spread(bands: Tensor, band: int, n: int) -> Tensor:
+    return bands.repeat_interleave(band, dim=-1)[..., :n]
 
 
 def _shares(atom: VerticalSlash, sequence: SequenceQK) -> tuple[Tensor, Tensor]:
